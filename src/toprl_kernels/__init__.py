@@ -1,0 +1,23 @@
+"""Operators for visual token pruning: Triton kernels with plain PyTorch twins. Imports without triton or a GPU."""
+
+from toprl_kernels import flops
+from toprl_kernels.actor_score.api import actor_score
+from toprl_kernels.actor_score.weights import ActorWeights
+from toprl_kernels.backend import explain
+from toprl_kernels.keep_mask.api import KeepMaskSample, keep_mask_log_prob, sample_keep_mask
+from toprl_kernels.masked_attention.api import masked_attention
+from toprl_kernels.topk_compact.api import topk_compact
+from toprl_kernels.topk_compact.output import TopkCompactOutput
+
+__all__ = [
+    "ActorWeights",
+    "KeepMaskSample",
+    "TopkCompactOutput",
+    "actor_score",
+    "explain",
+    "flops",
+    "keep_mask_log_prob",
+    "masked_attention",
+    "sample_keep_mask",
+    "topk_compact",
+]

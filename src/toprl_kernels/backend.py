@@ -1,0 +1,116 @@
+"""Which implementation of an op runs, and why.
+
+Every op has up to three implementations of the same definition:
+
+* ``reference``: the formula, written to be read; slow, any float dtype.
+* ``eager``: plain PyTorch, any device; the path for CPU tensors.
+* ``triton``: the kernels; CUDA tensors, or CPU tensors under ``TRITON_INTERPRET=1`` (tests).
+
+``backend=None`` and ``backend="auto"`` take Triton for CUDA tensors it can handle and eager otherwise. The
+environment variable ``TOPRL_KERNELS_BACKEND`` (``auto``, ``eager`` or ``triton``) replaces ``None``. A choice that
+names an implementation is never replaced by another one: it runs, or it raises an error that says why it cannot.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+from dataclasses import dataclass
+
+import torch
+
+BACKENDS = ("auto", "eager", "triton", "reference")
+ENVIRONMENT_VARIABLE = "TOPRL_KERNELS_BACKEND"
+OPS = ("masked_attention", "topk_compact", "actor_score", "sample_keep_mask")
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The implementation that runs (``name``) and the sentence that says why (``reason``)."""
+
+    name: str
+    reason: str
+
+
+@functools.cache
+def triton_installed() -> bool:
+    """Whether ``import triton`` would find a package; does not import it."""
+    try:
+        return importlib.util.find_spec("triton") is not None
+    except (ImportError, ValueError):  # a blocked or half-removed installation counts as absent
+        return False
+
+
+def interpreting() -> bool:
+    """Whether Triton kernels run in its CPU interpreter (``TRITON_INTERPRET=1`` before the first triton import)."""
+    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes")
+
+
+def _triton_obstacle(op: str, device: torch.device, input_obstacle: str | None) -> str | None:
+    """Why Triton cannot run this call, with the way out; None when it can."""
+    if not triton_installed():
+        return "triton is not installed (pip install triton, Linux only)"
+    if device.type != "cuda" and not interpreting():
+        return (
+            f"the tensors are on {device} and Triton needs a CUDA device (move them with .cuda(), or set "
+            "TRITON_INTERPRET=1 before triton is imported to run its slow CPU interpreter)"
+        )
+    if input_obstacle is not None:
+        return input_obstacle
+    return None
+
+
+def choose(op: str, backend: str | None, device: torch.device, input_obstacle: str | None = None) -> Choice:
+    """Decide which implementation of ``op`` runs.
+
+    Args:
+        op: name of the op, for messages.
+        backend: the caller's argument; None asks the environment variable, then ``auto``.
+        device: device of the tensors.
+        input_obstacle: why Triton cannot take these inputs (dtype, size), or None.
+
+    Raises:
+        ValueError: unknown backend name.
+        RuntimeError: ``triton`` was asked for by name (argument or environment) and cannot run.
+    """
+    asked_by = "the backend argument"
+    if backend is None:
+        backend = os.environ.get(ENVIRONMENT_VARIABLE, "auto") or "auto"
+        asked_by = f"the environment variable {ENVIRONMENT_VARIABLE}"
+    if backend not in BACKENDS:
+        raise ValueError(f"{op}: backend={backend!r} from {asked_by} is unknown; use one of {', '.join(BACKENDS)}")
+
+    if backend in ("eager", "reference"):
+        return Choice(backend, f"asked for by {asked_by}")
+    obstacle = _triton_obstacle(op, device, input_obstacle)
+    if backend == "triton":
+        if obstacle is not None:
+            raise RuntimeError(f"{op}: backend='triton' from {asked_by} cannot run: {obstacle}")
+        return Choice("triton", f"asked for by {asked_by}")
+    if device.type != "cuda":
+        return Choice("eager", f"the tensors are on {device}; Triton is chosen automatically on CUDA only")
+    if obstacle is not None:
+        return Choice("eager", f"Triton cannot take this call: {obstacle}")
+    return Choice("triton", "CUDA tensors")
+
+
+def explain(device: torch.device | str | None = None) -> str:
+    """One line per op saying which implementation would run for ordinary inputs on ``device``, and why.
+
+    Args:
+        device: default is CUDA where there is one, else the CPU.
+
+    Example:
+        >>> print(explain("cpu"))  # doctest: +SKIP
+        masked_attention: eager (the tensors are on cpu; Triton is chosen automatically on CUDA only)
+    """
+    where = torch.device(device if device is not None else ("cuda" if torch.cuda.is_available() else "cpu"))
+    lines = []
+    for op in OPS:
+        try:
+            choice = choose(op, None, where)
+            lines.append(f"{op}: {choice.name} ({choice.reason})")
+        except (RuntimeError, ValueError) as error:
+            lines.append(f"{op}: error ({error})")
+    return "\n".join(lines)

@@ -1,0 +1,40 @@
+"""The definition: a two-class softmax per token, and the Gumbel-max rule in its one-variable form."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def keep_mask_reference(
+    logits: Tensor,  # [B, N, 2]
+    *,
+    uniform: Tensor | None,  # [B, N], or None to evaluate `given`
+    given: Tensor | None,  # [B, N] bool
+    tau: float,
+    previous_mask: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(keep_mask, log_prob, entropy), each [B, N].
+
+    Keep wins when logit_keep + g_keep > logit_drop + g_drop with Gumbel noise g; the difference of two Gumbel
+    variables is logistic, log u - log(1 - u). The relaxed sample is softmax((logits + g) / tau).
+    """
+    log_probs = torch.log_softmax(logits, dim=-1)
+    entropy = -(log_probs.exp() * log_probs).sum(dim=-1)
+    if uniform is not None:
+        noise = torch.log(uniform) - torch.log1p(-uniform)
+        margin = logits[..., 0] - logits[..., 1] + noise
+        hard = margin > 0
+        soft = torch.sigmoid(margin / tau)
+        keep_mask = hard.to(soft.dtype) + soft - soft.detach()
+    else:
+        assert given is not None
+        hard = given
+        keep_mask = hard.to(logits.dtype)
+    log_prob = torch.where(hard, log_probs[..., 0], log_probs[..., 1])
+    if previous_mask is not None:
+        zero = torch.zeros_like(log_prob)
+        keep_mask = torch.where(previous_mask, keep_mask, zero)
+        log_prob = torch.where(previous_mask, log_prob, zero)
+        entropy = torch.where(previous_mask, entropy, zero)
+    return keep_mask, log_prob, entropy

@@ -1,0 +1,1 @@
+"""Attention under a per-token keep mask (Eqs. 6-7)."""

@@ -1,0 +1,123 @@
+"""The public function: contract, checks, dispatch."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from toprl_kernels import _checks as check
+from toprl_kernels.backend import choose
+from toprl_kernels.masked_attention.eager import masked_attention_eager
+from toprl_kernels.masked_attention.reference import masked_attention_reference
+
+OP = "masked_attention"
+MAX_HEAD_DIM = 256  # of the kernels; the other implementations take any
+
+
+def masked_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    keep_mask: Tensor,
+    *,
+    key_padding_mask: Tensor | None = None,
+    is_causal: bool = False,
+    scale: float | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    r"""Attention in which dropped tokens are invisible to all others but still see themselves (Eqs. 6-7).
+
+    .. math::
+        \tilde A_{ij} = \frac{\exp(P_{ij}) G_{ij}}{\sum_k \exp(P_{ik}) G_{ik}}, \quad
+        G_{ij} = 1 \text{ if } i = j \text{ else } m_j, \quad P = \text{scale} \cdot Q K^T
+
+    The number of tokens stays N, which is what lets PPO train on batches whose samples drop different tokens. The
+    result is differentiable in query, key, value and a floating keep_mask, also where the mask is exactly 0.
+
+    Args:
+        query: [B, H, Nq, D], float16, bfloat16, float32 or float64. Nq <= N; query i is token i + N - Nq, so that
+            Nq = N is prefill and Nq = 1 is a decoding step over a cache of N tokens.
+        key: [B, Hkv, N, D], H a multiple of Hkv (grouped queries), dtype of query.
+        value: [B, Hkv, N, D], dtype of query.
+        keep_mask: m, [B, N]; bool (True = kept), or floating with values in [0, 1]. Values are not checked: that
+            would wait for the GPU. Values below 2^-96 count as 0. A bool mask is faster.
+        key_padding_mask: [B, N] bool, True = a real token. Nobody sees a padding token; its own output row is 0.
+        is_causal: a token sees itself and earlier tokens only.
+        scale: factor on Q K^T; default 1 / sqrt(D).
+        backend: None, "auto", "eager", "triton" or "reference"; see :mod:`toprl_kernels.backend`.
+
+    Returns:
+        [B, H, Nq, D], dtype of query. Empty inputs give an empty (or zero) result.
+
+    Raises:
+        TypeError: an argument's dtype is not listed above, or dtypes differ.
+        ValueError: shapes that do not fit together, Nq > N, tensors on different devices, unknown backend.
+        RuntimeError: backend="triton" cannot run (no CUDA device, triton missing, float64, D > 256).
+
+    The derivative by m_j at m_j = 0 is exact and therefore unbounded: it grows like exp(P_ij) over the mass that is
+    left. From exp(P_ij - log-sum-exp) = 2^96 on it is cut off.
+
+    Example:
+        >>> import torch
+        >>> from toprl_kernels import masked_attention
+        >>> q, k, v = torch.randn(3, 1, 2, 5, 8).unbind(0)
+        >>> nothing_kept = torch.zeros(1, 5, dtype=torch.bool)
+        >>> bool(torch.allclose(masked_attention(q, k, v, nothing_kept), v))
+        True
+    """
+    _validate(query, key, value, keep_mask, key_padding_mask)
+    scale = 1.0 / math.sqrt(query.shape[3]) if scale is None else float(scale)
+    choice = choose(OP, backend, query.device, _obstacle(query))
+    if choice.name == "triton":
+        from toprl_kernels.masked_attention.triton import masked_attention_triton as implementation
+    elif choice.name == "reference":
+        implementation = masked_attention_reference
+    else:
+        implementation = masked_attention_eager
+    return implementation(
+        query, key, value, keep_mask, key_padding_mask=key_padding_mask, is_causal=is_causal, scale=scale
+    )
+
+
+def _obstacle(query: Tensor) -> str | None:
+    if query.dtype not in check.HALF_AND_SINGLE:
+        return f"query has dtype {str(query.dtype).removeprefix('torch.')}, the kernels take float16, bfloat16, float32"
+    if query.shape[3] > MAX_HEAD_DIM:
+        return f"head dim D={query.shape[3]}, the kernels take D <= {MAX_HEAD_DIM}"
+    return None
+
+
+def _validate(query: Tensor, key: Tensor, value: Tensor, keep_mask: Tensor, key_padding_mask: Tensor | None) -> None:
+    check.require_ndim(OP, "query", query, 4, "[B, H, Nq, D]")
+    check.require_ndim(OP, "key", key, 4, "[B, Hkv, N, D]")
+    batch, num_heads, num_queries, head_dim = query.shape
+    num_kv_heads, num_keys = key.shape[1], key.shape[2]
+    check.require_shape(OP, "key", key, (batch, num_kv_heads, num_keys, head_dim), "[B, Hkv, N, D]")
+    check.require_shape(OP, "value", value, (batch, num_kv_heads, num_keys, head_dim), "the shape of key")
+    check.require_shape(OP, "keep_mask", keep_mask, (batch, num_keys), "[B, N]")
+    if head_dim == 0:
+        raise ValueError(f"{OP}: head dim D must be at least 1, got query of shape {tuple(query.shape)}")
+    if num_kv_heads == 0 or num_heads % num_kv_heads != 0:
+        raise ValueError(
+            f"{OP}: query has H={num_heads} heads and key Hkv={num_kv_heads}; H must be a multiple of Hkv >= 1"
+        )
+    if num_queries > num_keys:
+        raise ValueError(
+            f"{OP}: query has Nq={num_queries} tokens and key N={num_keys}; queries are the last tokens of the keys, "
+            "so Nq <= N (append the new keys before the call)"
+        )
+    check.require_dtype(OP, "query", query, check.FLOATS)
+    for name, tensor in (("key", key), ("value", value)):
+        check.require_dtype(OP, name, tensor, (query.dtype,), f"query, key and value must agree: {name}.to(query.dtype)")
+    check.require_dtype(
+        OP, "keep_mask", keep_mask, (torch.bool, *check.FLOATS), "use keep_mask.bool() for an integer mask"
+    )
+    tensors = [("key", key), ("value", value), ("keep_mask", keep_mask)]
+    if key_padding_mask is not None:
+        check.require_shape(OP, "key_padding_mask", key_padding_mask, (batch, num_keys), "[B, N]")
+        check.require_dtype(OP, "key_padding_mask", key_padding_mask, (torch.bool,), "use .bool(), True = real token")
+        tensors.append(("key_padding_mask", key_padding_mask))
+    for name, tensor in tensors:
+        check.require_device(OP, name, tensor, query.device)

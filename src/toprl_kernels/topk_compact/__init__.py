@@ -1,0 +1,1 @@
+"""Exact, order-preserving top-k selection of tokens with compaction."""

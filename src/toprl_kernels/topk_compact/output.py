@@ -1,0 +1,16 @@
+"""The result type, shared by the implementations."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class TopkCompactOutput(NamedTuple):
+    """What :func:`toprl_kernels.topk_compact` returns; K is the output length."""
+
+    hidden_states: Tensor  # [B, K, d], zero in the padded tail
+    indices: Tensor  # [B, K] int64, ascending, -1 in the padded tail
+    valid_mask: Tensor  # [B, K] bool, False in the padded tail
+    position_ids: Tensor | None  # [B, K] or [3, B, K], 0 in the padded tail; None if none were given

@@ -1,0 +1,20 @@
+"""Adapters that prune visual tokens inside transformers models."""
+
+from toprl_models.baselines import FastV, PyramidDrop, RandomPolicy
+from toprl_models.policy import Decision, Policy, StageContext, TopRLPolicy
+from toprl_models.pruner import Pruner, StageTrace, attach
+from toprl_models.schedule import Schedule
+
+__all__ = [
+    "Decision",
+    "FastV",
+    "Policy",
+    "Pruner",
+    "PyramidDrop",
+    "RandomPolicy",
+    "Schedule",
+    "StageContext",
+    "StageTrace",
+    "TopRLPolicy",
+    "attach",
+]

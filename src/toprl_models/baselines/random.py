@@ -1,0 +1,23 @@
+"""Random pruning: the control that any method has to beat."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from toprl_models.policy import Policy, StageContext
+
+
+class RandomPolicy(Policy):
+    """Keep tokens uniformly at random.
+
+    Args:
+        seed: seed of the scores. They are drawn on the CPU, call after call, so a run is reproducible on any device.
+    """
+
+    def __init__(self, seed: int = 0) -> None:
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def score(self, context: StageContext) -> Tensor:
+        shape = context.valid_mask.shape
+        return torch.rand(shape, generator=self.generator).to(context.hidden_states.device)

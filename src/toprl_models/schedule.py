@@ -1,0 +1,154 @@
+"""Which layers prune and how many visual tokens each keeps: plain data, no torch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+Keep = int | float
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The stages of progressive pruning (Eqs. 9-10).
+
+    Args:
+        stages: ``((layer, keep), ...)`` in ascending order of layers. Pruning happens *before* decoder layer ``layer``
+            (0-based, at least 1), so ``layer`` layers have run on what was there before. ``keep`` is a fraction of the
+            *original* visual tokens when it is a float, and a number of tokens when it is an int; it never grows.
+
+    Raises:
+        ValueError: no stage, layers not ascending or below 1, a fraction outside [0, 1], a negative count, or a stage
+            that would keep more than the one before it.
+        TypeError: a layer that is not an int, or a keep that is neither int nor float.
+
+    Example:
+        >>> schedule = Schedule(stages=((2, 0.5), (8, 0.25), (16, 64)))
+        >>> schedule.counts(576)
+        (288, 144, 64)
+    """
+
+    stages: tuple[tuple[int, Keep], ...]
+
+    def __post_init__(self) -> None:
+        stages = tuple((layer, keep) for layer, keep in self.stages)
+        object.__setattr__(self, "stages", stages)
+        if not stages:
+            raise ValueError("stages=() is empty; give at least one (layer, keep) pair")
+        previous_layer, previous_keep = 0, None
+        for layer, keep in stages:
+            if isinstance(layer, bool) or not isinstance(layer, int):
+                raise TypeError(f"stages: layer {layer!r} must be an int")
+            if isinstance(keep, bool) or not isinstance(keep, int | float):
+                raise TypeError(f"stages: keep {keep!r} at layer {layer} must be an int (tokens) or a float (fraction)")
+            if layer <= previous_layer:
+                raise ValueError(
+                    f"stages={stages}: layer {layer} must be greater than {previous_layer}; layers ascend, and layer 0 "
+                    "cannot prune because the cache's length is read from it"
+                )
+            if isinstance(keep, float) and not 0.0 <= keep <= 1.0:
+                raise ValueError(f"stages: keep={keep} at layer {layer} must be a fraction in [0, 1] or an int count")
+            if keep < 0:
+                raise ValueError(f"stages: keep={keep} at layer {layer} must not be negative")
+            if previous_keep is not None and type(keep) is type(previous_keep) and keep > previous_keep:
+                raise ValueError(f"stages={stages}: keep grows from {previous_keep} to {keep} at layer {layer}")
+            previous_layer, previous_keep = layer, keep
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        return tuple(layer for layer, _ in self.stages)
+
+    def __len__(self) -> int:
+        return len(self.stages)
+
+    def counts(self, num_visual: int) -> tuple[int, ...]:
+        """Visual tokens kept by each stage out of ``num_visual``; a count above what is left keeps all that is left.
+
+        Raises:
+            ValueError: ``num_visual`` is negative.
+        """
+        if num_visual < 0:
+            raise ValueError(f"num_visual={num_visual} must not be negative")
+        kept, left = [], num_visual
+        for _, keep in self.stages:
+            # half up, not Python's half-to-even, so that .5 of an odd count is the same on both sides of a comparison
+            wanted = keep if isinstance(keep, int) else math.floor(keep * num_visual + 0.5)
+            left = min(left, wanted)
+            kept.append(left)
+        return tuple(kept)
+
+    def segments(self, num_visual: int, num_layers: int) -> tuple[tuple[int, int], ...]:
+        """``((tokens, layers), ...)``: how many visual tokens run through how many layers (T + 1 segments).
+
+        Raises:
+            ValueError: a stage lies at or beyond ``num_layers``.
+        """
+        self.check_layers(num_layers)
+        edges = (0, *self.layers, num_layers)
+        tokens = (num_visual, *self.counts(num_visual))
+        return tuple((n, end - start) for n, start, end in zip(tokens, edges, edges[1:], strict=False))
+
+    def check_layers(self, num_layers: int) -> None:
+        """Raise ValueError when a stage's layer does not exist in a decoder of ``num_layers`` layers."""
+        if self.layers[-1] >= num_layers:
+            raise ValueError(
+                f"schedule: stage at layer {self.layers[-1]}, but the decoder has layers 0..{num_layers - 1}"
+            )
+
+    def average_tokens(self, num_visual: int, num_layers: int) -> float:
+        """Visual tokens averaged over all layers, the figure that papers call "retain N tokens"."""
+        return sum(n * layers for n, layers in self.segments(num_visual, num_layers)) / num_layers
+
+    def macs(self, num_visual: int, config: object) -> float:
+        """Multiply-adds of the visual tokens in the decoder (Eqs. 8-9) for a text config of transformers."""
+        from toprl_kernels import flops
+
+        stages = tuple(zip(self.layers, self.counts(num_visual), strict=True))
+        return flops.schedule_macs(
+            num_visual,
+            stages,
+            num_layers=config.num_hidden_layers,  # type: ignore[attr-defined]
+            hidden_size=config.hidden_size,  # type: ignore[attr-defined]
+            intermediate_size=config.intermediate_size,  # type: ignore[attr-defined]
+        )
+
+    @classmethod
+    def for_budget(
+        cls,
+        average_tokens: float,
+        layers: Sequence[int],
+        *,
+        num_visual: int,
+        num_layers: int,
+    ) -> Schedule:
+        """The schedule with keeps r, r^2, ..., r^T (as PyramidDrop) whose average over all layers is the budget.
+
+        Args:
+            average_tokens: wanted average of visual tokens over all layers.
+            layers: the stage layers, ascending.
+            num_visual: visual tokens of one image.
+            num_layers: decoder layers.
+
+        Raises:
+            ValueError: the budget cannot be met with these layers; the message states the floor.
+
+        Example:
+            >>> Schedule.for_budget(192, (2, 8, 16), num_visual=576, num_layers=32).counts(576)
+            (322, 180, 101)
+        """
+        probe = cls(tuple((layer, 0.0) for layer in layers))
+        floor = probe.average_tokens(num_visual, num_layers)
+        if not floor <= average_tokens <= num_visual:
+            raise ValueError(
+                f"average_tokens={average_tokens} is impossible with stages at {tuple(layers)}: the first {layers[0]} "
+                f"of {num_layers} layers see all {num_visual} tokens, so it lies between {floor:g} and {num_visual}"
+            )
+        low, high = 0.0, 1.0
+        for _ in range(60):  # the average grows with r, so bisection reaches float precision
+            ratio = (low + high) / 2
+            tokens = [num_visual * ratio**i for i in range(len(layers) + 1)]
+            edges = (0, *layers, num_layers)
+            average = sum(n * (b - a) for n, a, b in zip(tokens, edges, edges[1:], strict=False)) / num_layers
+            low, high = (ratio, high) if average < average_tokens else (low, ratio)
+        return cls(tuple((layer, ratio ** (i + 1)) for i, layer in enumerate(layers)))

@@ -1,0 +1,1 @@
+"""Training and evaluation of pruning policies: scripts and the pieces they share."""

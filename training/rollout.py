@@ -1,0 +1,122 @@
+"""Episodes: the frozen model answers while the actor samples keep masks; states and actions are recorded."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from toprl_kernels import keep_mask_log_prob, sample_keep_mask
+from toprl_models import Decision, Policy, Schedule, StageContext, TopRLPolicy, attach
+from training.tasks import Sample, Task, answer, encode
+
+
+@dataclass
+class Step:
+    """One stage of a batch of episodes: state s_t, action m_t and what the policy said of it.
+
+    Shapes: hidden_states ``[B, V, d]``; valid_mask, keep_mask (bool) and log_prob ``[B, V]``; text_state ``[B, d]``;
+    kept_fraction ``[B]`` (surviving share before the action) and value ``[B]``.
+    """
+
+    hidden_states: Tensor
+    valid_mask: Tensor
+    keep_mask: Tensor
+    log_prob: Tensor
+    text_state: Tensor
+    kept_fraction: Tensor
+    value: Tensor
+
+    def select(self, rows: Tensor) -> Step:
+        return Step(**{f.name: getattr(self, f.name)[rows] for f in fields(self)})
+
+
+@dataclass
+class Rollout:
+    """A batch of episodes: ``steps[t]`` for each stage, quality Q_p ``[B]`` and retained L_t / L ``[B, T]``."""
+
+    steps: list[Step]
+    quality: Tensor
+    retained: Tensor
+    answers: list[str]
+
+
+class SamplingPolicy(Policy):
+    """Samples the actor's masks instead of taking its top-k, and records the episode."""
+
+    def __init__(self, policy: TopRLPolicy, generator: torch.Generator, tau: float) -> None:
+        self.policy, self.generator, self.tau = policy, generator, tau
+        self.steps: list[Step] = []
+
+    def check(self, model: Any, schedule: Schedule) -> None:
+        self.policy.check(model, schedule)
+
+    @torch.no_grad()
+    def decide(self, context: StageContext) -> Decision:
+        hidden_states, text_state = context.hidden_states.float(), context.text_state.float()
+        original = torch.tensor(context.num_visual, device=hidden_states.device)
+        kept_fraction = context.valid_mask.sum(1) / original.clamp(min=1)
+        logits = self.policy.logits(hidden_states, context.stage, context.valid_mask)
+        sample = sample_keep_mask(
+            logits, generator=self.generator, tau=self.tau, previous_mask=context.valid_mask
+        )
+        keep_mask = sample.keep_mask.bool()
+        value = self.policy.value(hidden_states, context.stage, context.valid_mask, text_state, kept_fraction)
+        self.steps.append(
+            Step(
+                hidden_states, context.valid_mask, keep_mask, sample.log_prob, text_state, kept_fraction, value
+            )
+        )
+        return Decision(logits[..., 0] - logits[..., 1], keep_mask)
+
+
+class ArgmaxPolicy(Policy):
+    """Keeps what the actor finds more likely kept than dropped: as many tokens as it wants, without sampling."""
+
+    def __init__(self, policy: TopRLPolicy) -> None:
+        self.policy = policy
+
+    def check(self, model: Any, schedule: Schedule) -> None:
+        self.policy.check(model, schedule)
+
+    @torch.no_grad()
+    def decide(self, context: StageContext) -> Decision:
+        scores = self.policy.score(context)
+        return Decision(scores, scores > 0)
+
+
+def rollout(
+    model: Any,
+    processor: Any,
+    policy: TopRLPolicy,
+    schedule: Schedule,
+    task: Task,
+    samples: Sequence[Sample],
+    *,
+    generator: torch.Generator,
+    tau: float,
+    mode: str,
+) -> Rollout:
+    """Let the model answer ``samples`` under sampled masks (Eq. 3 is the model's own forward pass).
+
+    Args:
+        mode: "compact" really drops tokens, "mask" uses Eqs. 6-7. Surviving tokens see the same numbers.
+    """
+    sampling = SamplingPolicy(policy, generator, tau)
+    inputs = encode(processor, task, samples, model.device)
+    with attach(model, sampling, schedule=schedule, mode=mode) as pruner:  # type: ignore[arg-type]
+        answers, quality = answer(model, processor, task, samples, inputs)
+        counts = torch.tensor([stage.counts for stage in pruner.trace], dtype=torch.float32).T
+        retained = counts / torch.tensor(pruner.trace[0].num_visual)[:, None]
+    return Rollout(sampling.steps, quality, retained, answers)
+
+
+def evaluate_actions(policy: TopRLPolicy, step: Step, stage: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Log-probability and entropy ``[B, V]`` of the recorded actions under the present actor, and value ``[B]``."""
+    logits = policy.logits(step.hidden_states, stage, step.valid_mask)
+    log_prob, entropy = keep_mask_log_prob(logits, step.keep_mask, previous_mask=step.valid_mask)
+    value = policy.value(step.hidden_states, stage, step.valid_mask, step.text_state, step.kept_fraction)
+    return log_prob, entropy, value
