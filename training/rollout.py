@@ -60,15 +60,11 @@ class SamplingPolicy(Policy):
         original = torch.tensor(context.num_visual, device=hidden_states.device)
         kept_fraction = context.valid_mask.sum(1) / original.clamp(min=1)
         logits = self.policy.logits(hidden_states, context.stage, context.valid_mask)
-        sample = sample_keep_mask(
-            logits, generator=self.generator, tau=self.tau, previous_mask=context.valid_mask
-        )
+        sample = sample_keep_mask(logits, generator=self.generator, tau=self.tau, previous_mask=context.valid_mask)
         keep_mask = sample.keep_mask.bool()
         value = self.policy.value(hidden_states, context.stage, context.valid_mask, text_state, kept_fraction)
         self.steps.append(
-            Step(
-                hidden_states, context.valid_mask, keep_mask, sample.log_prob, text_state, kept_fraction, value
-            )
+            Step(hidden_states, context.valid_mask, keep_mask, sample.log_prob, text_state, kept_fraction, value)
         )
         return Decision(logits[..., 0] - logits[..., 1], keep_mask)
 

@@ -105,7 +105,9 @@ def load_model(name_or_path: str, device: str, dtype: torch.dtype = torch.float3
     return model.to(device).eval(), AutoProcessor.from_pretrained(name_or_path, padding_side="left")
 
 
-def encode(processor: Any, task: Task, samples: Sequence[Sample], device: str | torch.device) -> dict[str, torch.Tensor]:
+def encode(
+    processor: Any, task: Task, samples: Sequence[Sample], device: str | torch.device
+) -> dict[str, torch.Tensor]:
     """The left-padded model inputs of a batch of samples."""
     inputs = processor(
         images=[s.image for s in samples],

@@ -1,0 +1,264 @@
+"""masked_attention: the definition against hand cases, eager against the definition, identities, bad input."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from toprl_kernels import masked_attention
+from toprl_kernels.testing import AttentionInputs, assert_within_budget, make_attention_inputs
+
+CPU_BACKENDS = ["reference", "eager"]
+
+
+def run(inputs: AttentionInputs, backend: str | None, is_causal: bool, dtype: torch.dtype) -> list[Tensor]:
+    """Output and gradients (query, key, value and, for a float mask, keep_mask)."""
+    leaves = [tensor.to(dtype).clone().requires_grad_() for tensor in inputs[:3]]
+    mask = inputs.keep_mask
+    if mask.is_floating_point():
+        mask = mask.to(torch.promote_types(dtype, torch.float32)).clone().requires_grad_()
+        leaves.append(mask)
+    output = masked_attention(
+        *leaves[:3], mask, key_padding_mask=inputs.key_padding_mask, is_causal=is_causal, backend=backend
+    )
+    return [output.detach(), *torch.autograd.grad(output, leaves, inputs.grad_output.to(dtype))]
+
+
+def literal(query: Tensor, key: Tensor, value: Tensor, keep_mask: Tensor, is_causal: bool) -> Tensor:
+    """Eqs. 6-7 with loops over numbers, no shift, no broadcasting. One head: [N, D], mask [N]."""
+    num_queries, num_keys = len(query), len(key)
+    rows = []
+    for i in range(num_queries):
+        token = i + num_keys - num_queries
+        weights = []
+        for j in range(num_keys):
+            gate = 1.0 if j == token else float(keep_mask[j])
+            if is_causal and j > token:
+                gate = 0.0
+            weights.append(math.exp(float(query[i] @ key[j]) / math.sqrt(query.shape[1])) * gate)
+        rows.append(sum(weight * value[j] for j, weight in enumerate(weights)) / sum(weights))
+    return torch.stack(rows)
+
+
+@pytest.mark.parametrize("backend", CPU_BACKENDS)
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize(("num_queries", "num_keys"), [(5, 5), (1, 5), (3, 7), (1, 1)])
+def test_equals_the_printed_formula(backend: str, is_causal: bool, num_queries: int, num_keys: int) -> None:
+    x = make_attention_inputs(2, 2, 2, num_queries, num_keys, 4)
+    got = masked_attention(
+        x.query.double(), x.key.double(), x.value.double(), x.keep_mask.double(), is_causal=is_causal, backend=backend
+    )
+    for b in range(2):
+        for h in range(2):
+            expected = literal(
+                x.query[b, h].double(), x.key[b, h].double(), x.value[b, h].double(), x.keep_mask[b], is_causal
+            )
+            torch.testing.assert_close(got[b, h], expected, rtol=1e-6, atol=1e-6)
+
+
+def test_hand_case() -> None:
+    # two tokens, all scores 0, m = (1, 0.5): row 0 weighs (1, .5)/1.5, row 1 weighs (1, 1)/2
+    zero = torch.zeros(1, 1, 2, 1)
+    value = torch.tensor([3.0, 6.0]).view(1, 1, 2, 1)
+    for backend in CPU_BACKENDS:
+        got = masked_attention(zero, zero, value, torch.tensor([[1.0, 0.5]]), backend=backend)
+        torch.testing.assert_close(got.flatten(), torch.tensor([4.0, 4.5]))
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("mask_values", [[0.0, 0, 0, 0], [1.0, 1, 1, 1], [0.0, 1, 0.3, 0]])
+def test_definition_gradcheck(is_causal: bool, mask_values: list[float]) -> None:
+    """The definition is analytic in m, so central differences are right at m = 0 and m = 1 too."""
+    x = make_attention_inputs(1, 2, 1, 3, 4, 3)
+    leaves = [tensor.double().requires_grad_() for tensor in x[:3]]
+    mask = torch.tensor([mask_values], dtype=torch.float64, requires_grad=True)
+    padding = torch.tensor([[True, True, True, False]])
+
+    def op(query: Tensor, key: Tensor, value: Tensor, keep_mask: Tensor) -> Tensor:
+        return masked_attention(
+            query, key, value, keep_mask, key_padding_mask=padding, is_causal=is_causal, backend="reference"
+        )
+
+    assert torch.autograd.gradcheck(op, (*leaves, mask))
+
+
+@pytest.mark.parametrize("mask", ["hard", "soft", "mixed"])
+@pytest.mark.parametrize("padding", [False, True])
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize(("heads", "kv_heads", "num_queries", "num_keys"), [(2, 2, 15, 15), (4, 1, 7, 33), (4, 2, 1, 9)])
+def test_eager_equals_definition_in_float64(
+    mask: str, padding: bool, is_causal: bool, heads: int, kv_heads: int, num_queries: int, num_keys: int
+) -> None:
+    x = make_attention_inputs(2, heads, kv_heads, num_queries, num_keys, 8, mask=mask, padding=padding)
+    expected = run(x, "reference", is_causal, torch.float64)
+    for got, want in zip(run(x, "eager", is_causal, torch.float64), expected, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("mask", ["hard", "mixed"])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-6), (torch.float16, 2e-3), (torch.bfloat16, 2e-2)])
+def test_eager_precision(mask: str, dtype: torch.dtype, tolerance: float) -> None:
+    x = make_attention_inputs(2, 4, 2, 31, 31, 16, mask=mask, padding=True, dtype=dtype)
+    expected = run(x, "reference", True, torch.float64)
+    for got, want in zip(run(x, "eager", True, dtype), expected, strict=True):
+        error = float((got.double() - want).norm() / want.norm())
+        assert error <= tolerance, error
+
+
+@pytest.mark.parametrize("mask_kind", ["hard", "soft"])
+@pytest.mark.parametrize("magnitude", [1e2, 1e3])
+def test_extreme_logits_stay_finite(mask_kind: str, magnitude: float) -> None:
+    x = make_attention_inputs(1, 2, 2, 24, 24, 16, mask=mask_kind)
+    x = x._replace(query=x.query * magnitude)
+    if mask_kind == "soft":
+        x = x._replace(keep_mask=torch.where(x.keep_mask < 0.5, 0.0, x.keep_mask))
+    results = run(x, "eager", True, torch.float32)
+    assert all(bool(tensor.isfinite().all()) for tensor in results)
+    expected = masked_attention(
+        *(tensor.double() for tensor in x[:3]), x.keep_mask, is_causal=True, backend="reference"
+    )
+    # a logit of size s carries a rounding error of eps * s into the exponent
+    torch.testing.assert_close(results[0].double(), expected, rtol=0, atol=1e-5 * magnitude)
+
+
+class TestIdentities:
+    @pytest.mark.parametrize("backend", CPU_BACKENDS)
+    @pytest.mark.parametrize("is_causal", [False, True])
+    def test_everything_kept_is_ordinary_attention(self, backend: str, is_causal: bool) -> None:
+        x = make_attention_inputs(2, 4, 2, 17, 17, 8)
+        expected = F.scaled_dot_product_attention(x.query, x.key, x.value, is_causal=is_causal, enable_gqa=True)
+        for mask in (torch.ones(2, 17), torch.ones(2, 17, dtype=torch.bool)):
+            got = masked_attention(x.query, x.key, x.value, mask, is_causal=is_causal, backend=backend)
+            torch.testing.assert_close(got, expected)
+
+    @pytest.mark.parametrize("backend", CPU_BACKENDS)
+    def test_nothing_kept_returns_the_values(self, backend: str) -> None:
+        x = make_attention_inputs(2, 4, 2, 5, 9, 8)
+        expected = x.value[:, :, -5:].repeat_interleave(2, dim=1)
+        for mask in (torch.zeros(2, 9), torch.zeros(2, 9, dtype=torch.bool)):
+            got = masked_attention(x.query, x.key, x.value, mask, backend=backend)
+            torch.testing.assert_close(got, expected)
+
+    @pytest.mark.parametrize("is_causal", [False, True])
+    def test_kept_rows_equal_attention_over_the_compacted_sequence(self, is_causal: bool) -> None:
+        x = make_attention_inputs(1, 2, 2, 21, 21, 8, mask="hard")
+        kept = x.keep_mask[0].nonzero().flatten()
+        got = masked_attention(x.query, x.key, x.value, x.keep_mask, is_causal=is_causal)[:, :, kept]
+        short = [tensor[:, :, kept] for tensor in (x.query, x.key, x.value)]
+        torch.testing.assert_close(got, F.scaled_dot_product_attention(*short, is_causal=is_causal))
+
+    def test_permuting_the_tokens_permutes_the_rows(self) -> None:
+        x = make_attention_inputs(1, 2, 2, 13, 13, 8)
+        order = torch.randperm(13)
+        plain = masked_attention(x.query, x.key, x.value, x.keep_mask)
+        permuted = [tensor[:, :, order] for tensor in (x.query, x.key, x.value)]
+        torch.testing.assert_close(masked_attention(*permuted, x.keep_mask[:, order]), plain[:, :, order])
+
+    def test_grouped_queries_equal_expanded_heads(self) -> None:
+        x = make_attention_inputs(2, 6, 2, 11, 11, 8)
+        expanded = [tensor.repeat_interleave(3, dim=1) for tensor in (x.key, x.value)]
+        torch.testing.assert_close(
+            masked_attention(x.query, x.key, x.value, x.keep_mask), masked_attention(x.query, *expanded, x.keep_mask)
+        )
+
+    @pytest.mark.parametrize("mask", ["hard", "mixed"])
+    def test_decoding_step_equals_last_row_of_prefill(self, mask: str) -> None:
+        x = make_attention_inputs(2, 4, 2, 12, 12, 8, mask=mask)
+        prefill = masked_attention(x.query, x.key, x.value, x.keep_mask, is_causal=True)
+        step = masked_attention(x.query[:, :, -1:], x.key, x.value, x.keep_mask, is_causal=True)
+        torch.testing.assert_close(step, prefill[:, :, -1:])
+
+    @pytest.mark.parametrize("backend", CPU_BACKENDS)
+    @pytest.mark.parametrize("mask", ["hard", "mixed"])
+    def test_padding_is_invisible_and_its_rows_are_zero(self, backend: str, mask: str) -> None:
+        x = make_attention_inputs(1, 2, 2, 10, 10, 8, mask=mask)
+        valid = torch.arange(10)[None] >= 3
+        padded = masked_attention(x.query, x.key, x.value, x.keep_mask, key_padding_mask=valid, backend=backend)
+        short = [tensor[:, :, 3:] for tensor in (x.query, x.key, x.value)]
+        torch.testing.assert_close(padded[:, :, 3:], masked_attention(*short, x.keep_mask[:, 3:], backend=backend))
+        assert bool((padded[:, :, :3] == 0).all())
+
+    @pytest.mark.parametrize("backend", CPU_BACKENDS)
+    def test_own_mask_value_has_no_gradient(self, backend: str) -> None:
+        """With one token G is the constant 1: the gradient is exactly 0, not nearly."""
+        x = make_attention_inputs(1, 1, 1, 1, 1, 4)
+        assert run(x, backend, False, torch.float32)[4].item() == 0.0
+
+
+def test_only_requested_gradients() -> None:
+    x = make_attention_inputs(1, 2, 2, 6, 6, 4)
+    mask = x.keep_mask.clone().requires_grad_()
+    masked_attention(x.query, x.key, x.value, mask).sum().backward()
+    assert mask.grad is not None
+    assert x.query.grad is None
+
+
+@pytest.mark.parametrize("backend", CPU_BACKENDS)
+@pytest.mark.parametrize("shape", [(0, 2, 2, 4, 4), (2, 2, 2, 0, 4), (2, 2, 1, 0, 0)])
+def test_empty(backend: str, shape: tuple[int, int, int, int, int]) -> None:
+    x = make_attention_inputs(*shape, 8)
+    query = x.query.requires_grad_()
+    output = masked_attention(query, x.key, x.value, x.keep_mask, backend=backend)
+    assert output.shape == x.query.shape
+    output.sum().backward()
+
+
+@pytest.mark.parametrize("mask", ["hard", "mixed"])
+def test_non_contiguous_inputs(mask: str) -> None:
+    x = make_attention_inputs(2, 4, 2, 9, 9, 8, mask=mask)
+    views = [t.transpose(1, 2).contiguous().transpose(1, 2) for t in (x.query, x.key)]
+    value = x.value.transpose(2, 3).contiguous().transpose(2, 3)
+    keep_mask = x.keep_mask.repeat_interleave(2, dim=1)[:, ::2]
+    torch.testing.assert_close(
+        masked_attention(*views, value, keep_mask), masked_attention(x.query, x.key, x.value, x.keep_mask)
+    )
+
+
+def test_scale_argument() -> None:
+    x = make_attention_inputs(1, 2, 2, 6, 6, 16)
+    torch.testing.assert_close(
+        masked_attention(x.query, x.key, x.value, x.keep_mask, scale=1.0),
+        masked_attention(x.query * 4, x.key, x.value, x.keep_mask),
+    )
+
+
+class TestErrors:
+    """Each message names the argument, the value seen and the way out."""
+
+    def call(self, **changes: object) -> Tensor:
+        x = make_attention_inputs(2, 4, 2, 5, 7, 8)
+        arguments: dict = dict(query=x.query, key=x.key, value=x.value, keep_mask=x.keep_mask) | changes
+        return masked_attention(**arguments)
+
+    @pytest.mark.parametrize(
+        ("changes", "error", "message"),
+        [
+            ({"query": torch.zeros(4, 5, 8)}, ValueError, r"query must be \[B, H, Nq, D\].*\(4, 5, 8\)"),
+            ({"query": torch.zeros(2, 4, 9, 8)}, ValueError, r"Nq=9.*N=7.*Nq <= N"),
+            ({"query": torch.zeros(2, 3, 5, 8)}, ValueError, r"H=3.*Hkv=2.*multiple"),
+            ({"key": torch.zeros(2, 2, 7, 6)}, ValueError, r"key must be.*\(2, 2, 7, 6\)"),
+            ({"value": torch.zeros(2, 2, 6, 8)}, ValueError, r"value must be.*\(2, 2, 6, 8\)"),
+            ({"keep_mask": torch.zeros(2, 5)}, ValueError, r"keep_mask must be \[B, N\] = \(2, 7\).*\(2, 5\)"),
+            ({"keep_mask": torch.zeros(2, 7, dtype=torch.int64)}, TypeError, r"keep_mask has dtype int64.*bool\(\)"),
+            ({"keep_mask": [[1.0]]}, TypeError, r"keep_mask must be a torch.Tensor, got list"),
+            ({"key": torch.zeros(2, 2, 7, 8, dtype=torch.float16)}, TypeError, r"key has dtype float16"),
+            ({"query": torch.zeros(2, 4, 5, 8, dtype=torch.int64)}, TypeError, r"query has dtype int64"),
+            ({"key_padding_mask": torch.ones(2, 7)}, TypeError, r"key_padding_mask has dtype float32.*True = real"),
+            ({"key_padding_mask": torch.ones(2, 5, dtype=torch.bool)}, ValueError, r"key_padding_mask must be"),
+            ({"keep_mask": torch.zeros(2, 7, device="meta")}, ValueError, r"keep_mask is on meta.*cpu"),
+            ({"backend": "cuda"}, ValueError, r"backend='cuda'.*auto, eager, triton, reference"),
+        ],
+    )
+    def test_message(self, changes: dict, error: type[Exception], message: str) -> None:
+        with pytest.raises(error, match=message):
+            self.call(**changes)
+
+
+def test_budget_helper_rejects_nan() -> None:
+    good = torch.ones(3)
+    with pytest.raises(AssertionError, match="exceeds the budget"):
+        assert_within_budget(torch.tensor([1.0, float("nan"), 1.0]), good, good.double(), name="x")

@@ -1,0 +1,177 @@
+"""The masked attention kernels against the float64 definition, within the error budget, on poisoned memory."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.kernels.test_masked_attention import run
+from toprl_kernels import masked_attention
+from toprl_kernels.masked_attention import triton as launch
+from toprl_kernels.testing import AttentionInputs, assert_within_budget, make_attention_inputs
+
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
+NAMES = ["output", "grad_query", "grad_key", "grad_value", "grad_keep_mask"]
+
+
+def to_device(x: AttentionInputs, device: str) -> AttentionInputs:
+    return AttentionInputs(*(None if tensor is None else tensor.to(device) for tensor in x))  # type: ignore[arg-type]
+
+
+def check(x: AttentionInputs, is_causal: bool, dtype: torch.dtype) -> list[Tensor]:
+    got = run(x, "triton", is_causal, dtype)
+    oracle = run(x, "reference", is_causal, torch.float64)
+    eager = run(x, "reference", is_causal, dtype)  # plain PyTorch at the same precision
+    atol = 20 * torch.finfo(dtype).eps if x.key.shape[2] == 1 else 0.0  # true gradients of 0
+    for name, *tensors in zip(NAMES, got, eager, oracle, strict=False):
+        assert_within_budget(*tensors, name=name, atol=atol, dtype=dtype)
+    return got
+
+
+@pytest.fixture
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Many blocks and unequal sides even at short lengths."""
+    table = {
+        "fwd": launch.LaunchConfig(16, 32, 4, 1),
+        "dkdv": launch.LaunchConfig(16, 32, 4, 1),
+        "dq": launch.LaunchConfig(32, 16, 4, 1),
+        "prepare": launch.LaunchConfig(16, 0, 4, 1),
+    }
+    monkeypatch.setattr(launch, "select_config", lambda kernel, head_dim, dtype: table[kernel])
+
+
+@pytest.mark.parametrize("mask", ["hard", "mixed"])
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "num_queries", "num_keys", "head_dim", "padding"),
+    [
+        (1, 1, 1, 1, 64, False),
+        (2, 2, 15, 15, 80, True),
+        (4, 1, 63, 63, 64, False),
+        (2, 1, 129, 129, 64, True),
+        (4, 4, 17, 129, 80, False),
+        (4, 1, 1, 63, 64, True),
+    ],
+)
+@pytest.mark.usefixtures("small_blocks")
+def test_float32(
+    mask: str,
+    is_causal: bool,
+    heads: int,
+    kv_heads: int,
+    num_queries: int,
+    num_keys: int,
+    head_dim: int,
+    padding: bool,
+    device: str,
+) -> None:
+    seed = num_keys * 7 + num_queries
+    x = make_attention_inputs(
+        1, heads, kv_heads, num_queries, num_keys, head_dim, mask=mask, padding=padding, seed=seed
+    )
+    check(to_device(x, device), is_causal, torch.float32)
+
+
+@pytest.mark.parametrize("mask", ["hard", "mixed"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_shipped_block_sizes(mask: str, dtype: torch.dtype, device: str) -> None:
+    x = make_attention_inputs(2, 2, 1, 140, 140, 64, mask=mask, padding=True, dtype=dtype, seed=3)
+    check(to_device(x, device), True, dtype)
+
+
+@pytest.mark.parametrize("head_dim", [3, 16, 128, 200])
+def test_head_dims(head_dim: int, device: str) -> None:
+    check(to_device(make_attention_inputs(1, 2, 1, 20, 33, head_dim), device), True, torch.float32)
+
+
+@pytest.mark.parametrize("mask_value", [0.0, 1.0, 1e-30])
+@pytest.mark.usefixtures("small_blocks")
+def test_constant_masks(mask_value: float, device: str) -> None:
+    x = make_attention_inputs(2, 2, 2, 40, 40, 16)
+    x = to_device(x._replace(keep_mask=torch.full((2, 40), mask_value)), device)
+    check(x, False, torch.float32)
+    hard = x._replace(keep_mask=x.keep_mask > 0.5)
+    check(hard, True, torch.float32)
+
+
+@pytest.mark.usefixtures("small_blocks")
+def test_extreme_logits(device: str) -> None:
+    x = make_attention_inputs(1, 2, 2, 40, 40, 16)
+    x = to_device(x._replace(query=x.query * 300), device)
+    assert all(bool(tensor.isfinite().all()) for tensor in run(x, "triton", True, torch.float32))
+    got = masked_attention(x.query, x.key, x.value, x.keep_mask, backend="triton")
+    want = masked_attention(*(t.double() for t in x[:3]), x.keep_mask, backend="reference")
+    eager = masked_attention(x.query, x.key, x.value, x.keep_mask, backend="eager")
+    assert_within_budget(got, eager, want, name="output")
+
+
+@pytest.mark.usefixtures("small_blocks")
+def test_strides_and_expanded_gradients(device: str) -> None:
+    x = to_device(make_attention_inputs(2, 4, 2, 21, 37, 16, padding=True), device)
+    views = [
+        x.query.transpose(1, 2).contiguous().transpose(1, 2),  # [B, N, H, D] storage, as models have it
+        x.key.transpose(2, 3).contiguous().transpose(2, 3),  # head dimension not dense
+        x.value[..., None].expand(-1, -1, -1, -1, 2)[..., 0],
+    ]
+    leaves = [view.detach().requires_grad_() for view in views]
+    mask = x.keep_mask.repeat_interleave(2, dim=1)[:, ::2].detach().requires_grad_()
+    valid = None if x.key_padding_mask is None else x.key_padding_mask.repeat_interleave(2, dim=1)[:, ::2]
+    output = masked_attention(*leaves, mask, key_padding_mask=valid, is_causal=True, backend="triton")
+    got = torch.autograd.grad(output.sum(), [*leaves, mask])  # the gradient has stride 0
+    want = run(x._replace(grad_output=torch.ones_like(x.grad_output)), "reference", True, torch.float64)
+    for left, right in zip((output, *got), want, strict=True):
+        torch.testing.assert_close(left.double(), right, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.usefixtures("small_blocks")
+def test_only_requested_gradients(device: str) -> None:
+    x = to_device(make_attention_inputs(1, 2, 2, 20, 20, 16), device)
+    full = run(x, "triton", False, torch.float32)
+    for position in range(4):
+        tensors = [x.query, x.key, x.value, x.keep_mask]
+        tensors[position] = tensors[position].clone().requires_grad_()
+        output = masked_attention(*tensors, backend="triton")
+        (gradient,) = torch.autograd.grad(output, tensors[position], x.grad_output)
+        assert torch.equal(gradient, full[position + 1])
+
+
+@pytest.mark.usefixtures("small_blocks")
+def test_bitwise_repeatable(device: str) -> None:
+    x = to_device(make_attention_inputs(2, 4, 2, 33, 33, 16), device)
+    first = run(x, "triton", True, torch.float32)
+    for _ in range(3):
+        assert all(torch.equal(a, b) for a, b in zip(first, run(x, "triton", True, torch.float32), strict=True))
+
+
+@pytest.mark.parametrize("shape", [(0, 2, 2, 4, 4), (2, 2, 2, 0, 4)])
+def test_empty(shape: tuple[int, int, int, int, int], device: str) -> None:
+    x = to_device(make_attention_inputs(*shape, 16), device)
+    query = x.query.requires_grad_()
+    output = masked_attention(query, x.key, x.value, x.keep_mask, backend="triton")
+    assert output.shape == query.shape
+    output.sum().backward()
+
+
+@pytest.mark.usefixtures("small_blocks")
+def test_fuzz(device: str) -> None:
+    """Random sizes; the seed in the failing assertion reproduces the case."""
+    for seed in range(12):
+        generator = torch.Generator().manual_seed(seed)
+
+        def draw(low: int, high: int, generator: torch.Generator = generator) -> int:
+            return int(torch.randint(low, high + 1, (), generator=generator))
+
+        num_keys, kv_heads = draw(1, 70), draw(1, 2)
+        x = make_attention_inputs(
+            draw(1, 2), kv_heads * draw(1, 3), kv_heads, draw(1, num_keys), num_keys, draw(1, 40),
+            mask=["hard", "soft", "mixed"][draw(0, 2)], padding=bool(draw(0, 1)), seed=seed,
+        )  # fmt: skip
+        try:
+            got = run(to_device(x, device), "triton", bool(seed % 2), torch.float32)
+            want = run(to_device(x, device), "reference", bool(seed % 2), torch.float64)
+            for left, right in zip(got, want, strict=True):
+                scale = max(float(right.abs().max()), 1.0)
+                torch.testing.assert_close(left.double(), right, rtol=0, atol=1e-5 * scale)
+        except AssertionError as error:
+            raise AssertionError(f"seed {seed}: {error}") from error

@@ -1,0 +1,351 @@
+"""The pruner against the unattached model and against Eqs. 6-7."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+from tests.models.conftest import BATCHES, NUM_LAYERS, TOKENS_PER_IMAGE, HashPolicy, build_inputs, build_model
+from toprl_models import FastV, Policy, PyramidDrop, RandomPolicy, Schedule, TopRLPolicy, attach
+
+SCHEDULE = Schedule(((1, 0.5), (3, 0.25), (4, 2)))
+KEEP_ALL = Schedule(((1, 1.0), (4, 1.0)))
+NEW_TOKENS = 8
+
+
+def hooks_of_pruners(model):
+    """Hooks of this project; transformers leaves its own output recorders on the layers."""
+    hooks = [h for m in model.modules() for h in (*m._forward_hooks.values(), *m._forward_pre_hooks.values())]
+    return sum(getattr(h, "__module__", "").startswith("toprl_models") for h in hooks)
+
+
+def generate(model, inputs):
+    return model.generate(**inputs, max_new_tokens=NEW_TOKENS, do_sample=False, return_dict_in_generate=True)
+
+
+def rows_of_survivors(pruner, inputs):
+    """bool [B, N]: text and the visual tokens that the last stage kept."""
+    from tests.models.conftest import IMAGE_ID
+
+    alive = inputs["attention_mask"].bool()
+    visual = inputs["input_ids"] == IMAGE_ID
+    ordinal = visual.cumsum(1) - 1
+    last = pruner.trace[-1].indices
+    for row in range(len(alive)):
+        kept = last[row][last[row] >= 0]
+        alive[row] &= ~visual[row] | torch.isin(ordinal[row], kept)
+    return alive
+
+
+@pytest.mark.parametrize("mode", ["compact", "mask"])
+def test_keep_all_is_the_unattached_model(model, inputs, hash_policy, mode):
+    logits = model(**inputs).logits
+    tokens = generate(model, inputs).sequences
+    with attach(model, hash_policy, schedule=KEEP_ALL, mode=mode):
+        pruned = model(**inputs).logits
+        same = generate(model, inputs).sequences
+    valid = inputs["attention_mask"].bool()
+    if mode == "compact":
+        assert torch.equal(pruned[valid], logits[valid])
+    else:  # another kernel, so equal to rounding
+        torch.testing.assert_close(pruned[valid], logits[valid], atol=2e-4, rtol=1e-4)
+    assert torch.equal(same, tokens)
+    assert hash_policy.calls == 4
+
+
+def test_compact_equals_mask(model, inputs):
+    plain = model.model(**inputs).last_hidden_state
+    outcome = {}
+    for mode in ("compact", "mask"):
+        with attach(model, HashPolicy(), schedule=SCHEDULE, mode=mode) as pruner:
+            states = model.model(**inputs).last_hidden_state
+            alive = rows_of_survivors(pruner, inputs)
+            outcome[mode] = (states, generate(model, inputs).sequences, alive)
+    compact, mask = outcome["compact"], outcome["mask"]
+    assert torch.equal(compact[2], mask[2])
+    alive = compact[2]
+    torch.testing.assert_close(compact[0][alive], mask[0][alive], atol=1e-4, rtol=1e-4)
+    assert torch.equal(compact[1], mask[1])
+    # the test could not fail if pruning changed nothing
+    assert (compact[0] - plain)[alive].abs().max() > 0.5
+
+
+def test_right_padded_forward_agrees(model):
+    inputs = build_inputs((1, 2, 0), padding_side="right")
+    states = {}
+    for mode in ("compact", "mask"):
+        with attach(model, HashPolicy(), schedule=SCHEDULE, mode=mode) as pruner:
+            states[mode] = model.model(**inputs).last_hidden_state
+            alive = rows_of_survivors(pruner, inputs)
+    torch.testing.assert_close(states["compact"][alive], states["mask"][alive], atol=1e-4, rtol=1e-4)
+
+
+def test_batch_equals_single(model):
+    """Rows of a padded batch get the tokens and the answer that they get alone."""
+    batch = build_inputs((1, 2, 0))
+    with attach(model, HashPolicy(), schedule=SCHEDULE) as pruner:
+        together = generate(model, batch).sequences[:, batch["input_ids"].shape[1] :]
+        kept = pruner.trace[-1].indices
+        first = 0
+        for row, count in enumerate(BATCHES["padded"]):
+            real = batch["attention_mask"][row].bool()
+            single = {"input_ids": batch["input_ids"][row : row + 1, real], "attention_mask": real[real][None].long()}
+            if count:
+                single["pixel_values"] = batch["pixel_values"][first : first + count]
+            first += count
+            alone = generate(model, single).sequences[0, int(real.sum()) :]
+            assert torch.equal(alone, together[row])
+            if count:
+                assert torch.equal(pruner.trace[-1].indices[0], kept[row][kept[row] >= 0])
+
+
+def test_cache_lengths_are_the_schedules(model):
+    inputs = build_inputs((2,))
+    text = inputs["input_ids"].shape[1] - 2 * TOKENS_PER_IMAGE
+    with attach(model, HashPolicy(), schedule=SCHEDULE) as pruner:
+        cache = model(**inputs, use_cache=True).past_key_values
+        assert [stage.counts for stage in pruner.trace] == [(16,), (8,), (2,)]
+    lengths = [cache.get_seq_length(layer) for layer in range(NUM_LAYERS)]
+    assert lengths == [text + n for n in (32, 16, 16, 8, 2, 2)]
+    assert [layer.keys.shape[2] for layer in cache.layers] == lengths
+
+
+def test_cache_of_a_ragged_batch_is_as_long_as_its_longest_row(model):
+    inputs = build_inputs((2, 1, 0))
+    with attach(model, HashPolicy(), schedule=Schedule(((2, 0.5),))):
+        cache = model(**inputs, use_cache=True).past_key_values
+    text = inputs["attention_mask"].sum(1) - torch.tensor([32, 16, 0])
+    longest = int((text + torch.tensor([16, 8, 0])).max())
+    assert [cache.get_seq_length(layer) for layer in (1, 2)] == [inputs["input_ids"].shape[1], longest]
+
+
+def test_a_second_turn_on_the_pruned_cache(model):
+    """Text after a pruned prompt: the same in both modes."""
+    inputs = build_inputs((1, 2, 0))
+    more = torch.randint(4, 97, (3, 5), generator=torch.Generator().manual_seed(7))
+    logits = {}
+    for mode in ("compact", "mask"):
+        with attach(model, HashPolicy(), schedule=SCHEDULE, mode=mode):
+            cache = model(**inputs, use_cache=True).past_key_values
+            mask = torch.cat([inputs["attention_mask"], torch.ones_like(more)], 1)
+            position_ids = mask.cumsum(1)[:, -5:] - 1
+            logits[mode] = model(
+                input_ids=more, attention_mask=mask, position_ids=position_ids, past_key_values=copy.deepcopy(cache)
+            ).logits
+    torch.testing.assert_close(logits["compact"], logits["mask"], atol=2e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("keep", [0, 1])
+def test_drop_all_and_keep_one(model, inputs, keep):
+    states = {}
+    for mode in ("compact", "mask"):
+        with attach(model, HashPolicy(), schedule=Schedule(((2, keep), (4, 0))), mode=mode) as pruner:
+            states[mode] = generate(model, inputs).sequences
+            assert all(max(stage.counts) <= keep for stage in pruner.trace)
+    assert torch.equal(states["compact"], states["mask"])
+
+
+def test_detach_leaves_the_model_as_before(model, inputs):
+    before = model(**inputs).logits
+    implementation = model.config.get_text_config()._attn_implementation
+    for mode in ("compact", "mask"):
+        pruner = attach(model, HashPolicy(), schedule=SCHEDULE, mode=mode)
+        model(**inputs)
+        assert pruner.attached
+        assert hooks_of_pruners(model) >= 8
+        pruner.detach()
+        pruner.detach()
+        assert not pruner.attached
+        assert torch.equal(model(**inputs).logits, before)
+    assert model.config.get_text_config()._attn_implementation == implementation
+    assert hooks_of_pruners(model) == 0
+
+
+class Breaks(Policy):
+    def __init__(self, error):
+        self.error = error
+
+    def score(self, context):
+        if context.stage == 1:
+            raise self.error
+        return context.valid_mask.float()
+
+
+@pytest.mark.parametrize("error", [ValueError("broken"), KeyboardInterrupt(), TypeError("odd")])
+@pytest.mark.parametrize("mode", ["compact", "mask"])
+def test_an_exception_inside_generation_leaves_no_hook(error, mode):
+    model, inputs = build_model(), build_inputs((1, 2, 0))
+    before = model(**inputs).logits
+    expected = RuntimeError if isinstance(error, TypeError) else type(error)
+    with pytest.raises(expected), attach(model, Breaks(error), schedule=SCHEDULE, mode=mode):
+        generate(model, inputs)
+    assert hooks_of_pruners(model) == 0
+    assert torch.equal(model(**inputs).logits, before)
+    with attach(model, HashPolicy(), schedule=SCHEDULE, mode=mode):
+        generate(model, inputs)
+
+
+def test_the_pruner_survives_an_exception_of_the_policy():
+    """Without detaching: the next prompt is pruned as if nothing had happened."""
+    model, inputs = build_model(), build_inputs((1,))
+    policy = Breaks(ValueError("broken"))
+    with attach(model, policy, schedule=SCHEDULE) as pruner:
+        with pytest.raises(ValueError, match="broken"):
+            generate(model, inputs)
+        policy.score = lambda context: context.valid_mask.float()
+        generate(model, inputs)
+        assert [stage.counts for stage in pruner.trace] == [(8,), (4,), (2,)]
+
+
+def test_disabled_is_the_unattached_model(model, inputs):
+    before = model(**inputs).logits
+    for mode in ("compact", "mask"):
+        with attach(model, HashPolicy(), schedule=SCHEDULE, mode=mode) as pruner:
+            with pruner.disabled():
+                assert torch.equal(model(**inputs).logits, before)
+            assert not torch.equal(model(**inputs).logits, before)
+
+
+def test_text_only_prompts_never_ask_the_policy(model, hash_policy):
+    inputs = build_inputs((0, 0))
+    before = generate(model, inputs).sequences
+    with attach(model, hash_policy, schedule=SCHEDULE):
+        assert torch.equal(generate(model, inputs).sequences, before)
+    assert hash_policy.calls == 0
+
+
+def test_a_generated_image_id_prunes_nothing(model, hash_policy):
+    """Only prompts that bring images are pruned, whatever ids a continuation holds."""
+    inputs = build_inputs((1,))
+    with attach(model, hash_policy, schedule=SCHEDULE):
+        cache = model(**inputs, use_cache=True).past_key_values
+        calls = hash_policy.calls
+        model(input_ids=torch.full((1, 4), 1), past_key_values=cache)
+    assert hash_policy.calls == calls
+
+
+def test_trace(model):
+    inputs = build_inputs((1, 2, 0))
+    with attach(model, HashPolicy(), schedule=SCHEDULE) as pruner:
+        model(**inputs)
+    assert [(s.stage, s.layer, s.counts) for s in pruner.trace] == [
+        (0, 1, (8, 16, 0)),
+        (1, 3, (4, 8, 0)),
+        (2, 4, (2, 2, 0)),
+    ]
+    first = pruner.trace[0]
+    assert first.num_visual == (16, 32, 0)
+    scores = HashPolicy().score(type("C", (), {"visual_index": torch.arange(16)[None], "stage": 0})())[0]
+    assert first.indices[0].tolist() == sorted(scores.topk(8).indices.tolist()) + [-1] * 8
+    for earlier, later in zip(pruner.trace, pruner.trace[1:], strict=False):
+        for row in range(3):
+            assert set(later.indices[row].tolist()) <= {*earlier.indices[row].tolist(), -1}
+
+
+def attention_of(model, inputs, layer):
+    """Post-softmax attention weights of one layer, from transformers' own eager implementation."""
+    model.set_attn_implementation({"text_config": "eager"})
+    return model(**inputs, output_attentions=True).attentions[layer]
+
+
+@pytest.mark.parametrize("images", [(1,), (1, 2)])
+def test_fastv_scores_are_the_models_own_attention(model, images):
+    inputs = build_inputs(images)
+    with attach(model, FastV(), schedule=Schedule(((2, 0.5),))) as pruner:
+        model(**inputs)
+    trace = pruner.trace[0]
+    weights = attention_of(model, inputs, 1)[:, :, -1].mean(1)
+    for row in range(len(images)):
+        visual = (inputs["input_ids"][row] == 1).nonzero().flatten()
+        found = trace.scores[row][trace.visual_index[row] >= 0]
+        torch.testing.assert_close(found, weights[row, visual], atol=1e-6, rtol=1e-4)
+
+
+def test_pyramiddrop_scores_use_the_layers_output(model):
+    """The query and key of layer k on its own output, by an independent computation."""
+    from transformers.models.llama.modeling_llama import apply_rotary_pos_emb, repeat_kv
+
+    inputs = build_inputs((1,))
+    with attach(model, PyramidDrop(), schedule=Schedule(((3, 0.5),))) as pruner:
+        model(**inputs)
+    output = model(**inputs, output_hidden_states=True).hidden_states[3]
+    layer = model.get_decoder().layers[2]
+    normed = layer.input_layernorm(output)
+    query = layer.self_attn.q_proj(normed).view(1, -1, 4, 16).transpose(1, 2)
+    key = layer.self_attn.k_proj(normed).view(1, -1, 2, 16).transpose(1, 2)
+    rotary = model.get_decoder().rotary_emb(normed, torch.arange(normed.shape[1])[None])
+    query, key = apply_rotary_pos_emb(query, repeat_kv(key, 2), *rotary)[0], None or apply_rotary_pos_emb(key, key, *rotary)[1]
+    weights = (query[:, :, -1:] @ repeat_kv(key, 2).transpose(2, 3) / 4).softmax(-1).mean(1)[0, 0]
+    visual = (inputs["input_ids"][0] == 1).nonzero().flatten()
+    torch.testing.assert_close(pruner.trace[0].scores[0], weights[visual], atol=1e-6, rtol=1e-4)
+
+
+def test_mask_mode_is_differentiable_in_the_keep_mask():
+    from toprl_models import Decision
+
+    class Soft(Policy):
+        keep = None
+
+        def decide(self, context):
+            self.keep = torch.tensor([1.0, 0.0] * 8)[None].requires_grad_()
+            return Decision(self.keep.detach(), self.keep)
+
+    model, inputs, policy = build_model(), build_inputs((1,)), Soft()
+    with attach(model, policy, schedule=Schedule(((2, 0.5),)), mode="mask"):
+        model(**inputs).logits[0, -1].log_softmax(-1)[5].backward()
+    gradient = policy.keep.grad
+    assert gradient.isfinite().all()
+    assert (gradient != 0).sum() > 8
+
+
+@pytest.mark.parametrize("policy", [FastV(), PyramidDrop(), RandomPolicy(3)])
+def test_baselines_generate_in_a_padded_batch(model, policy):
+    inputs = build_inputs((1, 2, 0))
+    with attach(model, policy, schedule=SCHEDULE) as pruner:
+        assert generate(model, inputs).sequences.shape[1] == inputs["input_ids"].shape[1] + NEW_TOKENS
+    assert [s.counts for s in pruner.trace] == [(8, 16, 0), (4, 8, 0), (2, 2, 0)]
+
+
+def test_attach_refuses():
+    model = build_model()
+    schedule = Schedule(((1, 0.5),))
+    with attach(model, FastV(), schedule=schedule), pytest.raises(RuntimeError, match="attached already"):
+        attach(model, FastV(), schedule=schedule)
+    with pytest.raises(TypeError, match="LlavaForConditionalGeneration"):
+        attach(torch.nn.Linear(2, 2), FastV(), schedule=schedule)
+    with pytest.raises(ValueError, match=r"layers 0\.\.5"):
+        attach(model, FastV(), schedule=Schedule(((6, 0.5),)))
+    with pytest.raises(ValueError, match="mode='prune'"):
+        attach(model, FastV(), schedule=schedule, mode="prune")
+    with pytest.raises(TypeError, match="policy is a str"):
+        attach(model, "fastv", schedule=schedule)
+    with pytest.raises(TypeError, match="schedule is a tuple"):
+        attach(model, FastV(), schedule=((1, 0.5),))
+    with pytest.raises(ValueError, match="hidden_size=128"):
+        attach(model, TopRLPolicy(128, [1], 8), schedule=schedule)
+    with pytest.raises(ValueError, match=r"trained for \(2,\)"):
+        attach(model, TopRLPolicy(64, [2], 8), schedule=schedule)
+    with pytest.raises(ValueError, match="num_hidden_layers"):
+        attach(model, TopRLPolicy(64, [1], 8, base_model={"num_hidden_layers": 5}), schedule=schedule)
+    assert hooks_of_pruners(model) == 0
+
+
+def test_embeddings_instead_of_ids_are_refused():
+    model, inputs = build_model(), build_inputs((1,))
+    embeddings = model.get_input_embeddings()(inputs.pop("input_ids"))
+    with (
+        attach(model, FastV(), schedule=KEEP_ALL),
+        pytest.raises(ValueError, match="input_ids is None"),
+    ):
+        model(inputs_embeds=embeddings, **inputs)
+
+
+def test_scores_of_a_wrong_shape_are_refused():
+    class Wrong(Policy):
+        def score(self, context):
+            return context.hidden_states
+
+    with attach(build_model(), Wrong(), schedule=KEEP_ALL) as pruner, pytest.raises(ValueError, match="scores has shape"):
+        pruner.model(**build_inputs((1,)))
