@@ -104,7 +104,7 @@ class Trainer:
         self.position_ids = torch.cat([torch.arange(prefix), tail])[None]
 
     def _make_optimizer(self) -> torch.optim.AdamW:
-        groups: dict[tuple[bool, bool], list[nn.Parameter]] = defaultdict(list)
+        groups: dict[tuple[bool, bool], list[Tensor]] = defaultdict(list)
         for name, parameter in self.model.named_parameters():
             groups["vision_tower" in name, parameter.ndim >= 2].append(parameter)
         groups[False, True].append(self.tag_head.weight)

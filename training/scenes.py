@@ -253,9 +253,9 @@ def vocabulary() -> list[str]:
 
 
 class SceneSample(NamedTuple):
-    """One (scene, question, answer) of the data set; ``index`` names it within its split and seed."""
+    """One (scene, question, answer) of the data set; ``number`` names it within its split and seed."""
 
-    index: int
+    number: int
     scene: Scene
     kind: str
     question: str

@@ -2,8 +2,9 @@
 
 from toprl_models.baselines import FastV, PyramidDrop, RandomPolicy
 from toprl_models.policy import Decision, Policy, StageContext, TopRLPolicy
-from toprl_models.pruner import Pruner, StageTrace, attach
+from toprl_models.pruner import Pruner, attach
 from toprl_models.schedule import Schedule
+from toprl_models.stages import StageTrace
 
 __all__ = [
     "Decision",

@@ -6,7 +6,7 @@ import sys
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 
 def gather_slots(tensor: Tensor, indices: Tensor) -> Tensor:
@@ -55,7 +55,7 @@ def rebuild_mask(config: Any, hidden_states: Tensor, valid: Tensor | None, view:
 
 
 def last_query_attention(
-    layer: nn.Module, hidden_states: Tensor, position_embeddings: Any, last: Tensor, valid: Tensor | None
+    layer: Any, hidden_states: Tensor, position_embeddings: Any, last: Tensor, valid: Tensor | None
 ) -> Tensor:
     """Attention of each sample's last token in ``layer``: from one query row and the keys, no N x N matrix.
 
@@ -72,13 +72,13 @@ def last_query_attention(
     attention = layer.self_attn
     apply_rotary = sys.modules[type(attention).__module__].apply_rotary_pos_emb
     with torch.no_grad():
-        normed = layer.input_layernorm(hidden_states)  # type: ignore[operator]
+        normed = layer.input_layernorm(hidden_states)
         rows = torch.arange(len(normed), device=normed.device)
         shape = (*normed.shape[:2], -1, attention.head_dim)
-        key = attention.k_proj(normed).view(shape)  # type: ignore[operator]
-        query = attention.q_proj(normed[rows, last]).view(len(normed), 1, -1, attention.head_dim)  # type: ignore
+        key = attention.k_proj(normed).view(shape)
+        query = attention.q_proj(normed[rows, last]).view(len(normed), 1, -1, attention.head_dim)
         if hasattr(attention, "q_norm"):
-            query, key = attention.q_norm(query), attention.k_norm(key)  # type: ignore[operator]
+            query, key = attention.q_norm(query), attention.k_norm(key)
         query, key = query.transpose(1, 2), key.transpose(1, 2)
         cos, sin = (table.expand(len(normed), -1, -1) for table in position_embeddings)
         # the two sides have different lengths here: rotate each on its own

@@ -149,12 +149,13 @@ class TopRLPolicy(nn.Module, Policy, PyTorchModelHubMixin):
         )
         self.critic_norm = nn.LayerNorm(hidden_size)
         # Orthogonal, small policy head and unit value head, as PPO implementations do
-        for layer in (self.fc1, self.fc2, self.fc3, self.critic[0], self.critic[2]):
+        for layer in (m for m in self.modules() if isinstance(m, nn.Linear)):
             nn.init.orthogonal_(layer.weight, 2**0.5)
             nn.init.zeros_(layer.bias)
         nn.init.orthogonal_(self.head.weight, 0.01)
-        nn.init.orthogonal_(self.critic[4].weight, 1.0)
-        nn.init.zeros_(self.critic[4].bias)
+        value_head = self.critic[-1]
+        assert isinstance(value_head, nn.Linear)
+        nn.init.orthogonal_(value_head.weight, 1.0)
         with torch.no_grad():
             self.head.bias.copy_(torch.tensor([keep_bias, 0.0]))
 

@@ -10,18 +10,27 @@ from __future__ import annotations
 import contextlib
 import weakref
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from toprl_kernels import topk_compact
 from toprl_models import masking
-from toprl_models.attention import LayerView, gather_slots, last_query_attention, prefill_mask, rebuild_mask
+from toprl_models.attention import LayerView, gather_slots, prefill_mask, rebuild_mask
 from toprl_models.families import decoder_of, family_of, visual_token_ids
-from toprl_models.policy import Decision, Policy, StageContext
+from toprl_models.policy import Policy
 from toprl_models.schedule import Schedule
+from toprl_models.stages import (
+    CacheState,
+    ForwardPass,
+    Segment,
+    StageTrace,
+    Visual,
+    cache_state,
+    composed_indices,
+    extend_mask,
+    run_stage,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -29,85 +38,6 @@ if TYPE_CHECKING:
 Mode = Literal["compact", "mask"]
 # Decoders that are hooked now, so that a second attach is refused.
 _ATTACHED: weakref.WeakSet[nn.Module] = weakref.WeakSet()
-
-
-@dataclass(frozen=True)
-class StageTrace:
-    """What one stage did in the last prefill.
-
-    Attributes:
-        stage, layer: which stage, before which decoder layer.
-        num_visual: original visual tokens per sample.
-        counts: tokens kept per sample.
-        indices: int64 ``[B, max(counts)]``, raster numbers of the kept tokens, ascending, -1 where a row is shorter.
-        scores: the policy's scores ``[B, V]``; ``visual_index`` ``[B, V]`` tells the raster number of each column.
-    """
-
-    stage: int
-    layer: int
-    num_visual: tuple[int, ...]
-    counts: tuple[int, ...]
-    indices: Tensor
-    scores: Tensor
-    visual_index: Tensor
-
-
-@dataclass
-class _Visual:
-    """Which slots are visual: ``slots`` [B, V] points into the sequence (0 where ``valid`` is False)."""
-
-    slots: Tensor
-    valid: Tensor
-    index: Tensor
-    counts: tuple[int, ...]
-
-    @classmethod
-    def of(cls, ordinal: Tensor, counts: tuple[int, ...]) -> _Visual:
-        """From ``ordinal`` [B, N]: the raster number of each slot, -1 where it is not visual."""
-        width = max(counts)
-        slots = (ordinal < 0).to(torch.int8).argsort(dim=1, stable=True)[:, :width]
-        valid = ordinal.gather(1, slots) >= 0
-        return cls(slots.masked_fill(~valid, 0), valid, ordinal.gather(1, slots), counts)
-
-
-@dataclass
-class _Segment:
-    """How the layers behind one stage see the sequence of this forward pass."""
-
-    indices: Tensor | None = None  # [B, m] slots of the previous segment that survive; None when all do
-    valid: Tensor | None = None  # [B, m], None when all slots are valid
-    attention_mask: Any = None
-    position_embeddings: Any = None
-    keep_mask: Tensor | None = None  # mask mode: [B, N] over the tokens of this pass
-    compacted: Tensor | None = None  # the gathered states, until the stage's layer takes them
-    ready: bool = False  # attention_mask and position_embeddings are made at the segment's first layer
-
-
-@dataclass
-class _Forward:
-    """State of one forward pass through the decoder."""
-
-    prunes: bool
-    length: int = 0  # tokens of this pass
-    ordinal: Tensor | None = None  # [B, n] of the current segment
-    visual: _Visual | None = None
-    num_visual: tuple[int, ...] = ()
-    num_text: tuple[int, ...] = ()
-    valid: Tensor | None = None  # [B, n] of the current segment
-    position_embeddings: Any = None  # of the current segment
-    layer_input: Tensor | None = None  # what went into the layer before the next stage
-    segments: dict[int, _Segment] = field(default_factory=dict)
-    trace: list[StageTrace] = field(default_factory=list)
-
-
-@dataclass
-class _CacheState:
-    """Kept with the cache object: per segment, validity (compact) or keep mask (mask) of the tokens seen so far.
-
-    A segment that is absent, and every token behind the stored ones, counts as valid.
-    """
-
-    masks: dict[int, Tensor] = field(default_factory=dict)
 
 
 class Pruner:
@@ -120,7 +50,7 @@ class Pruner:
         self._decoder = decoder_of(model)
         self._layers: nn.ModuleList = self._decoder.layers  # type: ignore[assignment]
         self._stage_at = {layer: stage for stage, layer in enumerate(schedule.layers)}
-        self._forward: _Forward | None = None
+        self._forward: ForwardPass | None = None
         self._pending: tuple[Tensor | None, Tensor | None] | None = None  # visual and valid masks of this pass
         self._enabled = True
         self._handles: list[Any] = []
@@ -208,11 +138,11 @@ class Pruner:
             return
         pending, self._pending = self._pending, None
         if pending is None:
-            self._forward = _Forward(prunes=False)
+            self._forward = ForwardPass(prunes=False)
             return
         visual, valid = pending
         if visual is None:
-            self._forward = _Forward(prunes=False, valid=None if valid is None or bool(valid.all()) else valid)
+            self._forward = ForwardPass(prunes=False, valid=None if valid is None or bool(valid.all()) else valid)
             return
         everything = torch.ones_like(visual) if valid is None else valid
         visual = visual & everything
@@ -220,15 +150,15 @@ class Pruner:
         counts = torch.stack([visual.sum(1), everything.sum(1)]).tolist()
         num_visual, num_valid = tuple(counts[0]), tuple(counts[1])
         if not any(num_visual):
-            self._forward = _Forward(prunes=False)
+            self._forward = ForwardPass(prunes=False)
             self.trace = []
             return
         ordinal = torch.where(visual, visual.cumsum(1) - 1, -1)
-        self._forward = _Forward(
+        self._forward = ForwardPass(
             prunes=True,
             length=visual.shape[1],
             ordinal=ordinal,
-            visual=_Visual.of(ordinal, num_visual),
+            visual=Visual.of(ordinal, num_visual),
             num_visual=num_visual,
             num_text=tuple(n - v for n, v in zip(num_valid, num_visual, strict=True)),
             valid=None if min(num_valid) == visual.shape[1] else valid,
@@ -267,7 +197,7 @@ class Pruner:
         self.trace = forward.trace
         if self.mode == "mask":
             return None
-        composed = self._composed(forward, len(self.schedule))
+        composed = composed_indices(forward, len(self.schedule))
         if composed is None:
             return None
         states, valid, length = output.last_hidden_state, forward.valid, forward.length
@@ -285,166 +215,30 @@ class Pruner:
 
     # -- stages --------------------------------------------------------------------------------------------------
 
-    def _at_stage(self, forward: _Forward, number: int, hidden_states: Tensor, kwargs: dict[str, Any]) -> Tensor:
+    def _at_stage(self, forward: ForwardPass, number: int, hidden_states: Tensor, kwargs: dict[str, Any]) -> Tensor:
         if number in forward.segments:  # gradient checkpointing runs the hook again: same decision, same gather
             indices = forward.segments[number].indices
             return hidden_states if indices is None else gather_slots(hidden_states, indices)
-        self._run_stage(forward, number, hidden_states, kwargs)
+        if forward.position_embeddings is None:
+            forward.position_embeddings = kwargs["position_embeddings"]
+        run_stage(forward, number, hidden_states, self.policy, self.schedule, self._layers, self.mode)
         segment = forward.segments[number]
         compacted, segment.compacted = segment.compacted, None
         return hidden_states if compacted is None else compacted
 
-    def _run_stage(self, forward: _Forward, number: int, hidden_states: Tensor, kwargs: dict[str, Any]) -> None:
-        """Ask the policy and turn its decision into the next segment."""
-        visual, ordinal = forward.visual, forward.ordinal
-        assert visual is not None and ordinal is not None
-        if forward.position_embeddings is None:
-            forward.position_embeddings = kwargs["position_embeddings"]
-        context = self._context(forward, number - 1, hidden_states)
-        decision = self.policy.decide(context)
-        self._check_decision(decision, context)
-        counts = context.num_keep
-        if decision.keep_mask is not None:
-            counts = tuple((decision.keep_mask.detach() > 0).logical_and(visual.valid).sum(1).tolist())
-        step = self._mask_stage if self.mode == "mask" else self._compact_stage
-        segment = step(forward, hidden_states, decision, counts)
-        forward.segments[number] = segment
-        forward.layer_input = None
-        after = forward.visual
-        assert after is not None
-        indices = after.index.masked_fill(~after.valid, -1)
-        if self.mode == "mask":  # the visual slots stay; compact the survivors' numbers for the trace
-            indices = _Visual.of(indices, counts).index if any(counts) else indices[:, :0]
-        forward.trace.append(
-            StageTrace(
-                stage=number - 1,
-                layer=self.schedule.layers[number - 1],
-                num_visual=forward.num_visual,
-                counts=counts,
-                indices=indices,
-                scores=decision.scores.detach(),
-                visual_index=visual.index,
-            )
-        )
-
-    def _context(self, forward: _Forward, stage: int, hidden_states: Tensor) -> StageContext:
-        visual, valid = forward.visual, forward.valid
-        assert visual is not None
-        length = hidden_states.shape[1]
-        if valid is None:
-            last = torch.full((len(hidden_states),), length - 1, device=hidden_states.device)
-        else:
-            last = length - 1 - valid.flip(1).to(torch.int8).argmax(1)
-        layer = self.schedule.layers[stage]
-
-        def last_attention() -> Tensor:
-            source = hidden_states if self.policy.attention_from == "current" else forward.layer_input
-            if source is None:
-                raise RuntimeError("last_attention() needs attention_from='current' or 'previous' on the policy class")
-            seen = valid
-            keep = forward.segments[stage].keep_mask if stage else None
-            if keep is not None:  # mask mode: dropped tokens are no keys
-                seen = (keep > 0) if seen is None else seen & (keep > 0)
-            weights = last_query_attention(self._layers[layer - 1], source, forward.position_embeddings, last, seen)
-            return weights.gather(1, visual.slots)
-
-        return StageContext(
-            stage=stage,
-            layer=layer,
-            hidden_states=gather_slots(hidden_states, visual.slots),
-            valid_mask=visual.valid,
-            visual_index=visual.index,
-            num_visual=forward.num_visual,
-            num_keep=tuple(
-                min(self.schedule.counts(n)[stage], left)
-                for n, left in zip(forward.num_visual, visual.counts, strict=True)
-            ),
-            text_state=hidden_states[torch.arange(len(hidden_states), device=last.device), last],
-            last_attention=last_attention,
-        )
-
-    def _check_decision(self, decision: Decision, context: StageContext) -> None:
-        shape = tuple(context.valid_mask.shape)
-        for name, value in (("scores", decision.scores), ("keep_mask", decision.keep_mask)):
-            if value is not None and tuple(value.shape) != shape:
-                raise ValueError(
-                    f"policy {type(self.policy).__name__}: {name} has shape {tuple(value.shape)}, not {shape}"
-                )
-
-    def _compact_stage(
-        self, forward: _Forward, hidden_states: Tensor, decision: Decision, counts: tuple[int, ...]
-    ) -> _Segment:
-        visual, ordinal = forward.visual, forward.ordinal
-        assert visual is not None and ordinal is not None
-        if counts == visual.counts:  # nothing drops: no gather, so keep-all is bitwise the unattached model
-            return _Segment(valid=forward.valid)
-        batch, length = ordinal.shape
-        if decision.keep_mask is None:
-            # a policy's own +inf must not push out text, which is +inf too
-            scores = decision.scores.float().nan_to_num(nan=float("nan"), posinf=torch.finfo(torch.float32).max)
-        else:
-            scores = torch.where(decision.keep_mask > 0, 1.0, -1.0)
-        # [B, n]: text is always kept; the column behind the end takes what visual padding writes
-        slot_scores = scores.new_full((batch, length + 1), float("inf"))
-        slots = visual.slots.masked_fill(~visual.valid, length)
-        slot_scores = slot_scores.scatter(1, slots, scores)[:, :length].contiguous()
-        totals = [text + keep for text, keep in zip(forward.num_text, counts, strict=True)]
-        ragged = len(set(totals)) > 1
-        k = torch.tensor(totals, device=hidden_states.device) if ragged else totals[0]
-        compacted, indices, *_ = topk_compact(hidden_states, slot_scores, k, valid_mask=forward.valid)
-        valid = None
-        if ragged:
-            # generation reads the last position: shorter rows are padded on the left
-            width = max(totals)
-            shift = width - torch.tensor(totals, device=indices.device)
-            source = torch.arange(width, device=indices.device) - shift[:, None]
-            valid = source >= 0
-            indices = indices.gather(1, source.clamp(min=0)).masked_fill(~valid, 0)
-            compacted = gather_slots(hidden_states, indices)
-        forward.valid = valid
-        new_ordinal = ordinal.gather(1, indices)
-        forward.ordinal = new_ordinal if valid is None else new_ordinal.masked_fill(~valid, -1)
-        forward.visual = _Visual.of(forward.ordinal, counts)
-        return _Segment(indices=indices, valid=valid, compacted=compacted)
-
-    def _mask_stage(
-        self, forward: _Forward, hidden_states: Tensor, decision: Decision, counts: tuple[int, ...]
-    ) -> _Segment:
-        visual = forward.visual
-        assert visual is not None and forward.ordinal is not None
-        keep = decision.keep_mask
-        if keep is None:
-            k = torch.tensor(counts, device=hidden_states.device)
-            best = topk_compact(
-                decision.scores.detach()[..., None], decision.scores.float(), k, valid_mask=visual.valid
-            )
-            keep = torch.zeros(visual.valid.shape[0], visual.valid.shape[1] + 1, dtype=torch.bool, device=k.device)
-            keep = keep.scatter(1, best.indices.masked_fill(~best.valid_mask, keep.shape[1] - 1), True)[:, :-1]
-        alive = (keep.detach() > 0) & visual.valid
-        if keep.dtype != torch.bool:
-            keep = keep * visual.valid  # differentiable masks keep their gradient
-        else:
-            keep = alive
-        batch, length = forward.ordinal.shape
-        slots = torch.where(visual.index >= 0, visual.slots, length)  # padding writes behind the end
-        full = torch.ones(batch, length + 1, dtype=keep.dtype, device=keep.device)
-        full = full.scatter(1, slots, keep)[:, :length]
-        forward.visual = _Visual(visual.slots, alive, visual.index, counts)
-        return _Segment(keep_mask=full)
-
     def _shorten(
-        self, forward: _Forward, number: int, index: int, hidden_states: Tensor, kwargs: dict[str, Any]
+        self, forward: ForwardPass, number: int, index: int, hidden_states: Tensor, kwargs: dict[str, Any]
     ) -> None:
         """Compact mode: swap mask, rotary tables and positions for those of the short sequence."""
         cache = kwargs.get("past_key_values")
-        state: _CacheState | None = getattr(cache, "_toprl_state", None)
+        state: CacheState | None = getattr(cache, "_toprl_state", None)
         if not forward.prunes and state is None:
             return  # this cache was filled without pruning: the model's own mask fits
-        segment = forward.segments.setdefault(number, _Segment(valid=forward.valid))
+        segment = forward.segments.setdefault(number, Segment(valid=forward.valid))
         if not segment.ready:
             segment.ready = True
             past = cache.get_seq_length(index) if cache is not None else 0
-            composed = self._composed(forward, number)
+            composed = composed_indices(forward, number)
             if composed is None:
                 segment.position_embeddings = kwargs["position_embeddings"]
             else:
@@ -452,9 +246,9 @@ class Pruner:
                 segment.position_embeddings = tuple(gather_slots(table, composed) for table in tables)
             forward.position_embeddings = segment.position_embeddings
             if forward.prunes and cache is not None:
-                state = _state_of(cache)
+                state = cache_state(cache)
             stored = state.masks.get(number) if state is not None and past else None
-            valid = self._extend(stored, segment.valid, past, hidden_states)
+            valid = extend_mask(stored, segment.valid, past, hidden_states)
             original = kwargs.get("attention_mask")
             if original is None and valid is None:
                 segment.attention_mask = None
@@ -474,51 +268,20 @@ class Pruner:
         # positions with gaps would be read as packed sequences by the flash path
         kwargs["position_ids"] = None
 
-    @staticmethod
-    def _extend(stored: Tensor | None, new: Tensor | None, past: int, hidden_states: Tensor) -> Tensor | None:
-        """Mask over ``past`` cached tokens and those of this pass; tokens that neither mask covers count as 1."""
-        if not past:
-            return new
-        if stored is None and new is None:
-            return None
-        some = new if new is not None else stored
-        assert some is not None
-        known = 0 if stored is None else min(past, stored.shape[1])  # decoding may have been rolled back
-        batch, length = hidden_states.shape[:2]
-        ones = torch.ones(batch, past - known + length, dtype=some.dtype, device=some.device)
-        parts = [] if stored is None else [stored[:, :known].to(some.dtype)]
-        parts += [ones] if new is None else [ones[:, : past - known], new]
-        return torch.cat(parts, 1)
-
-    def _composed(self, forward: _Forward, number: int) -> Tensor | None:
-        """Slots of the original sequence that segment ``number`` holds, None for all."""
-        composed = None
-        for earlier in range(1, number + 1):
-            indices = forward.segments[earlier].indices if earlier in forward.segments else None
-            if indices is not None:
-                composed = indices if composed is None else composed.gather(1, indices)
-        return composed
-
     def _keep_mask(
-        self, forward: _Forward, number: int, index: int, cache: Any, hidden_states: Tensor
+        self, forward: ForwardPass, number: int, index: int, cache: Any, hidden_states: Tensor
     ) -> Tensor | None:
         """Mask mode: keep mask over all keys of this layer, those in the cache included."""
-        segment = forward.segments.setdefault(number, _Segment())
+        segment = forward.segments.setdefault(number, Segment())
         if not segment.ready:
             segment.ready = True
             past = cache.get_seq_length(index) if cache is not None else 0
-            state: _CacheState | None = getattr(cache, "_toprl_state", None)
+            state: CacheState | None = getattr(cache, "_toprl_state", None)
             stored = state.masks.get(number) if state is not None and past else None
-            segment.attention_mask = self._extend(stored, segment.keep_mask, past, hidden_states)
+            segment.attention_mask = extend_mask(stored, segment.keep_mask, past, hidden_states)
             if forward.prunes and cache is not None and segment.attention_mask is not None:
-                _state_of(cache).masks[number] = segment.attention_mask.detach()
+                cache_state(cache).masks[number] = segment.attention_mask.detach()
         return segment.attention_mask
-
-
-def _state_of(cache: Any) -> _CacheState:
-    if not hasattr(cache, "_toprl_state"):
-        cache._toprl_state = _CacheState()
-    return cache._toprl_state
 
 
 class _LayerHook:

@@ -6,6 +6,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from toprl_kernels import flops
+
 Keep = int | float
 
 
@@ -85,9 +87,11 @@ class Schedule:
             ValueError: a stage lies at or beyond ``num_layers``.
         """
         self.check_layers(num_layers)
-        edges = (0, *self.layers, num_layers)
-        tokens = (num_visual, *self.counts(num_visual))
-        return tuple((n, end - start) for n, start, end in zip(tokens, edges, edges[1:], strict=False))
+        parts = flops.segments(num_visual, self._counted(num_visual), num_layers)
+        return tuple((int(part.num_tokens), part.num_layers) for part in parts)
+
+    def _counted(self, num_visual: int) -> tuple[tuple[int, int], ...]:
+        return tuple(zip(self.layers, self.counts(num_visual), strict=True))
 
     def check_layers(self, num_layers: int) -> None:
         """Raise ValueError when a stage's layer does not exist in a decoder of ``num_layers`` layers."""
@@ -98,20 +102,12 @@ class Schedule:
 
     def average_tokens(self, num_visual: int, num_layers: int) -> float:
         """Visual tokens averaged over all layers, the figure that papers call "retain N tokens"."""
-        return sum(n * layers for n, layers in self.segments(num_visual, num_layers)) / num_layers
+        self.check_layers(num_layers)
+        return flops.average_tokens(num_visual, self._counted(num_visual), num_layers)
 
-    def macs(self, num_visual: int, config: object) -> float:
+    def macs(self, num_visual: int, config: flops.ModelLike) -> float:
         """Multiply-adds of the visual tokens in the decoder (Eqs. 8-9) for a text config of transformers."""
-        from toprl_kernels import flops
-
-        stages = tuple(zip(self.layers, self.counts(num_visual), strict=True))
-        return flops.schedule_macs(
-            num_visual,
-            stages,
-            num_layers=config.num_hidden_layers,  # type: ignore[attr-defined]
-            hidden_size=config.hidden_size,  # type: ignore[attr-defined]
-            intermediate_size=config.intermediate_size,  # type: ignore[attr-defined]
-        )
+        return flops.schedule_macs(num_visual, self._counted(num_visual), config)
 
     @classmethod
     def for_budget(
@@ -147,8 +143,7 @@ class Schedule:
         low, high = 0.0, 1.0
         for _ in range(60):  # the average grows with r, so bisection reaches float precision
             ratio = (low + high) / 2
-            tokens = [num_visual * ratio**i for i in range(len(layers) + 1)]
-            edges = (0, *layers, num_layers)
-            average = sum(n * (b - a) for n, a, b in zip(tokens, edges, edges[1:], strict=False)) / num_layers
+            stages = flops.keep_ratio_stages(num_visual, layers, ratio)
+            average = flops.average_tokens(num_visual, stages, num_layers)
             low, high = (ratio, high) if average < average_tokens else (low, ratio)
         return cls(tuple((layer, ratio ** (i + 1)) for i, layer in enumerate(layers)))

@@ -9,7 +9,7 @@ from torch import Tensor
 from tests.kernels.test_masked_attention import run
 from toprl_kernels import masked_attention
 from toprl_kernels.masked_attention import triton as launch
-from toprl_kernels.testing import AttentionInputs, assert_within_budget, make_attention_inputs
+from toprl_kernels.testing import AttentionInputs, assert_within_budget, make_attention_inputs, max_error
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 NAMES = ["output", "grad_query", "grad_key", "grad_value", "grad_keep_mask"]
@@ -22,10 +22,12 @@ def to_device(x: AttentionInputs, device: str) -> AttentionInputs:
 def check(x: AttentionInputs, is_causal: bool, dtype: torch.dtype) -> list[Tensor]:
     got = run(x, "triton", is_causal, dtype)
     oracle = run(x, "reference", is_causal, torch.float64)
-    eager = run(x, "reference", is_causal, dtype)  # plain PyTorch at the same precision
+    # plain PyTorch at the same precision comes in two orders of operations; the less accurate one sets the budget
+    plain = [run(x, backend, is_causal, dtype) for backend in ("reference", "eager")]
     atol = 20 * torch.finfo(dtype).eps if x.key.shape[2] == 1 else 0.0  # true gradients of 0
-    for name, *tensors in zip(NAMES, got, eager, oracle, strict=False):
-        assert_within_budget(*tensors, name=name, atol=atol, dtype=dtype)
+    for name, mine, want, *theirs in zip(NAMES, got, oracle, *plain, strict=False):
+        eager = max(theirs, key=lambda tensor, want=want: max_error(tensor, want))
+        assert_within_budget(mine, eager, want, name=name, atol=atol, dtype=dtype)
     return got
 
 
@@ -82,7 +84,8 @@ def test_shipped_block_sizes(mask: str, dtype: torch.dtype, device: str) -> None
 
 @pytest.mark.parametrize("head_dim", [3, 16, 128, 200])
 def test_head_dims(head_dim: int, device: str) -> None:
-    check(to_device(make_attention_inputs(1, 2, 1, 20, 33, head_dim), device), True, torch.float32)
+    # several samples: the largest error of a handful of numbers is too noisy a measure of the budget
+    check(to_device(make_attention_inputs(4, 2, 1, 20, 33, head_dim), device), True, torch.float32)
 
 
 @pytest.mark.parametrize("mask_value", [0.0, 1.0, 1e-30])

@@ -276,7 +276,10 @@ def test_pyramiddrop_scores_use_the_layers_output(model):
     query = layer.self_attn.q_proj(normed).view(1, -1, 4, 16).transpose(1, 2)
     key = layer.self_attn.k_proj(normed).view(1, -1, 2, 16).transpose(1, 2)
     rotary = model.get_decoder().rotary_emb(normed, torch.arange(normed.shape[1])[None])
-    query, key = apply_rotary_pos_emb(query, repeat_kv(key, 2), *rotary)[0], None or apply_rotary_pos_emb(key, key, *rotary)[1]
+    query, key = (
+        apply_rotary_pos_emb(query, repeat_kv(key, 2), *rotary)[0],
+        None or apply_rotary_pos_emb(key, key, *rotary)[1],
+    )
     weights = (query[:, :, -1:] @ repeat_kv(key, 2).transpose(2, 3) / 4).softmax(-1).mean(1)[0, 0]
     visual = (inputs["input_ids"][0] == 1).nonzero().flatten()
     torch.testing.assert_close(pruner.trace[0].scores[0], weights[visual], atol=1e-6, rtol=1e-4)
@@ -347,5 +350,8 @@ def test_scores_of_a_wrong_shape_are_refused():
         def score(self, context):
             return context.hidden_states
 
-    with attach(build_model(), Wrong(), schedule=KEEP_ALL) as pruner, pytest.raises(ValueError, match="scores has shape"):
+    with (
+        attach(build_model(), Wrong(), schedule=KEEP_ALL) as pruner,
+        pytest.raises(ValueError, match="scores has shape"),
+    ):
         pruner.model(**build_inputs((1,)))

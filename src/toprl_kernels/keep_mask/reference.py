@@ -26,7 +26,7 @@ def keep_mask_reference(
         margin = logits[..., 0] - logits[..., 1] + noise
         hard = margin > 0
         soft = torch.sigmoid(margin / tau)
-        keep_mask = hard.to(soft.dtype) + soft - soft.detach()
+        keep_mask = hard.to(soft.dtype) + (soft - soft.detach())  # bracketed: exactly 0 or 1
     else:
         assert given is not None
         hard = given

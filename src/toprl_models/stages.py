@@ -1,0 +1,269 @@
+"""What the pruner does at one stage: the state of a forward pass and the two ways to act on a decision."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from toprl_kernels import topk_compact
+from toprl_models.attention import gather_slots, last_query_attention
+from toprl_models.policy import Decision, Policy, StageContext
+from toprl_models.schedule import Schedule
+
+
+@dataclass(frozen=True)
+class StageTrace:
+    """What one stage did in the last prefill.
+
+    Attributes:
+        stage, layer: which stage, before which decoder layer.
+        num_visual: original visual tokens per sample.
+        counts: tokens kept per sample.
+        indices: int64 ``[B, max(counts)]``, raster numbers of the kept tokens, ascending, -1 where a row is shorter.
+        scores: the policy's scores ``[B, V]``; ``visual_index`` ``[B, V]`` tells the raster number of each column.
+    """
+
+    stage: int
+    layer: int
+    num_visual: tuple[int, ...]
+    counts: tuple[int, ...]
+    indices: Tensor
+    scores: Tensor
+    visual_index: Tensor
+
+
+@dataclass
+class Visual:
+    """Which slots are visual: ``slots`` [B, V] points into the sequence (0 where ``valid`` is False)."""
+
+    slots: Tensor
+    valid: Tensor
+    index: Tensor
+    counts: tuple[int, ...]
+
+    @classmethod
+    def of(cls, ordinal: Tensor, counts: tuple[int, ...]) -> Visual:
+        """From ``ordinal`` [B, N]: the raster number of each slot, -1 where it is not visual."""
+        width = max(counts)
+        slots = (ordinal < 0).to(torch.int8).argsort(dim=1, stable=True)[:, :width]
+        valid = ordinal.gather(1, slots) >= 0
+        return cls(slots.masked_fill(~valid, 0), valid, ordinal.gather(1, slots), counts)
+
+
+@dataclass
+class Segment:
+    """How the layers behind one stage see the sequence of this forward pass."""
+
+    indices: Tensor | None = None  # [B, m] slots of the previous segment that survive; None when all do
+    valid: Tensor | None = None  # [B, m], None when all slots are valid
+    attention_mask: Any = None
+    position_embeddings: Any = None
+    keep_mask: Tensor | None = None  # mask mode: [B, N] over the tokens of this pass
+    compacted: Tensor | None = None  # the gathered states, until the stage's layer takes them
+    ready: bool = False  # attention_mask and position_embeddings are made at the segment's first layer
+
+
+@dataclass
+class ForwardPass:
+    """State of one forward pass through the decoder."""
+
+    prunes: bool
+    length: int = 0  # tokens of this pass
+    ordinal: Tensor | None = None  # [B, n] of the current segment
+    visual: Visual | None = None
+    num_visual: tuple[int, ...] = ()
+    num_text: tuple[int, ...] = ()
+    valid: Tensor | None = None  # [B, n] of the current segment
+    position_embeddings: Any = None  # of the current segment
+    layer_input: Tensor | None = None  # what went into the layer before the next stage
+    segments: dict[int, Segment] = field(default_factory=dict)
+    trace: list[StageTrace] = field(default_factory=list)
+
+
+@dataclass
+class CacheState:
+    """Kept with the cache object: per segment, validity (compact) or keep mask (mask) of the tokens seen so far.
+
+    A segment that is absent, and every token behind the stored ones, counts as valid.
+    """
+
+    masks: dict[int, Tensor] = field(default_factory=dict)
+
+
+def cache_state(cache: Any) -> CacheState:
+    if not hasattr(cache, "_toprl_state"):
+        cache._toprl_state = CacheState()
+    return cache._toprl_state
+
+
+def composed_indices(forward: ForwardPass, number: int) -> Tensor | None:
+    """Slots of the original sequence that segment ``number`` holds, None for all."""
+    composed = None
+    for earlier in range(1, number + 1):
+        indices = forward.segments[earlier].indices if earlier in forward.segments else None
+        if indices is not None:
+            composed = indices if composed is None else composed.gather(1, indices)
+    return composed
+
+
+def extend_mask(stored: Tensor | None, new: Tensor | None, past: int, hidden_states: Tensor) -> Tensor | None:
+    """Mask over ``past`` cached tokens and those of this pass; tokens that neither mask covers count as 1."""
+    if not past:
+        return new
+    if stored is None and new is None:
+        return None
+    some = new if new is not None else stored
+    assert some is not None
+    known = 0 if stored is None else min(past, stored.shape[1])  # decoding may have been rolled back
+    batch, length = hidden_states.shape[:2]
+    ones = torch.ones(batch, past - known + length, dtype=some.dtype, device=some.device)
+    parts = [] if stored is None else [stored[:, :known].to(some.dtype)]
+    parts += [ones] if new is None else [ones[:, : past - known], new]
+    return torch.cat(parts, 1)
+
+
+def stage_context(
+    forward: ForwardPass, stage: int, hidden_states: Tensor, policy: Policy, schedule: Schedule, layers: nn.ModuleList
+) -> StageContext:
+    """What the policy gets to see at ``stage``."""
+    visual, valid = forward.visual, forward.valid
+    assert visual is not None
+    length = hidden_states.shape[1]
+    if valid is None:
+        last = torch.full((len(hidden_states),), length - 1, device=hidden_states.device)
+    else:
+        last = length - 1 - valid.flip(1).to(torch.int8).argmax(1)
+    layer = schedule.layers[stage]
+
+    def last_attention() -> Tensor:
+        source = hidden_states if policy.attention_from == "current" else forward.layer_input
+        if source is None:
+            raise RuntimeError("last_attention() needs attention_from='current' or 'previous' on the policy class")
+        seen = valid
+        keep = forward.segments[stage].keep_mask if stage else None
+        if keep is not None:  # mask mode: dropped tokens are no keys
+            seen = (keep > 0) if seen is None else seen & (keep > 0)
+        weights = last_query_attention(layers[layer - 1], source, forward.position_embeddings, last, seen)
+        return weights.gather(1, visual.slots)
+
+    return StageContext(
+        stage=stage,
+        layer=layer,
+        hidden_states=gather_slots(hidden_states, visual.slots),
+        valid_mask=visual.valid,
+        visual_index=visual.index,
+        num_visual=forward.num_visual,
+        num_keep=tuple(
+            min(schedule.counts(n)[stage], left) for n, left in zip(forward.num_visual, visual.counts, strict=True)
+        ),
+        text_state=hidden_states[torch.arange(len(hidden_states), device=last.device), last],
+        last_attention=last_attention,
+    )
+
+
+def check_decision(policy: Policy, decision: Decision, context: StageContext) -> None:
+    """Refuse scores or masks of another shape than the state's."""
+    shape = tuple(context.valid_mask.shape)
+    for name, value in (("scores", decision.scores), ("keep_mask", decision.keep_mask)):
+        if value is not None and tuple(value.shape) != shape:
+            raise ValueError(f"policy {type(policy).__name__}: {name} has shape {tuple(value.shape)}, not {shape}")
+
+
+def run_stage(
+    forward: ForwardPass,
+    number: int,
+    hidden_states: Tensor,
+    policy: Policy,
+    schedule: Schedule,
+    layers: nn.ModuleList,
+    mode: str,
+) -> None:
+    """Ask the policy, turn its decision into segment ``number`` and trace it."""
+    visual, ordinal = forward.visual, forward.ordinal
+    assert visual is not None and ordinal is not None
+    context = stage_context(forward, number - 1, hidden_states, policy, schedule, layers)
+    decision = policy.decide(context)
+    check_decision(policy, decision, context)
+    counts = context.num_keep
+    if decision.keep_mask is not None:
+        counts = tuple((decision.keep_mask.detach() > 0).logical_and(visual.valid).sum(1).tolist())
+    step = mask_stage if mode == "mask" else compact_stage
+    segment = step(forward, hidden_states, decision, counts)
+    forward.segments[number] = segment
+    forward.layer_input = None
+    after = forward.visual
+    assert after is not None
+    indices = after.index.masked_fill(~after.valid, -1)
+    if mode == "mask":  # the visual slots stay; compact the survivors' numbers for the trace
+        indices = Visual.of(indices, counts).index if any(counts) else indices[:, :0]
+    forward.trace.append(
+        StageTrace(
+            stage=number - 1,
+            layer=schedule.layers[number - 1],
+            num_visual=forward.num_visual,
+            counts=counts,
+            indices=indices,
+            scores=decision.scores.detach(),
+            visual_index=visual.index,
+        )
+    )
+
+
+def compact_stage(forward: ForwardPass, hidden_states: Tensor, decision: Decision, counts: tuple[int, ...]) -> Segment:
+    visual, ordinal = forward.visual, forward.ordinal
+    assert visual is not None and ordinal is not None
+    if counts == visual.counts:  # nothing drops: no gather, so keep-all is bitwise the unattached model
+        return Segment(valid=forward.valid)
+    batch, length = ordinal.shape
+    if decision.keep_mask is None:
+        # a policy's own +inf must not push out text, which is +inf too
+        scores = decision.scores.float().nan_to_num(nan=float("nan"), posinf=torch.finfo(torch.float32).max)
+    else:
+        scores = torch.where(decision.keep_mask > 0, 1.0, -1.0)
+    # [B, n]: text is always kept; the column behind the end takes what visual padding writes
+    slot_scores = scores.new_full((batch, length + 1), float("inf"))
+    slots = visual.slots.masked_fill(~visual.valid, length)
+    slot_scores = slot_scores.scatter(1, slots, scores)[:, :length].contiguous()
+    totals = [text + keep for text, keep in zip(forward.num_text, counts, strict=True)]
+    ragged = len(set(totals)) > 1
+    k = torch.tensor(totals, device=hidden_states.device) if ragged else totals[0]
+    compacted, indices, *_ = topk_compact(hidden_states, slot_scores, k, valid_mask=forward.valid)
+    valid = None
+    if ragged:
+        # generation reads the last position: shorter rows are padded on the left
+        width = max(totals)
+        shift = width - torch.tensor(totals, device=indices.device)
+        source = torch.arange(width, device=indices.device) - shift[:, None]
+        valid = source >= 0
+        indices = indices.gather(1, source.clamp(min=0)).masked_fill(~valid, 0)
+        compacted = gather_slots(hidden_states, indices)
+    forward.valid = valid
+    new_ordinal = ordinal.gather(1, indices)
+    forward.ordinal = new_ordinal if valid is None else new_ordinal.masked_fill(~valid, -1)
+    forward.visual = Visual.of(forward.ordinal, counts)
+    return Segment(indices=indices, valid=valid, compacted=compacted)
+
+
+def mask_stage(forward: ForwardPass, hidden_states: Tensor, decision: Decision, counts: tuple[int, ...]) -> Segment:
+    visual = forward.visual
+    assert visual is not None and forward.ordinal is not None
+    keep = decision.keep_mask
+    if keep is None:
+        k = torch.tensor(counts, device=hidden_states.device)
+        best = topk_compact(decision.scores.detach()[..., None], decision.scores.float(), k, valid_mask=visual.valid)
+        keep = torch.zeros(visual.valid.shape[0], visual.valid.shape[1] + 1, dtype=torch.bool, device=k.device)
+        keep = keep.scatter(1, best.indices.masked_fill(~best.valid_mask, keep.shape[1] - 1), True)[:, :-1]
+    alive = (keep.detach() > 0) & visual.valid
+    if keep.dtype != torch.bool:
+        keep = keep * visual.valid  # differentiable masks keep their gradient
+    else:
+        keep = alive
+    batch, length = forward.ordinal.shape
+    slots = torch.where(visual.index >= 0, visual.slots, length)  # padding writes behind the end
+    full = torch.ones(batch, length + 1, dtype=keep.dtype, device=keep.device)
+    full = full.scatter(1, slots, keep)[:, :length]
+    forward.visual = Visual(visual.slots, alive, visual.index, counts)
+    return Segment(keep_mask=full)

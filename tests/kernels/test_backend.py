@@ -1,0 +1,143 @@
+"""The choice of implementation, its errors, and life without triton."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import textwrap
+
+import pytest
+import torch
+
+from toprl_kernels import actor_score, backend, explain, masked_attention, sample_keep_mask, topk_compact
+from toprl_kernels.actor_score import triton as actor_kernels
+from toprl_kernels.keep_mask import triton as keep_mask_kernels
+from toprl_kernels.masked_attention import triton_kernels as attention_kernels
+from toprl_kernels.testing import make_actor_weights, make_attention_inputs
+from toprl_kernels.topk_compact import triton as topk_kernels
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+needs_no_cuda = pytest.mark.skipif(torch.cuda.is_available(), reason="about the process without a CUDA device")
+
+
+@needs_no_cuda
+def test_this_process_interprets_the_kernels() -> None:
+    """Otherwise every 'triton' test here could silently be testing something else."""
+    kernels = [
+        attention_kernels.masked_attention_fwd_kernel,
+        attention_kernels.masked_attention_bwd_prepare_kernel,
+        attention_kernels.masked_attention_bwd_dkdv_kernel,
+        attention_kernels.masked_attention_bwd_dq_kernel,
+        topk_kernels.topk_select_kernel,
+        topk_kernels.topk_gather_kernel,
+        topk_kernels.topk_scatter_kernel,
+        actor_kernels.actor_layer1_kernel,
+        actor_kernels.actor_layers23_kernel,
+        keep_mask_kernels.keep_mask_fwd_kernel,
+        keep_mask_kernels.keep_mask_bwd_kernel,
+    ]
+    assert {type(kernel).__name__ for kernel in kernels} == {"InterpretedFunction"}
+
+
+def test_automatic_choice() -> None:
+    assert backend.choose("op", None, CPU).name == "eager"
+    assert backend.choose("op", "auto", CPU).name == "eager"
+    assert backend.choose("op", None, CUDA).name == "triton"
+    declined = backend.choose("op", None, CUDA, "float64")
+    assert declined.name == "eager"
+    assert "float64" in declined.reason
+
+
+def test_environment_variable(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TOPRL_KERNELS_BACKEND", "eager")
+    assert backend.choose("op", None, CUDA).name == "eager"
+    assert backend.choose("op", "reference", CUDA).name == "reference"
+    assert backend.choose("op", "auto", CUDA).name == "triton"  # an argument is stronger than the variable
+    monkeypatch.setenv("TOPRL_KERNELS_BACKEND", "fast")
+    with pytest.raises(ValueError, match="backend='fast' from the environment variable TOPRL_KERNELS_BACKEND"):
+        backend.choose("op", None, CPU)
+    assert "error" in explain("cpu")
+
+
+def test_triton_without_cuda_or_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    x = make_attention_inputs(1, 1, 1, 4, 4, 8)
+    with pytest.raises(RuntimeError, match=r"masked_attention: backend='triton'.*on cpu.*TRITON_INTERPRET=1"):
+        masked_attention(*x[:4], backend="triton")
+    monkeypatch.setenv("TOPRL_KERNELS_BACKEND", "triton")
+    with pytest.raises(RuntimeError, match=r"topk_compact: backend='triton' from the environment variable"):
+        topk_compact(torch.zeros(1, 2, 1), torch.zeros(1, 2), 1)
+
+
+@needs_no_cuda
+def test_triton_refuses_what_it_cannot_do() -> None:
+    x = make_attention_inputs(1, 1, 1, 4, 4, 8)
+    with pytest.raises(RuntimeError, match=r"query has dtype float64.*float16, bfloat16, float32"):
+        masked_attention(*(tensor.double() for tensor in x[:4]), backend="triton")
+    wide = make_attention_inputs(1, 1, 1, 4, 4, 264)
+    with pytest.raises(RuntimeError, match=r"head dim D=264.*D <= 256"):
+        masked_attention(*wide[:4], backend="triton")
+    with pytest.raises(RuntimeError, match=r"scores has dtype float64"):
+        topk_compact(torch.zeros(1, 2, 1), torch.zeros(1, 2).double(), 1, backend="triton")
+    with pytest.raises(RuntimeError, match=r"N=16385.*N <= 16384"):
+        topk_compact(torch.zeros(1, 16385, 1), torch.zeros(1, 16385), 1, backend="triton")
+    with pytest.raises(RuntimeError, match=r"hidden_states has dtype float64"):
+        actor_score(torch.zeros(1, 2, 4).double(), 0, make_actor_weights(4, 2), backend="triton")
+    with pytest.raises(RuntimeError, match=r"logits has dtype float64"):
+        sample_keep_mask(torch.zeros(1, 2, 2).double(), backend="triton")
+
+
+def test_explain_names_every_op() -> None:
+    lines = explain("cpu").splitlines()
+    assert [line.split(":")[0] for line in lines] == list(backend.OPS)
+    assert all("eager (the tensors are on cpu" in line for line in lines)
+    assert "triton (CUDA tensors)" in explain("cuda")
+
+
+def run_fresh(code: str) -> str:
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_import_does_not_load_triton() -> None:
+    out = run_fresh(
+        """
+        import sys
+        import torch
+        before = {name for name in sys.modules if name.split(".")[0] == "triton"}
+        import toprl_kernels
+        print(sorted({name for name in sys.modules if name.split(".")[0] == "triton"} - before))
+        """
+    )
+    assert out.strip() == "[]"
+
+
+def test_works_without_triton() -> None:
+    out = run_fresh(
+        """
+        import importlib.abc, sys
+
+        class Block(importlib.abc.MetaPathFinder):
+            def find_spec(self, name, path=None, target=None):
+                if name.split(".")[0] == "triton":
+                    raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+        sys.meta_path.insert(0, Block())
+        import torch
+        from toprl_kernels import actor_score, explain, flops, masked_attention, sample_keep_mask, topk_compact
+        from toprl_kernels.testing import make_actor_weights, make_attention_inputs
+
+        x = make_attention_inputs(1, 2, 1, 5, 5, 8)
+        masked_attention(*x[:4])
+        topk_compact(torch.zeros(1, 4, 2), torch.zeros(1, 4), 2)
+        sample_keep_mask(actor_score(torch.zeros(1, 4, 6), 0, make_actor_weights(6, 4)))
+        assert "eager" in explain("cuda") and "not installed" in explain("cuda")
+        try:
+            masked_attention(*x[:4], backend="triton")
+        except RuntimeError as error:
+            print(error)
+        """
+    )
+    assert "backend='triton'" in out
+    assert "triton is not installed" in out

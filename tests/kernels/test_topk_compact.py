@@ -1,0 +1,241 @@
+"""topk_compact against an oracle written here in plain Python, on every implementation."""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from toprl_kernels import TopkCompactOutput, topk_compact
+
+BACKENDS = ["reference", "eager", "triton"]
+NAN, INF = math.nan, math.inf
+
+
+def expected_indices(scores: list[float], k: int, valid: list[bool] | None = None) -> list[int]:
+    """Repeatedly pick the best remaining token, by pairwise comparison; then sort."""
+
+    def better(a: int, b: int) -> int:
+        x, y = scores[a], scores[b]
+        if math.isnan(x) or math.isnan(y):
+            if math.isnan(x) and math.isnan(y):
+                return a - b
+            return 1 if math.isnan(x) else -1
+        if x > y:
+            return -1
+        return 1 if x < y else a - b
+
+    remaining = [i for i in range(len(scores)) if valid is None or valid[i]]
+    picked = []
+    while remaining and len(picked) < k:
+        best = min(remaining, key=functools.cmp_to_key(better))
+        picked.append(best)
+        remaining.remove(best)
+    return sorted(picked)
+
+
+def run(scores: list[list[float]], k: int | list[int], backend: str, device: str = "cpu", **options) -> TopkCompactOutput:
+    table = torch.tensor(scores, dtype=options.pop("dtype", torch.float32), device=device)
+    hidden = torch.arange(table.numel() * 3, dtype=torch.float32, device=device).view(*table.shape, 3)
+    count = torch.tensor(k, device=device) if isinstance(k, list) else k
+    return topk_compact(hidden, table, count, backend=backend, **options)
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.mark.parametrize(
+    ("scores", "k", "want"),
+    [
+        ([1.0, 3.0, 2.0], 2, [1, 2]),
+        ([5.0] * 9, 4, [0, 1, 2, 3]),
+        ([1.0, 2.0, 2.0, 2.0, 3.0], 3, [1, 2, 4]),
+        ([-0.0, 0.0, -0.0, 0.0], 2, [0, 1]),
+        ([0.0, -0.0, 1e-45, -1e-45], 2, [0, 2]),
+        ([-1e-45, -0.0, 0.0, -1e-45], 3, [0, 1, 2]),
+        ([NAN, -INF, 0.0, NAN], 2, [1, 2]),
+        ([NAN, -INF, 0.0, NAN], 3, [0, 1, 2]),
+        ([NAN, NAN, NAN], 2, [0, 1]),
+        ([0.0, INF, 9.0, INF], 3, [1, 2, 3]),
+        ([INF, 0.0, INF, INF], 2, [0, 2]),
+        ([-3.0, -1.0, -2.0, -INF], 2, [1, 2]),
+        ([3.4e38, INF, -3.4e38, 1.0], 2, [0, 1]),
+        ([7.0], 1, [0]),
+        ([7.0, 8.0], 2, [0, 1]),
+    ],
+)
+def test_adversarial(scores: list[float], k: int, want: list[int], backend: str, device: str) -> None:
+    assert expected_indices(scores, k) == want
+    out = run([scores], k, backend, device)
+    assert out.indices.tolist() == [want]
+    assert out.indices.dtype == torch.int64
+    assert out.valid_mask.tolist() == [[True] * k]
+    assert out.hidden_states[0, :, 0].tolist() == [3.0 * index for index in want]
+
+
+def test_negative_nan_bits(backend: str, device: str) -> None:
+    """NaN ranks last whatever its sign bit."""
+    scores = torch.tensor([[-NAN, 1.0, NAN, -INF]], device=device)
+    scores[0, 0] = torch.tensor(-4194304, dtype=torch.int32).view(torch.float32)  # 0xFFC00000
+    out = topk_compact(torch.zeros(1, 4, 1, device=device), scores, 2, backend=backend)
+    assert out.indices.tolist() == [[1, 3]]
+
+
+VALUES = st.sampled_from([0.0, -0.0, 1.0, -1.0, 0.5, NAN, INF, -INF, 1e-45, -1e-45, 3.4e38, -3.4e38])
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(data=st.data())
+@pytest.mark.parametrize("name", BACKENDS)
+def test_against_python(name: str, data: st.DataObject) -> None:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    samples, tokens = data.draw(st.integers(1, 3)), data.draw(st.integers(1, 20))
+    scores = data.draw(st.lists(st.lists(VALUES, min_size=tokens, max_size=tokens), min_size=samples, max_size=samples))
+    ragged = data.draw(st.lists(st.integers(0, tokens), min_size=samples, max_size=samples))
+    uniform = data.draw(st.booleans())
+    valid = None
+    if data.draw(st.booleans()):
+        valid = data.draw(
+            st.lists(st.lists(st.booleans(), min_size=tokens, max_size=tokens), min_size=samples, max_size=samples)
+        )
+    counts = [ragged[0]] * samples if uniform else ragged
+    out = run(
+        scores, ragged[0] if uniform else ragged, name, device,
+        valid_mask=None if valid is None else torch.tensor(valid, device=device),
+    )  # fmt: skip
+    length = max(counts)
+    for sample in range(samples):
+        want = expected_indices(scores[sample], counts[sample], None if valid is None else valid[sample])
+        padding = length - len(want)
+        assert out.indices[sample].tolist() == want + [-1] * padding
+        assert out.valid_mask[sample].tolist() == [True] * len(want) + [False] * padding
+        assert bool((out.hidden_states[sample, len(want) :] == 0).all())
+
+
+@pytest.mark.parametrize("tokens", [1, 15, 129, 577])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_larger_sizes(tokens: int, dtype: torch.dtype, backend: str, device: str) -> None:
+    scores = torch.randn(2, tokens).round(decimals=1).to(dtype)
+    k = tokens // 3
+    out = topk_compact(torch.zeros(2, tokens, 1, device=device), scores.to(device), k, backend=backend)
+    assert out.indices.tolist() == [expected_indices(row, k) for row in scores.tolist()]
+
+
+@pytest.mark.parametrize("name", ["reference", "eager"])
+def test_float64_scores_keep_all_their_digits(name: str) -> None:
+    out = run([[1.0, 1.0 + 1e-15, 1.0 - 1e-15, NAN]], 2, name, dtype=torch.float64)
+    assert out.indices.tolist() == [[0, 1]]
+
+
+def test_position_ids(backend: str, device: str) -> None:
+    scores = [[0.0, 2.0, 1.0, 3.0], [4.0, 0.0, 0.0, 9.0]]
+    flat = torch.arange(8, device=device).view(2, 4) + 100
+    assert run(scores, 2, backend, device, position_ids=flat).position_ids.tolist() == [[101, 103], [104, 107]]  # type: ignore[union-attr]
+    rope = torch.stack([flat, flat + 100, flat + 200]).to(torch.int32)
+    out = run(scores, [1, 2], backend, device, position_ids=rope)
+    assert out.position_ids is not None
+    assert out.position_ids.dtype == torch.int32
+    assert out.position_ids.tolist() == [[[103, 0], [104, 107]], [[203, 0], [204, 207]], [[303, 0], [304, 307]]]
+    assert run(scores, 2, backend, device).position_ids is None
+
+
+def test_ragged(backend: str, device: str) -> None:
+    out = run([[3.0, 1.0, 2.0], [1.0, 2.0, 3.0], [0.0, 0.0, 0.0]], [1, 2, 0], backend, device)
+    assert out.indices.tolist() == [[0, -1], [1, 2], [-1, -1]]
+    assert out.valid_mask.tolist() == [[True, False], [True, True], [False, False]]
+
+
+def test_ragged_k_is_clipped_unless_validated(backend: str, device: str) -> None:
+    assert run([[1.0, 2.0], [3.0, 4.0]], [-3, 9], backend, device).indices.tolist() == [[-1, -1], [0, 1]]
+    with pytest.raises(ValueError, match=r"k=\[-3, 9\] has values outside 0..N=2.*clamp"):
+        run([[1.0, 2.0], [3.0, 4.0]], [-3, 9], backend, device, validate=True)
+
+
+def test_zero_k_and_empty_batch(backend: str, device: str) -> None:
+    out = run([[1.0, 2.0]], 0, backend, device)
+    assert out.hidden_states.shape == (1, 0, 3)
+    assert out.indices.shape == (1, 0)
+    hidden = torch.zeros(0, 5, 3, device=device, requires_grad=True)
+    positions = torch.zeros(3, 0, 5, dtype=torch.int64, device=device)
+    empty = topk_compact(hidden, torch.zeros(0, 5, device=device), 2, position_ids=positions, backend=backend)
+    assert empty.hidden_states.shape == (0, 2, 3)
+    assert empty.position_ids is not None
+    assert empty.position_ids.shape == (3, 0, 2)
+    empty.hidden_states.sum().backward()
+    none = torch.zeros(2, 0, 3, device=device)
+    assert topk_compact(none, none[..., 0], 0, backend=backend).indices.shape == (2, 0)
+
+
+def test_gradient_goes_to_the_kept_rows(backend: str, device: str) -> None:
+    hidden = torch.randn(2, 9, 5, device=device, requires_grad=True)
+    scores = torch.randn(2, 9, device=device)
+    out = topk_compact(hidden, scores, torch.tensor([2, 4]), backend=backend)
+    weight = torch.randn(2, 4, 5, device=device)
+    (gradient,) = torch.autograd.grad((out.hidden_states * weight).sum(), hidden)
+    want = torch.zeros_like(gradient)
+    for b in range(2):
+        for slot, index in enumerate(out.indices[b].tolist()):
+            if index >= 0:
+                want[b, index] = weight[b, slot]
+    assert torch.equal(gradient, want)
+
+
+def test_non_contiguous(backend: str, device: str) -> None:
+    hidden = torch.randn(7, 2, 6, device=device).transpose(0, 1)[..., ::2]
+    scores = torch.randn(2, 14, device=device)[:, ::2]
+    positions = torch.arange(14, device=device).view(7, 2).T
+    valid = torch.ones(2, 14, dtype=torch.bool, device=device)[:, ::2]
+    plain = topk_compact(
+        hidden.contiguous(), scores.contiguous(), 3, position_ids=positions.contiguous(), backend="reference"
+    )
+    out = topk_compact(hidden, scores, 3, position_ids=positions, valid_mask=valid, backend=backend)
+    assert all(torch.equal(a, b) for a, b in zip(out, plain, strict=True))  # type: ignore[arg-type]
+
+
+@pytest.mark.usefixtures("poisoned_memory")
+def test_triton_writes_every_element(device: str) -> None:
+    out = run([[3.0, 1.0, 2.0], [1.0, 2.0, 3.0]], [1, 3], "triton", device, position_ids=torch.ones(2, 3, device=device).long())
+    assert out.indices.tolist() == [[0, -1, -1], [0, 1, 2]]
+    assert out.position_ids is not None
+    assert out.position_ids.tolist() == [[1, 0, 0], [1, 1, 1]]
+    assert bool(out.hidden_states.isfinite().all())
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"k": 5}, ValueError, r"k=5 is outside 0..N=4.*min\(k"),
+        ({"k": -1}, ValueError, r"k=-1 is outside 0..N=4"),
+        ({"k": 2.0}, TypeError, r"k must be an int.*2.0 of type float"),
+        ({"k": True}, TypeError, r"k must be an int.*True of type bool"),
+        ({"k": torch.tensor([1, 2, 3])}, ValueError, r"k must be \[B\].*\(2,\).*\(3,\)"),
+        ({"k": torch.tensor([1.0, 2.0])}, TypeError, r"k has dtype float32.*long"),
+        ({"hidden_states": torch.zeros(2, 4)}, ValueError, r"hidden_states must be \[B, N, d\]"),
+        ({"scores": torch.zeros(2, 3)}, ValueError, r"scores must be \[B, N\] = \(2, 4\).*\(2, 3\)"),
+        ({"scores": torch.zeros(2, 4, dtype=torch.int64)}, TypeError, r"scores has dtype int64.*float\(\)"),
+        ({"scores": torch.zeros(2, 4, device="meta")}, ValueError, r"scores is on meta"),
+        ({"position_ids": torch.zeros(2, 2, 4)}, ValueError, r"position_ids must be.*\[3, B, N\].*\(2, 2, 4\)"),
+        ({"position_ids": torch.zeros(2, 4)}, TypeError, r"position_ids has dtype float32.*long"),
+        ({"valid_mask": torch.ones(2, 4)}, TypeError, r"valid_mask has dtype float32.*True = eligible"),
+        ({"scores": torch.tensor([[NAN, 0, 0, 0]] * 2), "validate": True}, ValueError, r"scores has 2 NaN"),
+        ({"scores": torch.full((2, 4), INF), "validate": True}, ValueError, r"force in \[4, 4\].*k=2"),
+    ],
+)
+def test_errors(changes: dict, error: type[Exception], message: str) -> None:
+    arguments: dict = dict(hidden_states=torch.zeros(2, 4, 3), scores=torch.zeros(2, 4), k=2) | changes
+    with pytest.raises(error, match=message):
+        topk_compact(**arguments)
+
+
+def test_validate_accepts_good_input() -> None:
+    scores: Tensor = torch.tensor([[INF, 0.0, -INF], [1.0, 2.0, NAN]])
+    valid = torch.tensor([[True, True, True], [True, True, False]])
+    out = topk_compact(torch.zeros(2, 3, 1), scores, torch.tensor([1, 2]), valid_mask=valid, validate=True)
+    assert out.indices.tolist() == [[0, -1], [0, 1]]

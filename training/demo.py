@@ -1,0 +1,159 @@
+"""The demo: train, evaluate and report on the embedded tiny LLaVA.
+
+    python training/demo.py --output_dir runs/demo          # about eight minutes on two CPU cores
+    python training/demo.py --tasks ocr --seeds 1 --iterations 5
+
+Trains one policy per question kind with training/ppo.py (several seeds of the first kind), compares each with
+the baselines by training/evaluate.py, and writes results.json, gallery.json and report.html.
+"""
+
+from __future__ import annotations
+
+import base64
+import datetime
+import io
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import HfArgumentParser
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from toprl_models import Schedule, TopRLPolicy, attach
+from training.evaluate import print_table
+from training.report import write_report
+from training.scenes import KINDS
+from training.tasks import answer, encode, load_model, make_task
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@dataclass
+class DemoConfig:
+    """Flags of the script."""
+
+    output_dir: str = field(default="runs/demo", metadata={"help": "where everything goes"})
+    tasks: list[str] = field(
+        default_factory=lambda: list(KINDS), metadata={"help": "question kinds; the first gets all seeds"}
+    )
+    seeds: int = field(default=3, metadata={"help": "seeds of the first kind; the others get one"})
+    iterations: int = field(default=30, metadata={"help": "PPO iterations per run"})
+    stage_layers: list[int] = field(
+        default_factory=lambda: [1, 2, 3], metadata={"help": "pruning happens before these"}
+    )
+    keep: list[int] = field(default_factory=lambda: [8, 4, 2], metadata={"help": "tokens kept by each stage"})
+    size: int = field(default=512, metadata={"help": "test samples per kind"})
+    workers: int = field(default=0, metadata={"help": "processes at once; 0 takes the number of CPU cores, at most 4"})
+
+
+def run_script(name: str, arguments: list[str], log: Path) -> None:
+    """Run a script of this folder in a process of its own, one thread; its output goes to ``log``."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+    command = [sys.executable, str(ROOT / "training" / name), *arguments]
+    with open(log, "w") as file:
+        code = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, env=environment, cwd=ROOT).returncode
+    if code:
+        tail = "\n".join(log.read_text().splitlines()[-15:])
+        raise RuntimeError(f"training/{name} {' '.join(arguments)} ended with code {code}:\n{tail}")
+
+
+def gallery(config: DemoConfig, folder: Path, runs: dict[str, list[str]], per_kind: int) -> list[dict[str, Any]]:
+    """Test images with what each stage kept and the answers with and without pruning."""
+    model, processor = load_model("tiny", "cpu")
+    schedule = Schedule(tuple(zip(config.stage_layers, config.keep, strict=True)))
+    entries = []
+    for kind in config.tasks:
+        policy = TopRLPolicy.from_pretrained(folder / runs[kind][0] / "policy")
+        task = make_task(kind, "test", per_kind, seed=1)
+        samples = [task[i] for i in range(per_kind)]
+        inputs = encode(processor, task, samples, "cpu")
+        before, _ = answer(model, processor, task, samples, inputs)
+        with attach(model, policy, schedule=schedule) as pruner:
+            after, _ = answer(model, processor, task, samples, inputs)
+            kept = [[[i for i in row if i >= 0] for row in stage.indices.tolist()] for stage in pruner.trace]
+        for row, sample in enumerate(samples):
+            buffer = io.BytesIO()
+            sample.image.save(buffer, format="PNG")
+            entries.append(
+                {
+                    "kind": kind,
+                    "image": base64.b64encode(buffer.getvalue()).decode(),
+                    "question": sample.question,
+                    "reference": sample.answer,
+                    "full_answer": before[row],
+                    "pruned_answer": after[row],
+                    "stages": [stage[row] for stage in kept],
+                }
+            )
+    return entries
+
+
+def main(config: DemoConfig) -> None:
+    began = time.perf_counter()
+    folder = Path(config.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    workers = config.workers or min(4, os.cpu_count() or 1)
+    runs = {
+        kind: [f"{kind}_seed{seed}" for seed in range(config.seeds if kind == config.tasks[0] else 1)]
+        for kind in config.tasks
+    }
+    layers = [str(layer) for layer in config.stage_layers]
+
+    def train(kind: str, name: str) -> None:
+        seed = name.rsplit("seed", 1)[1]
+        flags = ["--task", kind, "--seed", seed, "--output_dir", str(folder / name), "--stage_layers", *layers]
+        run_script("ppo.py", [*flags, "--iterations", str(config.iterations)], folder / f"{name}.log")
+        rows = (folder / name / "metrics.jsonl").read_text().splitlines()
+        last = json.loads(rows[-1])
+        kept = "/".join(f"{x:.2f}" for x in last["retained"])
+        print(
+            f"  trained {name}: reward {last['reward']:.3f}, kept {kept}, accuracy {last['accuracy']:.3f}", flush=True
+        )
+
+    def compare(kind: str) -> dict[str, Any]:
+        policies = [str(folder / name / "policy") for name in runs[kind]]
+        output = folder / f"{kind}.json"
+        flags = ["--policy", *policies, "--keep", *map(str, config.keep), "--size", str(config.size)]
+        run_script("evaluate.py", [*flags, "--output", str(output)], folder / f"{kind}_evaluation.log")
+        return json.loads(output.read_text())
+
+    jobs = [(kind, name) for kind in config.tasks for name in runs[kind]]
+    with ThreadPoolExecutor(workers) as pool:
+        print(f"training {len(jobs)} policies, {workers} at a time", flush=True)
+        list(pool.map(lambda job: train(*job), jobs))
+        print("evaluating", flush=True)
+        evaluations = list(pool.map(compare, config.tasks))
+    results = {
+        "environment": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "device": "cuda" if torch.cuda.is_available() else "cpu",
+            "cpu_count": os.cpu_count(),
+            "date": datetime.date.today().isoformat(),
+        },
+        "schedule": evaluations[0]["schedule"],
+        "tasks": {e["task"]: {k: e[k] for k in ("n", "rows", "argmax")} for e in evaluations},
+        "runs": runs,
+    }
+    (folder / "results.json").write_text(json.dumps(results, indent=1))
+    per_kind = -(-12 // len(config.tasks))
+    (folder / "gallery.json").write_text(json.dumps(gallery(config, folder, runs, per_kind)))
+    report = write_report(folder)
+    for evaluation in evaluations:
+        print_table(evaluation)
+    print(f"{time.perf_counter() - began:.0f} s. Report: {report}")
+
+
+if __name__ == "__main__":
+    main(HfArgumentParser(DemoConfig, description=__doc__.split("\n")[0]).parse_args_into_dataclasses()[0])

@@ -1,0 +1,541 @@
+"""Write the report of a demo run as one self-contained HTML file: accuracy, training curves, kept patches.
+
+    python training/demo.py --output_dir runs/demo    # trains, evaluates and leaves the inputs in runs/demo
+    python training/report.py runs/demo               # (re)writes runs/demo/report.html
+
+Reads results.json, gallery.json and <run>/metrics.jsonl of the folder. The page needs no network: its style is inline,
+its charts are inline SVG and its images base64 PNG.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import io
+import json
+import math
+import re
+import statistics
+import sys
+from collections.abc import Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
+from PIL import Image
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from training.tasks import exact_match
+
+LABELS = {
+    "full": "Full model, no pruning",
+    "toprl": "TOP-RL",
+    "fastv": "FastV",
+    "pyramiddrop": "PyramidDrop",
+    "sparsevlm": "SparseVLM",
+    "visionzip": "VisionZip",
+    "divprune": "DivPrune",
+    "random": "Random patches",
+    "untrained": "Untrained actor",
+}
+# Panels of the first figure: metric, title, shown in percent.
+CURVES = (
+    ("reward", "Reward, summed over stages", False),
+    ("accuracy", "Accuracy of the rollouts", True),
+    ("entropy", "Entropy per token (nats)", False),
+    ("kl_k3", "KL(old ‖ new) per token", False),
+    ("clip_fraction", "Clip fraction", True),
+)
+TASK_COLOURS = ("#1b6a85", "#c8553d", "#588157", "#8a5a83", "#c1922b", "#5c677d")
+STAGE_COLOURS = ("#8fc1d1", "#3d8ba6", "#0f4658", "#082530")
+OUTLINE = (38, 50, 56)
+FADED = (244, 244, 242)  # what dropped patches fade towards
+FADE = 0.86  # how far they go there
+SCALE = 2  # pixels of a strip per pixel of the image
+CHART_STYLE = {
+    "svg.fonttype": "none",  # the page's own font, selectable text
+    "svg.hashsalt": "report",  # the same inputs give the same file
+    "font.size": 8.5,
+    "axes.titlesize": 9,
+    "axes.titlelocation": "left",
+    "axes.edgecolor": "#b9bec4",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": "#eceef0",
+    "text.color": "#2b3137",
+    "xtick.color": "#5d666f",
+    "ytick.color": "#5d666f",
+    "xtick.major.size": 0,
+    "ytick.major.size": 0,
+    "axes.labelcolor": "#5d666f",
+}
+STYLE = """
+:root { --ink: #22282e; --soft: #626b74; --line: #dfe3e6; --tint: #eef5f7; --accent: #1b6a85; }
+* { box-sizing: border-box; }
+body { margin: 0; background: #fff; color: var(--ink);
+       font: 15px/1.55 "Inter", "Segoe UI", "Helvetica Neue", Arial, "DejaVu Sans", sans-serif; }
+main { max-width: 1080px; margin: 0 auto; padding: 44px 20px 64px; }
+h1 { font-size: 28px; line-height: 1.2; font-weight: 650; margin: 0 0 6px; letter-spacing: -.01em; }
+h2 { font-size: 19px; font-weight: 650; margin: 48px 0 8px; padding-top: 14px; border-top: 1px solid var(--line); }
+p { margin: 8px 0 12px; max-width: 860px; }
+.meta, .note, figcaption, caption { color: var(--soft); font-size: 13px; }
+.note, figcaption { margin: 8px 0 0; max-width: 860px; line-height: 1.5; }
+.facts { display: flex; gap: 40px; margin: 20px 0 4px; }
+.facts b { display: block; font-size: 24px; font-weight: 600; line-height: 1.25; font-variant-numeric: tabular-nums; }
+.facts span { color: var(--soft); font-size: 13px; }
+.wide { overflow-x: auto; }
+table { border-collapse: collapse; font-size: 14px; font-variant-numeric: tabular-nums; width: 100%; margin: 12px 0 0; }
+th, td { padding: 6px 8px; text-align: right; white-space: nowrap; border-bottom: 1px solid #eef0f2; }
+th:first-child, td:first-child { text-align: left; padding-left: 6px; }
+th { font-weight: 600; vertical-align: bottom; }
+thead th, tbody tr:last-child > * { border-bottom: 1px solid #aeb5bc; }
+thead th small { display: block; font-weight: 400; color: var(--soft); font-size: 12px; }
+tbody th { font-weight: 400; }
+tbody + tbody { color: var(--soft); }
+tr.full { color: var(--soft); }
+tr.toprl > * { background: var(--tint); }
+tr.toprl th { font-weight: 650; color: var(--accent); }
+.sd { display: inline-block; width: 3.1em; text-align: left; padding-left: .3em; color: var(--soft); font-size: 12px;
+      font-weight: 400; }
+table.schedule { width: auto; margin-top: 14px; }
+.schedule td, .schedule thead th { min-width: 54px; }
+ul { margin: 8px 0; padding-left: 20px; max-width: 900px; }
+li { margin: 3px 0; }
+figure { margin: 18px 0 0; }
+figure svg { width: 100%; height: auto; display: block; }
+figure svg text { font-family: inherit !important; }
+.gallery { display: grid; grid-template-columns: 1fr 1fr; gap: 30px 36px; margin-top: 20px; }
+.strip { display: flex; gap: 7px; }
+.strip div { flex: 1; text-align: center; font-size: 12px; color: var(--soft); }
+.strip img { display: block; width: 100%; margin-bottom: 3px; }
+.item dl { margin: 7px 0 0; font-size: 13.5px; line-height: 1.5; display: flex; gap: 0 22px; flex-wrap: wrap; }
+.item dl div { display: flex; gap: 6px; }
+.item dl div:first-child { flex: 0 0 100%; }
+dt { color: var(--soft); }
+dd { margin: 0; }
+.right { color: #2f7d3b; font-weight: 600; }
+.wrong { color: #b3372b; font-weight: 600; }
+@media (max-width: 760px) { .gallery { grid-template-columns: 1fr; } .facts { flex-wrap: wrap; } }
+"""
+
+
+class Source:
+    """A parsed input file that names itself, the missing key and the remedy when something is not there."""
+
+    def __init__(self, data: Any, name: str, remedy: str, path: str = "") -> None:
+        self.data, self.name, self.remedy, self.path = data, name, remedy, path
+
+    def __getitem__(self, key: str) -> Any:
+        if not isinstance(self.data, dict) or key not in self.data:
+            dotted = f"{self.path}.{key}" if self.path else key
+            raise ValueError(f"{self.name}: key {dotted!r} is missing; {self.remedy}")
+        return self.data[key]
+
+    def child(self, key: str) -> Source:
+        return Source(self[key], self.name, self.remedy, f"{self.path}.{key}" if self.path else key)
+
+    def children(self, key: str) -> list[Source]:
+        return [Source(item, self.name, self.remedy, f"{self.path}.{key}[{i}]") for i, item in enumerate(self[key])]
+
+
+def read(folder: Path, name: str) -> Source:
+    """Parse ``folder/name`` (.json, or .jsonl as {"rows": [...]}); says what to run where that fails.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: it is not JSON.
+    """
+    path = folder / name
+    remedy = f"run: python training/demo.py --output_dir {folder}"
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing; {remedy}")
+    text = path.read_text()
+    try:
+        data = {"rows": [json.loads(line) for line in text.splitlines() if line]} if name.endswith("l") else None
+        return Source(data or json.loads(text), str(path), remedy)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is not valid JSON ({error}); {remedy}") from error
+
+
+def label(method: str) -> str:
+    return LABELS.get(method, method)
+
+
+def percent(values: Sequence[float], pad: bool) -> str:
+    """Mean of fractions in percent, with the sample deviation where there are several; ``pad`` keeps digits aligned."""
+    text = f"{100 * statistics.fmean(values):.1f}"
+    if len(values) > 1:
+        return f'{text}<span class="sd">± {100 * statistics.stdev(values):.1f}</span>'
+    return text + ('<span class="sd"></span>' if pad else "")
+
+
+# --- 1. header -----------------------------------------------------------------------------------------------------
+
+
+def header_section(results: Source) -> str:
+    """Title, environment line, the schedule in words and as tokens per decoder layer."""
+    environment, schedule = results.child("environment"), results.child("schedule")
+    cores = environment["cpu_count"]
+    meta = (
+        f"{environment['date']} · {environment['device']}, {cores} CPU core{'s' if cores != 1 else ''} · "
+        f"Python {environment['python']} · torch {environment['torch']} · transformers {environment['transformers']}"
+    )
+    layers, keep = schedule["layers"], schedule["keep"]
+    total, depth, average = schedule["num_visual"], schedule["num_layers"], schedule["average_tokens"]
+    stages = [f"before layer {layer} it keeps {k}" for layer, k in zip(layers, keep, strict=True)]
+    words = ", ".join(stages[:-1]) + " and " + stages[-1] if len(stages) > 1 else stages[0]
+    counts = [([total, *keep])[sum(layer >= at for at in layers)] for layer in range(depth)]
+    return f"""<header>
+<h1>TOP-RL on the embedded tiny LLaVA</h1>
+<p class="meta">{escape(meta)}</p>
+<p>A 128×128 image enters the decoder as {total} visual tokens, one per 16×16 patch. The language model is frozen; a
+small actor, trained with PPO, decides at {len(layers)} stages which tokens go on: {words} of the {total}
+(layers counted from 0). All pruning methods below are measured under this schedule unless a row says otherwise.</p>
+<div class="facts">
+<div><b>{average:.1f} of {total}</b><span>visual tokens, averaged over the {depth} layers</span></div>
+<div><b>{schedule["macs_ratio"]:.2f}×</b><span>decoder multiply-adds on visual tokens (Eqs. 8–9), full = 1</span></div>
+</div>
+<table class="schedule"><thead><tr><th>Decoder layer</th>{"".join(f"<th>{i}</th>" for i in range(depth))}</tr></thead>
+<tbody><tr><th>Visual tokens seen</th>{"".join(f"<td>{n}</td>" for n in counts)}</tr></tbody></table>
+</header>"""
+
+
+# --- 2. accuracy ---------------------------------------------------------------------------------------------------
+
+
+def accuracies(task: Source) -> dict[str, list[float]]:
+    """Accuracy of each method over its seeds, in the file's order."""
+    found = {row["method"]: row["accuracy"] for row in task.children("rows")}
+    for method in ("full", "random", "toprl"):
+        Source(found, task.name, task.remedy, f"{task.path}.rows")[method]
+    return found
+
+
+def best_pruned(found: dict[str, list[float]]) -> set[str]:
+    """The methods with the highest mean at the one digit that is shown; the unpruned model does not compete."""
+    means = {m: round(100 * statistics.fmean(values), 1) for m, values in found.items() if m != "full"}
+    return {m for m, mean in means.items() if mean == max(means.values())}
+
+
+def verdict(kind: str, n: int, found: dict[str, list[float]]) -> str:
+    """One list item: who is first among the pruned methods, by how much, and whether n questions can tell."""
+    ranking = sorted((m for m in found if m != "full"), key=lambda m: -statistics.fmean(found[m]))
+    first = ranking[0]
+    other = ranking[1] if first == "toprl" else "toprl"
+    a, b = statistics.fmean(found[first]), statistics.fmean(found[other])
+    noise = 196 * math.sqrt((a * (1 - a) + b * (1 - b)) / n)
+    gap = 100 * (a - b)
+    if first == "toprl":
+        text = f"<b>TOP-RL first</b> with {100 * a:.1f} %, {gap:.1f} points ahead of {escape(label(other))}"
+    else:
+        rank = ranking.index("toprl") + 1
+        text = f"<b>{escape(label(first))} first</b> with {100 * a:.1f} %; TOP-RL is number {rank}, {gap:.1f} points behind"
+    told = "more than" if gap > noise else "within"
+    return f"<li>{escape(kind)}: {text} ({told} the test set's noise of ±{noise:.1f}).</li>"
+
+
+def accuracy_section(results: Source) -> str:
+    """The accuracy-tokens table, the headroom and arg-max rows, and who wins where."""
+    tasks = {kind: results.child("tasks").child(kind) for kind in results["tasks"]}
+    found = {kind: accuracies(task) for kind, task in tasks.items()}
+    tokens: dict[str, list[float]] = {}
+    for task in tasks.values():
+        for row in task.children("rows"):
+            tokens.setdefault(row["method"], []).append(row["average_tokens"])
+    argmax = {kind: task.child("argmax") for kind, task in tasks.items()}
+    pad = {k: any(len(a) > 1 for a in (*found[k].values(), argmax[k]["accuracy"], argmax[k]["kept"])) for k in found}
+    best = {kind: best_pruned(one) for kind, one in found.items()}
+
+    def cell(kind: str, method: str) -> str:
+        if method not in found[kind]:
+            return "<td>–</td>"
+        text = percent(found[kind][method], pad[kind])
+        return f"<td>{f'<b>{text}</b>' if method in best[kind] else text}</td>"
+
+    body = ""
+    for method, counts in tokens.items():
+        low, high = f"{min(counts):.1f}", f"{max(counts):.1f}"
+        cells = "".join(cell(kind, method) for kind in found)
+        shown = low if low == high else f"{low}–{high}"
+        body += f'<tr class="{escape(method)}"><th>{escape(label(method))}</th>{cells}<td>{shown}</td></tr>\n'
+    gaps = ""
+    for kind, one in found.items():
+        gap = 100 * (statistics.fmean(one["full"]) - statistics.fmean(one["random"]))
+        gaps += f"<td>{gap:+.1f}{'<span class="sd"></span>' if pad[kind] else ''}</td>".replace("-", "−")
+    free = "".join(f"<td>{percent(argmax[kind]['accuracy'], pad[kind])}</td>" for kind in found)
+    kept = "".join(f"<td>{percent(argmax[kind]['kept'], pad[kind])}</td>" for kind in found)
+    stages = ""
+    for kind in found:
+        means = np.mean(argmax[kind]["retained"], axis=0)
+        line = " · ".join(f"{100 * share:.0f}" for share in means)
+        stages += f"<td>{line}{'<span class="sd"></span>' if pad[kind] else ''}</td>"
+    heads = "".join(
+        f"<th>{escape(kind)}{'<span class="sd"></span>' if pad[kind] else ''}"
+        f"<small>n = {task['n']}{'<span class="sd"></span>' if pad[kind] else ''}</small></th>"
+        for kind, task in tasks.items()
+    )
+    won = [kind for kind in found if best[kind] == {"toprl"}]
+    tied = [kind for kind in found if "toprl" in best[kind] and len(best[kind]) > 1]
+    lost = [kind for kind in found if "toprl" not in best[kind]]
+    parts = [f"has the highest accuracy of the pruned methods on {len(won)} of {len(found)} question kinds"]
+    parts += [f"ties on {', '.join(tied)}"] if tied else []
+    parts += [f"is beaten on {', '.join(lost)}"] if lost else []
+    return f"""<section id="accuracy"><h2>Accuracy at equal token budgets</h2>
+<div class="wide"><table>
+<thead><tr><th>Accuracy, %</th>{heads}<th>tokens<small>mean / layer</small></th></tr></thead>
+<tbody>{body}</tbody>
+<tbody>
+<tr><th>Headroom: full − random, points</th>{gaps}<td></td></tr>
+<tr><th>TOP-RL arg-max: accuracy, %</th>{free}<td></td></tr>
+<tr><th>TOP-RL arg-max: kept, mean of stages, %</th>{kept}<td></td></tr>
+<tr><th>TOP-RL arg-max: kept after each stage, %</th>{stages}<td></td></tr>
+</tbody></table></div>
+<p class="note">Share of test questions answered exactly, per question kind; the test images are made from source images
+that training never saw. With several seeds: mean ± sample standard deviation over seeds. Bold: best pruned method of the
+column (ties included; the full model is the reference and does not compete). Tokens: visual tokens averaged over the
+decoder layers. Arg-max: the same agent without the budget, keeping every token that it finds more likely kept than
+dropped; kept is a share of the original tokens.</p>
+<p>TOP-RL {"; it ".join(parts)}.</p>
+<ul>{"".join(verdict(kind, tasks[kind]["n"], one) for kind, one in found.items())}</ul>
+<p class="note">Noise: the 95 % interval of a difference of two accuracies on n questions, taken as independent (the
+methods answer the same questions, so it is on the wide side). It does not contain the spread over training seeds.</p>
+</section>"""
+
+
+# --- 3. training curves --------------------------------------------------------------------------------------------
+
+
+def read_runs(folder: Path, results: Source) -> dict[str, list[dict[str, np.ndarray]]]:
+    """Per task and run: each metric over the iterations, ``[I]`` (retained ``[I, T]``)."""
+    names = ("iteration", "retained", "seconds", *(name for name, _, _ in CURVES))
+    runs: dict[str, list[dict[str, np.ndarray]]] = {}
+    for kind, folders in results["runs"].items():
+        for run in folders:
+            source = read(folder, f"{run}/metrics.jsonl")
+            rows = source.children("rows")
+            if not rows:
+                raise ValueError(f"{source.name} has no rows; {source.remedy}")
+            runs.setdefault(kind, []).append({name: np.array([row[name] for row in rows], float) for name in names})
+    if not runs:
+        raise ValueError(f"{results.name}: 'runs' names no run; {results.remedy}")
+    return runs
+
+
+def svg(figure: Figure) -> str:
+    """The figure as an inline <svg>: no prolog, no metadata, and no namespaces, which HTML implies."""
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
+    text = buffer.getvalue()
+    return re.sub(r'\sxmlns(:\w+)?="[^"]*"', "", text[text.index("<svg") :])
+
+
+def task_colours(runs: dict[str, Any]) -> dict[str, str]:
+    return {kind: TASK_COLOURS[i % len(TASK_COLOURS)] for i, kind in enumerate(runs)}
+
+
+def curves_figure(runs: dict[str, list[dict[str, np.ndarray]]]) -> Figure:
+    """One panel per metric, one colour per task, one line per run; the legend has the last cell."""
+    figure = Figure(figsize=(11, 4.7), layout="constrained")
+    panels = figure.subplots(2, 3).flat
+    colours = task_colours(runs)
+    for axes, (name, title, share) in zip(panels, CURVES, strict=False):
+        for kind, seeds in runs.items():
+            for run in seeds:
+                width = 0.8 if len(seeds) > 1 else 1.5
+                axes.plot(run["iteration"] + 1, run[name], color=colours[kind], linewidth=width)
+        axes.set_title(title)
+        axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+        axes.yaxis.set_major_locator(MaxNLocator(5))
+        if share:
+            axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=None))
+    lines = [Line2D([], [], color=colours[k], linewidth=1 if len(runs[k]) > 1 else 1.8) for k in runs]
+    names = [f"{kind} ({len(seeds)} seeds)" if len(seeds) > 1 else kind for kind, seeds in runs.items()]
+    last = figure.axes[-1]
+    last.axis("off")
+    last.legend(lines, names, loc="center left", frameon=False, fontsize=9.5, labelspacing=0.7)
+    figure.supxlabel("iteration", fontsize=8.5, color="#5d666f")
+    return figure
+
+
+def retained_figure(runs: dict[str, list[dict[str, np.ndarray]]], num_visual: int, keep: Sequence[int]) -> Figure:
+    """One panel per task: visual tokens left after each stage, one line per stage and run, log axis."""
+    columns = min(3, len(runs))
+    rows = math.ceil(len(runs) / columns)
+    figure = Figure(figsize=(11 / 3 * columns, 2.1 * rows + 0.35), layout="constrained")
+    grid = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
+    shades = [STAGE_COLOURS[min(i, len(STAGE_COLOURS) - 1)] for i in range(len(keep))]
+    for axes, (kind, seeds) in zip(grid.flat, runs.items(), strict=False):
+        for stage, (shade, budget) in enumerate(zip(shades, keep, strict=True)):
+            axes.axhline(budget, color=shade, linewidth=0.9, linestyle=(0, (2, 3)))
+            for run in seeds:
+                width = 0.8 if len(seeds) > 1 else 1.5
+                tokens = num_visual * run["retained"][:, stage]
+                axes.plot(run["iteration"] + 1, tokens, color=shade, linewidth=width, label=f"stage {stage + 1}")
+        axes.set_title(f"{kind} ({len(seeds)} seeds)" if len(seeds) > 1 else kind)
+        axes.set_yscale("log", base=2, nonpositive="clip")
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+    for axes in list(grid.flat)[len(runs) :]:
+        axes.axis("off")
+    handles = [Line2D([], [], color=shade, linewidth=1.8) for shade in shades]
+    handles.append(Line2D([], [], color="#5d666f", linewidth=0.9, linestyle=(0, (2, 3))))
+    names = [*(f"after stage {i + 1}" for i in range(len(keep))), "the schedule's k"]
+    figure.legend(handles, names, loc="outside upper left", ncols=len(handles), frameon=False, fontsize=9)
+    figure.supxlabel("iteration", fontsize=8.5, color="#5d666f")
+    return figure
+
+
+def curves_section(folder: Path, results: Source) -> str:
+    """The training curves of every run."""
+    runs, schedule = read_runs(folder, results), results.child("schedule")
+    with matplotlib.rc_context(CHART_STYLE):
+        curves = svg(curves_figure(runs))
+        retained = svg(retained_figure(runs, schedule["num_visual"], schedule["keep"]))
+    every = [run for seeds in runs.values() for run in seeds]
+    iterations = sorted({len(run["iteration"]) for run in every})
+    seconds = statistics.fmean(float(run["seconds"].sum()) for run in every)
+    length = f"{iterations[0]}" if len(iterations) == 1 else f"{iterations[0]} to {iterations[-1]}"
+    return f"""<section id="curves"><h2>Training</h2>
+<p>{len(every)} run{"s" if len(every) != 1 else ""} of {length} PPO iterations, {seconds:.0f} s of iterations each on
+average. Every value is measured on the sampled rollouts of that iteration, on training questions that the full model
+answers correctly, so accuracy here is relative to the full model and includes the noise of sampling masks.</p>
+<figure>{curves}<figcaption>One line per run. Reward: r<sub>t</sub> = Q<sub>p</sub>/Q − α<sub>t</sub>
+L<sub>t</sub>/L (Eq. 5), summed over the stages, mean over the rollout. Entropy: of the keep decision, at most ln 2 ≈
+0.69. KL and clip fraction: means over the update's minibatches (KL by the k3 estimator).</figcaption></figure>
+<figure>{retained}<figcaption>Visual tokens left of {schedule["num_visual"]} after each stage, mean over the rollout
+(log axis). In training the actor samples how many it keeps; the dotted lines are the counts that the schedule imposes at
+evaluation.</figcaption></figure>
+</section>"""
+
+
+# --- 4. gallery ----------------------------------------------------------------------------------------------------
+
+
+def draw_stage(image: Image.Image, kept: Sequence[int], side: int, scale: int = SCALE) -> Image.Image:
+    """The image with dropped patches faded and the kept ones unchanged inside a thin outline (Figure 4).
+
+    Args:
+        image: RGB, its sides multiples of ``side``.
+        kept: raster indices of the kept patches, 0 to side² - 1.
+        side: patches per side.
+        scale: pixels drawn per pixel of the image, and width of the outline.
+
+    Returns:
+        The image ``scale`` times as large, plus a margin of ``scale`` pixels that holds the outline of patches at the
+        border. The outline lies on the dropped side of an edge, so kept patches are exact.
+
+    Raises:
+        ValueError: an index out of range, or sides that are not multiples of ``side``.
+
+    Example:
+        >>> draw_stage(Image.new("RGB", (128, 128)), kept=[0, 9], side=8).size
+        (260, 260)
+    """
+    width, height = image.size
+    if width % side or height % side:
+        raise ValueError(f"image is {width}x{height}; its sides must be multiples of side={side}")
+    if bad := [index for index in kept if not 0 <= index < side * side]:
+        raise ValueError(f"kept={bad} must lie in 0..{side * side - 1}")
+    mask = np.zeros((side, side), bool)
+    mask.flat[list(kept)] = True
+    mask = np.kron(mask, np.ones((height // side * scale, width // side * scale), bool))  # [H*scale, W*scale]
+    mask = np.pad(mask, scale)
+    pixels = np.asarray(image.convert("RGB")).repeat(scale, 0).repeat(scale, 1).astype(float)
+    pixels = np.pad(pixels, ((scale, scale), (scale, scale), (0, 0)), constant_values=255)
+    pixels[~mask] += FADE * (np.array(FADED) - pixels[~mask])
+    near = mask.copy()  # within ``scale`` pixels of a kept patch, corners included
+    for axis in (0, 1):
+        near = np.logical_or.reduce([np.roll(near, shift, axis) for shift in range(-scale, scale + 1)])
+    pixels[near & ~mask] = OUTLINE
+    return Image.fromarray(pixels.round().astype(np.uint8))
+
+
+def png_uri(image: Image.Image) -> str:
+    buffer = io.BytesIO()
+    image.save(buffer, format="PNG", optimize=True)
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def mark(answer: str, reference: str) -> str:
+    right = bool(exact_match(answer, reference))
+    return f'<span class="{"right" if right else "wrong"}">{escape(answer) or "(empty)"} {"✓" if right else "✗"}</span>'
+
+
+def gallery_item(item: Source, num_visual: int) -> str:
+    """Strip, question and answers of one test image."""
+    try:
+        image = Image.open(io.BytesIO(base64.b64decode(item["image"], validate=True)))
+    except (binascii.Error, OSError) as error:
+        raise ValueError(f"{item.name}: {item.path}.image is not a base64 PNG; {item.remedy}") from error
+    names = ["image", *(f"stage {i + 1}" for i in range(len(item["stages"])))]
+    tiles = ""
+    for name, kept in zip(names, [list(range(num_visual)), *item["stages"]], strict=True):
+        uri = png_uri(draw_stage(image, kept, math.isqrt(num_visual)))
+        tiles += f'<div><img alt="{name}" src="{uri}">{name} · {len(kept)}</div>'
+    reference = item["reference"]
+    return f"""<div class="item"><div class="strip">{tiles}</div><dl>
+<div><dt>{escape(item["kind"])}</dt><dd>{escape(item["question"])}</dd></div>
+<div><dt>reference</dt><dd>{escape(reference)}</dd></div>
+<div><dt>full model</dt><dd>{mark(item["full_answer"], reference)}</dd></div>
+<div><dt>pruned model</dt><dd>{mark(item["pruned_answer"], reference)}</dd></div>
+</dl></div>"""
+
+
+def gallery_section(gallery: Source, num_visual: int) -> str:
+    """Test images as in the paper's Figure 4."""
+    items = gallery.children("items")
+    right = {
+        who: sum(int(exact_match(item[who], item["reference"])) for item in items)
+        for who in ("full_answer", "pruned_answer")
+    }
+    return f"""<section id="gallery"><h2>What is kept</h2>
+<p>Test images with the visual tokens that the TOP-RL agent keeps after each stage, as in the paper's Figure 4. Kept 16×16
+patches are outlined and shown in full, dropped ones are faded; the number is the count of tokens left. On these
+{len(items)} questions the full model is right {right["full_answer"]} times, the pruned one {right["pruned_answer"]}
+times.</p>
+<div class="gallery">{"".join(gallery_item(item, num_visual) for item in items)}</div>
+</section>"""
+
+
+def write_report(folder: Path) -> Path:
+    """Write ``folder/report.html`` from results.json, gallery.json and <run>/metrics.jsonl; returns its path.
+
+    Raises:
+        FileNotFoundError: an input file is missing; the message says what to run.
+        ValueError: an input lacks a key or is not JSON; the message names file and key.
+    """
+    folder = Path(folder)
+    results, gallery = read(folder, "results.json"), read(folder, "gallery.json")
+    gallery = Source({"items": gallery.data}, gallery.name, gallery.remedy)
+    sections = (
+        header_section(results),
+        accuracy_section(results),
+        curves_section(folder, results),
+        gallery_section(gallery, results.child("schedule")["num_visual"]),
+    )
+    path = folder / "report.html"
+    path.write_text(
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<title>TOP-RL on the embedded tiny LLaVA</title>\n<style>{STYLE}</style></head>\n<body><main>\n"
+        + "\n".join(sections)
+        + "\n</main></body></html>\n"
+    )
+    return path
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        sys.exit("usage: python training/report.py FOLDER (for example runs/demo)")
+    try:
+        print(f"report: {write_report(Path(sys.argv[1]))}")
+    except (FileNotFoundError, ValueError) as problem:
+        sys.exit(f"error: {problem}")
