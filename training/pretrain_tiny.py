@@ -35,7 +35,7 @@ from training.scenes import KINDS, NUM_PATCHES, Scene, SceneDataset, ask, make_s
 # Forms (none, 3), colours (none, 8), digits (none, 10): one cross entropy each, from one linear layer per patch.
 TAG_SIZES = (4, 9, 11)
 # Questions of each kind per scene; the hard kinds get more.
-MIX = {"ocr": 1, "shape": 3, "colour": 2, "exist": 3, "count": 2, "compare": 3}
+MIX = {"ocr": 1, "shape": 3, "colour": 3, "exist": 2, "count": 3, "compare": 2}
 QUESTION_LENGTH = 10  # words of the longest question, plus the answer prompt and the answer
 IGNORE = -100
 
@@ -45,8 +45,8 @@ class PretrainConfig:
     """Flags of the script."""
 
     output_dir: str = field(default="runs/pretrain_tiny", metadata={"help": "where checkpoint and log go"})
-    steps: int = field(default=2600, metadata={"help": "optimizer steps of the question phase"})
-    vision_steps: int = field(default=1200, metadata={"help": "optimizer steps of the patch tag phase"})
+    steps: int = field(default=2200, metadata={"help": "optimizer steps of the question phase"})
+    vision_steps: int = field(default=1500, metadata={"help": "optimizer steps of the patch tag phase"})
     batch_size: int = field(default=32, metadata={"help": "scenes per step"})
     learning_rate: float = field(default=1.5e-3, metadata={"help": "peak learning rate of decoder and projector"})
     vision_lr_scale: float = field(default=0.3, metadata={"help": "the vision tower's share of it in the second phase"})

@@ -103,8 +103,8 @@ tbody + tbody { color: var(--soft); }
 tr.full { color: var(--soft); }
 tr.toprl > * { background: var(--tint); }
 tr.toprl th { font-weight: 650; color: var(--accent); }
-.sd { display: inline-block; width: 3.1em; text-align: left; padding-left: .3em; color: var(--soft); font-size: 12px;
-      font-weight: 400; }
+.seeds { position: relative; padding-right: 48px; }
+.sd { position: absolute; left: calc(100% - 45px); color: var(--soft); font-size: 12px; font-weight: 400; }
 table.schedule { width: auto; margin-top: 14px; }
 .schedule td, .schedule thead th { min-width: 54px; }
 ul { margin: 8px 0; padding-left: 20px; max-width: 900px; }
@@ -169,12 +169,10 @@ def label(method: str) -> str:
     return LABELS.get(method, method)
 
 
-def percent(values: Sequence[float], pad: bool) -> str:
-    """Mean of fractions in percent, with the sample deviation where there are several; ``pad`` keeps digits aligned."""
+def percent(values: Sequence[float]) -> str:
+    """Mean of fractions in percent, with the sample deviation where there are several."""
     text = f"{100 * statistics.fmean(values):.1f}"
-    if len(values) > 1:
-        return f'{text}<span class="sd">± {100 * statistics.stdev(values):.1f}</span>'
-    return text + ('<span class="sd"></span>' if pad else "")
+    return text if len(values) == 1 else f'{text}<span class="sd">± {100 * statistics.stdev(values):.1f}</span>'
 
 
 # --- 1. header -----------------------------------------------------------------------------------------------------
@@ -251,35 +249,32 @@ def accuracy_section(results: Source) -> str:
         for row in task.children("rows"):
             tokens.setdefault(row["method"], []).append(row["average_tokens"])
     argmax = {kind: task.child("argmax") for kind, task in tasks.items()}
-    pad = {k: any(len(a) > 1 for a in (*found[k].values(), argmax[k]["accuracy"], argmax[k]["kept"])) for k in found}
     best = {kind: best_pruned(one) for kind, one in found.items()}
+    # a column with a deviation somewhere leaves room for it everywhere, so that its digits stay aligned
+    several = {kind for kind, one in found.items() if max(map(len, (*one.values(), argmax[kind]["kept"]))) > 1}
 
-    def cell(kind: str, method: str) -> str:
-        if method not in found[kind]:
-            return "<td>–</td>"
-        text = percent(found[kind][method], pad[kind])
-        return f"<td>{f'<b>{text}</b>' if method in best[kind] else text}</td>"
+    def line(name: str, cells: dict[str, str], last: str = "", css: str = "") -> str:
+        shown = "".join(f'<td class="{"seeds" if kind in several else ""}">{cells[kind]}</td>' for kind in found)
+        return f'<tr class="{escape(css)}"><th>{escape(name)}</th>{shown}<td>{last}</td></tr>\n'
 
     body = ""
     for method, counts in tokens.items():
+        cells = {kind: percent(one[method]) if method in one else "–" for kind, one in found.items()}
+        cells = {kind: f"<b>{cell}</b>" if method in best[kind] else cell for kind, cell in cells.items()}
         low, high = f"{min(counts):.1f}", f"{max(counts):.1f}"
-        cells = "".join(cell(kind, method) for kind in found)
-        shown = low if low == high else f"{low}–{high}"
-        body += f'<tr class="{escape(method)}"><th>{escape(label(method))}</th>{cells}<td>{shown}</td></tr>\n'
-    gaps = ""
-    for kind, one in found.items():
-        gap = 100 * (statistics.fmean(one["full"]) - statistics.fmean(one["random"]))
-        gaps += f"<td>{gap:+.1f}{'<span class="sd"></span>' if pad[kind] else ''}</td>".replace("-", "−")
-    free = "".join(f"<td>{percent(argmax[kind]['accuracy'], pad[kind])}</td>" for kind in found)
-    kept = "".join(f"<td>{percent(argmax[kind]['kept'], pad[kind])}</td>" for kind in found)
-    stages = ""
-    for kind in found:
-        means = np.mean(argmax[kind]["retained"], axis=0)
-        line = " · ".join(f"{100 * share:.0f}" for share in means)
-        stages += f"<td>{line}{'<span class="sd"></span>' if pad[kind] else ''}</td>"
+        body += line(label(method), cells, low if low == high else f"{low}–{high}", method)
+    gaps = {k: 100 * (statistics.fmean(one["full"]) - statistics.fmean(one["random"])) for k, one in found.items()}
+    shares = {kind: np.mean(one["retained"], axis=0) for kind, one in argmax.items()}
+    rest = (
+        line("Headroom: full − random, points", {kind: f"{gap:.1f}" for kind, gap in gaps.items()})
+        + line("TOP-RL arg-max: accuracy", {kind: percent(one["accuracy"]) for kind, one in argmax.items()})
+        + line("TOP-RL arg-max: kept, stage mean", {kind: percent(one["kept"]) for kind, one in argmax.items()})
+        + line(
+            "TOP-RL arg-max: kept, by stage", {k: " · ".join(f"{100 * x:.0f}" for x in v) for k, v in shares.items()}
+        )
+    )
     heads = "".join(
-        f"<th>{escape(kind)}{'<span class="sd"></span>' if pad[kind] else ''}"
-        f"<small>n = {task['n']}{'<span class="sd"></span>' if pad[kind] else ''}</small></th>"
+        f'<th class="{"seeds" if kind in several else ""}">{escape(kind)}<small>n = {task["n"]}</small></th>'
         for kind, task in tasks.items()
     )
     won = [kind for kind in found if best[kind] == {"toprl"}]
@@ -292,12 +287,7 @@ def accuracy_section(results: Source) -> str:
 <div class="wide"><table>
 <thead><tr><th>Accuracy, %</th>{heads}<th>tokens<small>mean / layer</small></th></tr></thead>
 <tbody>{body}</tbody>
-<tbody>
-<tr><th>Headroom: full − random, points</th>{gaps}<td></td></tr>
-<tr><th>TOP-RL arg-max: accuracy, %</th>{free}<td></td></tr>
-<tr><th>TOP-RL arg-max: kept, mean of stages, %</th>{kept}<td></td></tr>
-<tr><th>TOP-RL arg-max: kept after each stage, %</th>{stages}<td></td></tr>
-</tbody></table></div>
+<tbody>{rest}</tbody></table></div>
 <p class="note">Share of test questions answered exactly, per question kind; the test images are made from source images
 that training never saw. With several seeds: mean ± sample standard deviation over seeds. Bold: best pruned method of the
 column (ties included; the full model is the reference and does not compete). Tokens: visual tokens averaged over the

@@ -60,7 +60,10 @@ class SamplingPolicy(Policy):
         original = torch.tensor(context.num_visual, device=hidden_states.device)
         kept_fraction = context.valid_mask.sum(1) / original.clamp(min=1)
         logits = self.policy.logits(hidden_states, context.stage, context.valid_mask)
-        sample = sample_keep_mask(logits, generator=self.generator, tau=self.tau, previous_mask=context.valid_mask)
+        # one draw per *original* token, so that masked and compacted rollouts of a seed are the same episode
+        uniform = torch.rand(len(logits), max(context.num_visual), generator=self.generator, device=logits.device)
+        uniform = uniform.clamp(1e-7, 1 - 1e-7).gather(1, context.visual_index.clamp(min=0))
+        sample = sample_keep_mask(logits, uniform=uniform, tau=self.tau, previous_mask=context.valid_mask)
         keep_mask = sample.keep_mask.bool()
         value = self.policy.value(hidden_states, context.stage, context.valid_mask, text_state, kept_fraction)
         self.steps.append(

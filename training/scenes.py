@@ -33,7 +33,7 @@ SCENE = 2 * CELL
 PATCHES_PER_SIDE = SCENE // PATCH
 NUM_PATCHES = PATCHES_PER_SIDE**2
 # Digits of scikit-learn are in writer order, so a cut by index also keeps most writers apart.
-DIGITS_TRAIN = 1300
+DIGITS_TRAIN = 1500
 # A patch belongs to a shape when at least this share of its pixels does.
 SHAPE_COVER = 0.05
 
@@ -229,13 +229,19 @@ def _ask_exist(rng: np.random.Generator, scene: Scene, present: list[int]) -> Qu
     """Ask for a form, a colour or both; the negative form of "both" changes one of the two."""
     cell = int(rng.choice(present))
     form, colour = scene.shapes[cell], scene.colours[cell]
+    pairs = list(zip(scene.shapes, scene.colours, strict=True))
     template, positive = int(rng.integers(3)), bool(rng.random() < 0.5)
     if not positive:
-        if template == 0 or (template == 2 and rng.random() < 0.5):
-            form = int(rng.integers(3))
+        forms = [f for f in range(3) if f not in scene.shapes]
+        colours = [c for c in range(8) if c not in scene.colours]
+        near = [(f, colour) for f in range(3)] + [(form, c) for c in range(8)]
+        if template == 0:
+            form = int(rng.choice(forms or [form]))
+        elif template == 1:
+            colour = int(rng.choice(colours))
         else:
-            colour = int(rng.integers(8))
-    pairs = list(zip(scene.shapes, scene.colours, strict=True))
+            near = [pair for pair in near if pair not in pairs]
+            form, colour = near[int(rng.integers(len(near)))]
     if template == 0:
         return Question("exist", f"is there a {SHAPES[form]} ?", "yes" if form in scene.shapes else "no")
     if template == 1:

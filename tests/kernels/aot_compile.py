@@ -28,6 +28,7 @@ from toprl_kernels.masked_attention import triton_kernels as attention_kernels
 from toprl_kernels.topk_compact import triton as topk
 
 TYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
+DENSE_STRIDES = ("stride_hd", "stride_gd", "stride_sn", "stride_vn", "stride_pn")
 FLOAT_SCALARS = ("scale", "scale_log2", "eps", "tau")
 # label, kernel, pointer types ("_" is the default), constants, launch options
 Case = tuple[str, Any, dict[str, str], dict[str, Any], dict[str, int]]
@@ -61,8 +62,12 @@ def topk_cases() -> Iterator[Case]:
     for tokens in (1024, 4096, 16384):
         pointers = {"_": "i64", "scores_ptr": "fp32", "valid_ptr": "u8", "out_valid_ptr": "u8"}
         constants = dict(BLOCK_N=tokens, RAGGED=True, HAS_VALID=True, POSITION_ROWS=3)
-        yield f"topk_select N={tokens}", topk.topk_select_kernel, pointers, constants, dict(
-            num_warps=topk.select_warps(tokens)
+        yield (
+            f"topk_select N={tokens}",
+            topk.topk_select_kernel,
+            pointers,
+            constants,
+            dict(num_warps=topk.select_warps(tokens)),
         )
     for name, kernel in (("gather", topk.topk_gather_kernel), ("scatter", topk.topk_scatter_kernel)):
         constants = dict(BLOCK_R=topk.ROWS_PER_PROGRAM, BLOCK_D=topk.MAX_BLOCK_D)
@@ -104,6 +109,10 @@ def sass_of(cubin: bytes) -> str:
 def compile_case(case: Case, arch: int) -> dict[str, Any]:
     label, kernel, pointers, constants, options = case
     constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
+    # What the launcher finds out about ordinary tensors and bakes in: pointers, row strides and sizes divisible by
+    # 16, dense last dimensions of stride 1. (In the attention kernels a stride ending in n is a row stride.)
+    if not label.startswith("attention"):
+        constants |= {name: 1 for name in DENSE_STRIDES if name in kernel.arg_names}
     signature, aligned = {}, {}
     for position, name in enumerate(kernel.arg_names):
         if name in constants:
@@ -112,8 +121,8 @@ def compile_case(case: Case, arch: int) -> dict[str, Any]:
             signature[name] = "*" + pointers.get(name, pointers["_"])
         else:
             signature[name] = "fp32" if name in FLOAT_SCALARS else "i32"
-        # what the launcher finds out about ordinary tensors: 16-byte aligned pointers, row strides divisible by 16
-        if name.endswith("_ptr") or (name.startswith("stride_") and not name.endswith(("d", "vn", "sn", "pn"))):
+        divisible = name.endswith("_ptr") or name.startswith("stride_") or name in ("d1", "hidden_size")
+        if divisible and name not in constants:
             aligned[(position,)] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature, constexprs=constants, attrs=aligned)
     compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options | {"enable_fp_fusion": True})

@@ -62,11 +62,15 @@ def test_eager_equals_definition(with_mask: bool) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize(
     ("batch", "tokens", "d1", "d2", "with_mask"),
-    [(1, 1, 8, 2, False), (2, 15, 40, 24, True), (2, 129, 200, 64, True), (1, 63, 96, 256, False), (2, 70, 64, 80, True)],
+    [
+        (1, 1, 8, 2, False),
+        (2, 15, 40, 24, True),
+        (2, 129, 200, 64, True),
+        (1, 63, 96, 256, False),
+        (2, 70, 64, 80, True),
+    ],
 )
-def test_triton(
-    batch: int, tokens: int, d1: int, d2: int, with_mask: bool, dtype: torch.dtype, device: str
-) -> None:
+def test_triton(batch: int, tokens: int, d1: int, d2: int, with_mask: bool, dtype: torch.dtype, device: str) -> None:
     weights = make_actor_weights(d1, d2, dtype=dtype, device=device)
     hidden = make_hidden(batch, tokens, d1, dtype).to(device)
     valid = None

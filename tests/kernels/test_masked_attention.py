@@ -89,7 +89,9 @@ def test_definition_gradcheck(is_causal: bool, mask_values: list[float]) -> None
 @pytest.mark.parametrize("mask", ["hard", "soft", "mixed"])
 @pytest.mark.parametrize("padding", [False, True])
 @pytest.mark.parametrize("is_causal", [False, True])
-@pytest.mark.parametrize(("heads", "kv_heads", "num_queries", "num_keys"), [(2, 2, 15, 15), (4, 1, 7, 33), (4, 2, 1, 9)])
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "num_queries", "num_keys"), [(2, 2, 15, 15), (4, 1, 7, 33), (4, 2, 1, 9)]
+)
 def test_eager_equals_definition_in_float64(
     mask: str, padding: bool, is_causal: bool, heads: int, kv_heads: int, num_queries: int, num_keys: int
 ) -> None:

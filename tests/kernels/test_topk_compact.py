@@ -39,7 +39,9 @@ def expected_indices(scores: list[float], k: int, valid: list[bool] | None = Non
     return sorted(picked)
 
 
-def run(scores: list[list[float]], k: int | list[int], backend: str, device: str = "cpu", **options) -> TopkCompactOutput:
+def run(
+    scores: list[list[float]], k: int | list[int], backend: str, device: str = "cpu", **options
+) -> TopkCompactOutput:
     table = torch.tensor(scores, dtype=options.pop("dtype", torch.float32), device=device)
     hidden = torch.arange(table.numel() * 3, dtype=torch.float32, device=device).view(*table.shape, 3)
     count = torch.tensor(k, device=device) if isinstance(k, list) else k
@@ -201,7 +203,13 @@ def test_non_contiguous(backend: str, device: str) -> None:
 
 @pytest.mark.usefixtures("poisoned_memory")
 def test_triton_writes_every_element(device: str) -> None:
-    out = run([[3.0, 1.0, 2.0], [1.0, 2.0, 3.0]], [1, 3], "triton", device, position_ids=torch.ones(2, 3, device=device).long())
+    out = run(
+        [[3.0, 1.0, 2.0], [1.0, 2.0, 3.0]],
+        [1, 3],
+        "triton",
+        device,
+        position_ids=torch.ones(2, 3, device=device).long(),
+    )
     assert out.indices.tolist() == [[0, -1, -1], [0, 1, 2]]
     assert out.position_ids is not None
     assert out.position_ids.tolist() == [[1, 0, 0], [1, 1, 1]]

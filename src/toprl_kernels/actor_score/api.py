@@ -91,20 +91,21 @@ def _validate(hidden_states: Tensor, stage: int, weights: ActorWeights, valid_ma
     num_stages = weights.stage_bias.shape[0]
     if d2 < 2 or d2 % 2:
         raise ValueError(f"{OP}: weights.fc1_weight has d2={d2} rows; d2 must be even (one half local, one half mean)")
-    shapes = ActorWeights(
-        (d1,), (d1,), (num_stages, d2), (d2, d1), (d2,), (d2, d2), (d2,), (d2, d2), (d2,), (2, d2), (2,)
-    )  # type: ignore[arg-type]
+    shapes: tuple[tuple[int, ...], ...] = (
+        (d1,), (d1,), (num_stages, d2), (d2, d1), (d2,), (d2, d2), (d2,), (d2, d2), (d2,), (2, d2), (2,),
+    )  # fmt: skip
     dtype = weights.fc1_weight.dtype
     for name, tensor, shape in zip(ActorWeights._fields, weights, shapes, strict=True):
-        expected = tuple(shape)
-        check.require_shape(OP, f"weights.{name}", tensor, expected, f"for d1={d1}, d2={d2}, T={num_stages}")
+        check.require_shape(OP, f"weights.{name}", tensor, shape, f"for d1={d1}, d2={d2}, T={num_stages}")
         check.require_dtype(OP, f"weights.{name}", tensor, (dtype,), "all weights must share one dtype")
         check.require_device(OP, f"weights.{name}", tensor, hidden_states.device)
     check.require_dtype(OP, "weights.fc1_weight", weights.fc1_weight, check.FLOATS)
     if isinstance(stage, bool) or not isinstance(stage, int):
         raise TypeError(f"{OP}: stage must be an int, got {stage!r} of type {type(stage).__name__}")
     if not 0 <= stage < num_stages:
-        raise ValueError(f"{OP}: stage={stage} is outside 0..{num_stages - 1} (weights.stage_bias has {num_stages} rows)")
+        raise ValueError(
+            f"{OP}: stage={stage} is outside 0..{num_stages - 1} (weights.stage_bias has {num_stages} rows)"
+        )
     if valid_mask is not None:
         check.require_shape(OP, "valid_mask", valid_mask, tuple(hidden_states.shape[:2]), "[B, N]")
         check.require_dtype(OP, "valid_mask", valid_mask, (torch.bool,), "use valid_mask.bool(), True = counts")

@@ -81,9 +81,7 @@ def actor_layer1_kernel(
             valid = tl.load(valid_ptr + sample * stride_vb + rows.to(tl.int64) * stride_vn, mask=in_range, other=0)
             counted = counted & (valid != 0)
         slot = sample * num_blocks + block
-        tl.store(
-            partial_ptr + slot * HALF + features, tl.sum(tl.where(counted[:, None], z, 0.0), 0), mask=feature_ok
-        )
+        tl.store(partial_ptr + slot * HALF + features, tl.sum(tl.where(counted[:, None], z, 0.0), 0), mask=feature_ok)
         tl.store(count_ptr + slot, tl.sum(counted.to(tl.float32), 0))
 
 

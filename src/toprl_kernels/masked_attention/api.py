@@ -110,7 +110,9 @@ def _validate(query: Tensor, key: Tensor, value: Tensor, keep_mask: Tensor, key_
         )
     check.require_dtype(OP, "query", query, check.FLOATS)
     for name, tensor in (("key", key), ("value", value)):
-        check.require_dtype(OP, name, tensor, (query.dtype,), f"query, key and value must agree: {name}.to(query.dtype)")
+        check.require_dtype(
+            OP, name, tensor, (query.dtype,), f"query, key and value must agree: {name}.to(query.dtype)"
+        )
     check.require_dtype(
         OP, "keep_mask", keep_mask, (torch.bool, *check.FLOATS), "use keep_mask.bool() for an integer mask"
     )

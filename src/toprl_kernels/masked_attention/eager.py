@@ -35,6 +35,9 @@ def masked_attention_eager(
         return torch.zeros_like(query) + 0 * query
     if keep_mask.dtype == torch.bool:
         return _hard(query, key, value, keep_mask, key_padding_mask, is_causal, scale)
+    needs_gradient = torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value, keep_mask))
+    if not needs_gradient and query.dtype in (torch.float32, torch.float64):
+        return _soft_forward(query, key, value, keep_mask, key_padding_mask, is_causal, scale)
     output: Tensor = _SoftMaskedAttention.apply(query, key, value, keep_mask, key_padding_mask, is_causal, scale)
     return output
 
@@ -69,8 +72,48 @@ def _hard(
     return output
 
 
+def _soft_forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    keep_mask: Tensor,
+    key_padding_mask: Tensor | None,
+    is_causal: bool,
+    scale: float,
+) -> Tensor:
+    """Without a gradient: SDPA with log G. (In 16 bits log G would lose digits, as SDPA wants query's dtype.)"""
+    gate, blocked = _gate(query, key, keep_mask, key_padding_mask, is_causal)
+    bias = gate.log().masked_fill_(blocked, -torch.inf)[:, 0]  # [B, 1, Nq, N]
+    output = F.scaled_dot_product_attention(
+        query, key, value, attn_mask=bias, scale=scale, enable_gqa=query.shape[1] != key.shape[1]
+    )
+    if key_padding_mask is not None:
+        output = output.masked_fill(~key_padding_mask[:, None, -query.shape[2] :, None], 0.0)
+    return output
+
+
+def _gate(
+    query: Tensor, key: Tensor, keep_mask: Tensor, key_padding_mask: Tensor | None, is_causal: bool
+) -> tuple[Tensor, Tensor]:
+    """G [B, 1, 1, Nq, N] and the disallowed pairs, broadcastable to it. The diagonal is never disallowed."""
+    dtype = torch.promote_types(query.dtype, torch.float32)
+    rows, columns = _token_grid(query.shape[2], key.shape[2], query.device)
+    is_self = columns == rows
+    mask = keep_mask.detach().to(dtype)
+    mask = mask.masked_fill(mask < SMALLEST_MASK, 0.0)
+    gate = torch.where(is_self, torch.ones((), dtype=dtype, device=query.device), mask[:, None, :])
+    blocked = ((columns > rows) if is_causal else torch.zeros_like(is_self))[None]
+    if key_padding_mask is not None:
+        blocked = blocked | (~key_padding_mask[:, None, :] & ~is_self)
+    return gate[:, None, None], blocked[:, None, None]
+
+
 class _SoftMaskedAttention(torch.autograd.Function):
-    """Float masks. The scores matrix is materialised once per direction, grouped heads are never expanded."""
+    """Float masks with a gradient.
+
+    With E = exp(P - shift), zero where disallowed: A = E G / sum(E G), and E itself (not E G) is what the gradient by
+    the mask needs, so E is kept for the backward. The heads of a group are folded into the rows, never expanded.
+    """
 
     @staticmethod
     def forward(
@@ -83,83 +126,61 @@ class _SoftMaskedAttention(torch.autograd.Function):
         is_causal: bool,
         scale: float,
     ) -> Tensor:
-        scores, gate, blocked, row_is_padding = _scores(query, key, keep_mask, key_padding_mask, is_causal, scale)
-        logits = (scores + gate.log()).masked_fill_(blocked, -torch.inf)  # log 0 = -inf is what Eq. 7 means
-        lse = torch.logsumexp(logits, dim=-1, keepdim=True)
-        probabilities = torch.exp(logits - lse)
-        output = torch.einsum("bkgij,bkjd->bkgid", probabilities, value.to(scores.dtype)).reshape(query.shape)
-        if row_is_padding is not None:
-            output = output.masked_fill(row_is_padding[:, None, :, None], 0.0)
-        ctx.save_for_backward(query, key, value, keep_mask, key_padding_mask, lse)
+        gate, blocked = _gate(query, key, keep_mask, key_padding_mask, is_causal)
+        dtype = gate.dtype
+        scores = _fold(query, key).to(dtype) @ key.to(dtype).transpose(-1, -2)  # [B, Hkv, H/Hkv * Nq, N]
+        scores = scores.mul_(scale).view(*_grouped_shape(query, key), -1)  # [B, Hkv, H/Hkv, Nq, N]
+        log_gate = gate.log().masked_fill_(blocked, -torch.inf)  # log 0 = -inf is what Eq. 7 means
+        shift = (scores + log_gate).amax(dim=-1, keepdim=True)
+        ratio = scores.sub_(shift).clamp_(max=LARGEST_EXPONENT).exp_().masked_fill_(blocked, 0.0)  # E
+        weights = ratio * gate
+        total = weights.sum(dim=-1, keepdim=True)
+        output = (weights.flatten(2, 3) @ value.to(dtype)).view(*_grouped_shape(query, key), -1) / total
+        if key_padding_mask is not None:
+            output = output.masked_fill(~key_padding_mask[:, None, None, -query.shape[2] :, None], 0.0)
+        ctx.save_for_backward(query, key, value, keep_mask, key_padding_mask, ratio, total)
         ctx.is_causal, ctx.scale = is_causal, scale
-        return output.to(query.dtype)
+        return output.reshape(query.shape).to(query.dtype)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        query, key, value, keep_mask, key_padding_mask, lse = ctx.saved_tensors
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        query, key, value, keep_mask, key_padding_mask, ratio, total = ctx.saved_tensors
         needs_query, needs_key, needs_value, needs_mask = ctx.needs_input_grad[:4]
-        scores, gate, blocked, row_is_padding = _scores(
-            query, key, keep_mask, key_padding_mask, ctx.is_causal, ctx.scale
-        )
-        grouped = scores.shape[:4]  # [B, Hkv, H / Hkv, Nq]
-        grad = grad_output.to(scores.dtype).reshape(*grouped, -1)
-        if row_is_padding is not None:
-            grad = grad.masked_fill(row_is_padding[:, None, None, :, None], 0.0)
-
-        # R = exp(P) / sum(exp(P) G): one exponential gives the probabilities (times G) and the mask's gradient
-        ratio = torch.exp((scores - lse).clamp_(max=LARGEST_EXPONENT)).masked_fill_(blocked, 0.0)
-        probabilities = ratio * gate
-        grad_probabilities = torch.einsum("bkgid,bkjd->bkgij", grad, value.to(scores.dtype))
-        delta = (probabilities * grad_probabilities).sum(dim=-1, keepdim=True)
-        grad_gated = ratio * (grad_probabilities - delta)  # X
+        gate, _ = _gate(query, key, keep_mask, key_padding_mask, ctx.is_causal)
+        dtype = gate.dtype
+        grad = grad_output.to(dtype).reshape(*_grouped_shape(query, key), -1) / total  # dO over the row's sum
+        if key_padding_mask is not None:
+            grad = grad.masked_fill(~key_padding_mask[:, None, None, -query.shape[2] :, None], 0.0)
+        grad = grad.flatten(2, 3)  # [B, Hkv, H/Hkv * Nq, D]
+        weights = ratio * gate
+        grad_weights = (grad @ value.to(dtype).transpose(-1, -2)).view(ratio.shape)
+        delta = (weights * grad_weights).sum(dim=-1, keepdim=True) / total
+        grad_gated = grad_weights.sub_(delta).mul_(ratio)  # X: what both the mask and the scores need
 
         grad_query = grad_key = grad_value = grad_mask = None
-        if needs_value:
-            grad_value = torch.einsum("bkgij,bkgid->bkjd", probabilities, grad).to(value.dtype)
-        if needs_query or needs_key:
-            grad_scores = grad_gated * gate * ctx.scale
-            if needs_query:
-                grad_query = torch.einsum("bkgij,bkjd->bkgid", grad_scores, key.to(scores.dtype))
-                grad_query = grad_query.reshape(query.shape).to(query.dtype)
-            if needs_key:
-                rows = query.to(scores.dtype).reshape(grad.shape)
-                grad_key = torch.einsum("bkgij,bkgid->bkjd", grad_scores, rows).to(key.dtype)
         if needs_mask:
-            row_tokens, columns = _token_grid(query.shape[2], key.shape[2], query.device)
+            rows, columns = _token_grid(query.shape[2], key.shape[2], query.device)
             # G_ii is the constant 1. Subtracting its share afterwards would leave rounding where the truth is 0.
-            others = grad_gated.masked_fill(row_tokens == columns, 0.0)
-            grad_mask = others.sum(dim=(1, 2, 3)).to(keep_mask.dtype)
+            others = grad_gated.sum(dim=(1, 2)).masked_fill_(rows == columns, 0.0)  # [B, Nq, N]
+            grad_mask = others.sum(dim=1).to(keep_mask.dtype)
+        if needs_value:
+            grad_value = (weights.flatten(2, 3).transpose(-1, -2) @ grad).to(value.dtype)
+        if needs_query or needs_key:
+            grad_scores = grad_gated.mul_(gate).flatten(2, 3)
+            if needs_query:
+                grad_query = (grad_scores @ key.to(dtype)).mul_(ctx.scale).reshape(query.shape).to(query.dtype)
+            if needs_key:
+                rows_of_query = _fold(query, key).to(dtype)
+                grad_key = (grad_scores.transpose(-1, -2) @ rows_of_query).mul_(ctx.scale).to(key.dtype)
         return grad_query, grad_key, grad_value, grad_mask, None, None, None
 
 
-def _scores(
-    query: Tensor,
-    key: Tensor,
-    keep_mask: Tensor,
-    key_padding_mask: Tensor | None,
-    is_causal: bool,
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Scores P [B, Hkv, H/Hkv, Nq, N], gate G [B, 1, 1, Nq, N], disallowed pairs (broadcast to it), padding rows."""
-    batch, num_heads, num_queries, head_dim = query.shape
-    num_kv_heads, num_keys = key.shape[1], key.shape[2]
-    dtype = torch.promote_types(query.dtype, torch.float32)
-    rows, columns = _token_grid(num_queries, num_keys, query.device)
-    is_self = columns == rows
+def _grouped_shape(query: Tensor, key: Tensor) -> tuple[int, int, int, int]:
+    """(B, Hkv, H / Hkv, Nq)."""
+    return query.shape[0], key.shape[1], query.shape[1] // key.shape[1], query.shape[2]
 
-    grouped = query.to(dtype).reshape(batch, num_kv_heads, num_heads // num_kv_heads, num_queries, head_dim)
-    scores = torch.einsum("bkgid,bkjd->bkgij", grouped, key.to(dtype)) * scale
 
-    mask = keep_mask.to(dtype)
-    mask = mask.masked_fill(mask < SMALLEST_MASK, 0.0)
-    gate = torch.where(is_self, torch.ones((), dtype=dtype, device=query.device), mask[:, None, :])
-
-    blocked = (columns > rows) if is_causal else torch.zeros_like(is_self)
-    row_is_padding = None
-    if key_padding_mask is not None:
-        row_is_padding = ~key_padding_mask[:, num_keys - num_queries :]
-        blocked = blocked | (~key_padding_mask[:, None, :] & ~is_self)  # the diagonal stays: no empty row, no NaN
-    while blocked.ndim < 3:
-        blocked = blocked[None]
-    return scores, gate[:, None, None], blocked[:, None, None], row_is_padding
+def _fold(query: Tensor, key: Tensor) -> Tensor:
+    """[B, H, Nq, D] to [B, Hkv, H / Hkv * Nq, D]: all queries that read one key/value head."""
+    return query.reshape(*_grouped_shape(query, key), query.shape[3]).flatten(2, 3)

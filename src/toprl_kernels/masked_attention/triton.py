@@ -173,7 +173,7 @@ class _MaskedAttention(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, output, lse = ctx.saved_tensors
         vectors: TokenVectors = ctx.vectors
         needs_query, needs_key, needs_value, needs_mask = ctx.needs_input_grad[:4]

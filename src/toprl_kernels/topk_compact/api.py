@@ -141,7 +141,7 @@ def _validate_values(scores: Tensor, k: int | Tensor, valid_mask: Tensor | None)
             raise ValueError(f"{OP}: k={k.tolist()} has values outside 0..N={num_tokens}; use k.clamp(0, N)")
     forced = ((scores == torch.inf) & eligible).sum(dim=1)
     if bool((forced > k).any()):
+        shown = k if isinstance(k, int) else k.tolist()
         raise ValueError(
-            f"{OP}: scores force in {forced.tolist()} tokens per sample with +inf but k={k if isinstance(k, int) else k.tolist()}; "
-            "raise k or force fewer"
+            f"{OP}: scores force in {forced.tolist()} tokens per sample with +inf but k={shown}; raise k or force fewer"
         )

@@ -48,7 +48,10 @@ def topk_compact_eager(
     is_token = order < num_tokens
     safe = order.clamp(max=max(num_tokens - 1, 0)) if ragged else order
 
-    hidden = hidden_states.gather(1, safe[:, :, None].expand(-1, -1, hidden_states.shape[2]))
+    samples, _, hidden_size = hidden_states.shape
+    rows = safe + torch.arange(samples, device=scores.device)[:, None] * num_tokens
+    # whole rows of the flattened batch: index_select copies them, gather would go element by element
+    hidden = hidden_states.reshape(-1, hidden_size).index_select(0, rows.flatten()).view(samples, length, hidden_size)
     positions = None
     if position_ids is not None:
         positions = position_ids.gather(-1, safe if position_ids.ndim == 2 else safe.expand(3, -1, -1))

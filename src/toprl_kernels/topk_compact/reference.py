@@ -42,8 +42,8 @@ def topk_compact_reference(
     if not rows_indices:
         indices = torch.empty(0, length, dtype=torch.int64, device=scores.device)
         hidden = hidden_states.new_empty(0, length, hidden_states.shape[2]) + 0 * hidden_states.sum()
-        positions = None if position_ids is None else position_ids[..., :length]
-        return TopkCompactOutput(hidden, indices, indices >= 0, positions)
+        no_positions = None if position_ids is None else position_ids[..., :length]
+        return TopkCompactOutput(hidden, indices, indices >= 0, no_positions)
     indices = torch.stack(rows_indices)
     stacked = torch.stack(rows_positions, dim=-2) if rows_positions else None
     return TopkCompactOutput(torch.stack(rows_hidden), indices, indices >= 0, stacked)

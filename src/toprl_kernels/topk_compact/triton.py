@@ -185,7 +185,7 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None]:
         (indices,) = ctx.saved_tensors
         samples, num_tokens, hidden_size = ctx.input_shape
         grad = grad_output.new_zeros(ctx.input_shape)

@@ -1,0 +1,185 @@
+"""The PPO loop on the embedded model: losses by hand, equal rollouts, resuming, learning."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+
+import pytest
+import torch
+
+from toprl_models import Schedule, TopRLPolicy, tiny
+from training import ppo
+from training.ppo import PPOConfig, main, policy_loss
+from training.rollout import rollout
+from training.tasks import make_task
+
+LAYERS = [1, 2, 3]
+
+
+@pytest.fixture(scope="module")
+def model_and_processor():
+    return tiny.load()
+
+
+def small(tmp_path, **changes):
+    values = {
+        "output_dir": str(tmp_path),
+        "iterations": 4,
+        "rollout_size": 16,
+        "minibatch_size": 8,
+        "ppo_epochs": 2,
+        "train_size": 32,
+        "actor_size": 16,
+        "save_every": 2,
+        "device": "cpu",
+    }
+    return PPOConfig(**(values | changes))
+
+
+def weights(folder):
+    return TopRLPolicy.from_pretrained(folder).state_dict()
+
+
+def test_policy_loss_by_hand():
+    """Two samples, three tokens, one of them dropped earlier."""
+    config = PPOConfig(clip_range=0.2)
+    old = torch.tensor([[-0.5, -1.0, 0.0], [-0.2, -0.7, -0.3]])
+    new = torch.tensor([[-0.4, -1.6, 0.0], [-0.2, -0.1, -0.8]])
+    valid = torch.tensor([[True, True, False], [True, True, True]])
+    advantage = torch.tensor([1.0, -2.0])
+    ratio = (new - old).exp()
+    terms = [
+        min(float(r), 1.2) * 1.0 if r > 1 else float(r) * 1.0 for r in ratio[0, :2]
+    ]  # positive advantage: the gain is capped above
+    terms += [-2.0 * max(float(r), 0.8) for r in ratio[1]]  # negative: capped below
+    loss, statistics = policy_loss(new, old, valid, advantage, config)
+    assert loss.item() == pytest.approx(-sum(terms) / 5, rel=1e-5)
+    outside = [abs(float(r) - 1) > 0.2 for r in (*ratio[0, :2], *ratio[1])]
+    assert statistics["clip_fraction"].item() == pytest.approx(sum(outside) / 5)
+    mean = dataclasses.replace(config, ratio_level="mean")
+    expected = [((new - old)[0, :2].mean().exp(), 1.0), ((new - old)[1].mean().exp(), -2.0)]
+    terms = [min(float(r) * a, min(max(float(r), 0.8), 1.2) * a) for r, a in expected]
+    assert policy_loss(new, old, valid, advantage, mean)[0].item() == pytest.approx(-sum(terms) / 2, rel=1e-5)
+
+
+def test_masked_and_compacted_rollouts_are_the_same_episode(model_and_processor):
+    model, processor = model_and_processor
+    torch.manual_seed(0)
+    policy = TopRLPolicy(tiny.HIDDEN_SIZE, LAYERS, 16, keep_bias=0.0)
+    task = make_task("mixed", "train", 12)
+    schedule = Schedule(tuple((layer, 1.0) for layer in LAYERS))
+    episodes = {}
+    for mode in ("compact", "mask"):
+        generator = torch.Generator().manual_seed(1)
+        episodes[mode] = rollout(
+            model,
+            processor,
+            policy,
+            schedule,
+            task,
+            [task[i] for i in range(12)],
+            generator=generator,
+            tau=1.0,
+            mode=mode,
+        )
+    compact, mask = episodes["compact"], episodes["mask"]
+    assert compact.answers == mask.answers
+    assert torch.equal(compact.retained, mask.retained)
+    for short, full in zip(compact.steps, mask.steps, strict=True):
+        for row in range(12):
+            here, there = short.valid_mask[row], full.valid_mask[row]
+            assert torch.equal(short.keep_mask[row, here], full.keep_mask[row, there])
+            for name in ("hidden_states", "log_prob"):
+                a, b = getattr(short, name)[row, here], getattr(full, name)[row, there]
+                torch.testing.assert_close(a, b, atol=2e-4, rtol=1e-4)
+        torch.testing.assert_close(short.value, full.value, atol=1e-4, rtol=1e-4)
+    assert (compact.retained[:, -1] < 0.5).all()
+
+
+def test_two_runs_of_one_seed_are_bitwise_equal(tmp_path):
+    first, second = main(small(tmp_path / "a")), main(small(tmp_path / "b"))
+    a, b = weights(first), weights(second)
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    other = weights(main(small(tmp_path / "c", seed=1)))
+    assert any(not torch.equal(a[name], other[name]) for name in a)
+
+
+def test_a_resumed_run_ends_bitwise_where_the_uninterrupted_one_does(tmp_path, monkeypatch):
+    whole = weights(main(small(tmp_path / "whole")))
+    config = small(tmp_path / "cut")
+    real, calls = ppo.rollout, []
+
+    def dies(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(ppo, "rollout", dies)
+    with pytest.raises(KeyboardInterrupt):
+        main(config)
+    monkeypatch.setattr(ppo, "rollout", real)
+    assert len((tmp_path / "cut/metrics.jsonl").read_text().splitlines()) == 3
+    resumed = weights(main(dataclasses.replace(config, resume="auto")))
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    rows = [json.loads(r) for r in (tmp_path / "cut/metrics.jsonl").read_text().splitlines()]
+    assert [r["iteration"] for r in rows] == [0, 1, 2, 3]
+    with pytest.raises(ValueError, match="gamma"):
+        main(dataclasses.replace(config, resume="auto", gamma=0.5))
+
+
+def test_a_checkpoint_is_never_half_written(tmp_path, monkeypatch):
+    config = small(tmp_path / "run", iterations=2)
+    main(config)
+    good = weights(tmp_path / "run/checkpoint")
+
+    def full_disk(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full_disk)
+    policy = TopRLPolicy(tiny.HIDDEN_SIZE, LAYERS, 16)
+    with pytest.raises(OSError, match="No space"):
+        ppo.save_checkpoint(tmp_path / "run/checkpoint", policy, {})
+    after = weights(tmp_path / "run/checkpoint")
+    assert all(torch.equal(good[name], after[name]) for name in good)
+    # a crash between the two renames leaves the old one, which is found
+    shutil.move(tmp_path / "run/checkpoint", tmp_path / "run/checkpoint.old")
+    assert ppo.load_checkpoint(tmp_path / "run/checkpoint", policy, config) is not None
+
+
+def test_a_wrong_ratio_is_noticed(tmp_path, monkeypatch):
+    """If the recorded log-probabilities are not those of the acting policy, the update stops."""
+    real = ppo.rollout
+
+    def shifted(*args, **kwargs):
+        episodes = real(*args, **kwargs)
+        episodes.steps[1].log_prob = episodes.steps[1].log_prob + 0.1 * episodes.steps[1].valid_mask
+        return episodes
+
+    monkeypatch.setattr(ppo, "rollout", shifted)
+    with pytest.raises(RuntimeError, match="stage 1: ratio is not 1"):
+        main(small(tmp_path))
+
+
+def test_a_task_the_model_cannot_do_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(ppo, "unpruned_quality", lambda *a: torch.zeros(32))
+    with pytest.raises(RuntimeError, match="answers none of 32 samples"):
+        main(small(tmp_path))
+
+
+@pytest.mark.parametrize(("flag", "value"), [("iterations", 0), ("gamma", 1.5), ("tau_end", 2.0), ("rollout_size", -1)])
+def test_bad_flags(flag, value):
+    with pytest.raises(ValueError, match=flag):
+        PPOConfig(**{flag: value})
+
+
+@pytest.mark.slow
+def test_it_learns_to_find_the_digit(tmp_path):
+    """A short run on ocr prunes most tokens and keeps the answers."""
+    main(PPOConfig(output_dir=str(tmp_path), iterations=15, rollout_size=64, train_size=256, device="cpu"))
+    rows = [json.loads(r) for r in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert rows[-1]["reward"] > rows[0]["reward"] + 0.5
+    assert rows[-1]["retained"][-1] < 0.3 < rows[0]["retained"][-1]
+    assert rows[-1]["accuracy"] > 0.8
