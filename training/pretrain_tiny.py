@@ -45,7 +45,7 @@ class PretrainConfig:
     """Flags of the script."""
 
     output_dir: str = field(default="runs/pretrain_tiny", metadata={"help": "where checkpoint and log go"})
-    steps: int = field(default=2200, metadata={"help": "optimizer steps of the question phase"})
+    steps: int = field(default=1600, metadata={"help": "optimizer steps of the question phase"})
     vision_steps: int = field(default=1500, metadata={"help": "optimizer steps of the patch tag phase"})
     batch_size: int = field(default=32, metadata={"help": "scenes per step"})
     learning_rate: float = field(default=1.5e-3, metadata={"help": "peak learning rate of decoder and projector"})

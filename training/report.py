@@ -25,8 +25,9 @@ from typing import Any
 import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
+from matplotlib.ticker import FuncFormatter, MaxNLocator
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -52,13 +53,13 @@ CURVES = (
     ("kl_k3", "KL(old ‖ new) per token", False),
     ("clip_fraction", "Clip fraction", True),
 )
-TASK_COLOURS = ("#1b6a85", "#c8553d", "#588157", "#8a5a83", "#c1922b", "#5c677d")
+TASK_COLOURS = ("#1b6a85", "#c8553d", "#588157", "#8a5a83", "#c1922b", "#5c677d", "#d08c9f")
 STAGE_COLOURS = ("#8fc1d1", "#3d8ba6", "#0f4658", "#082530")
 OUTLINE = (38, 50, 56)
 FADED = (244, 244, 242)  # what dropped patches fade towards
 FADE = 0.86  # how far they go there
 SCALE = 2  # pixels of a strip per pixel of the image
-CHART_STYLE = {
+CHART_STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",  # the page's own font, selectable text
     "svg.hashsalt": "report",  # the same inputs give the same file
     "font.size": 8.5,
@@ -85,15 +86,17 @@ body { margin: 0; background: #fff; color: var(--ink);
 main { max-width: 1080px; margin: 0 auto; padding: 44px 20px 64px; }
 h1 { font-size: 28px; line-height: 1.2; font-weight: 650; margin: 0 0 6px; letter-spacing: -.01em; }
 h2 { font-size: 19px; font-weight: 650; margin: 48px 0 8px; padding-top: 14px; border-top: 1px solid var(--line); }
-p { margin: 8px 0 12px; max-width: 860px; }
-.meta, .note, figcaption, caption { color: var(--soft); font-size: 13px; }
+p { margin: 14px 0 12px; max-width: 860px; }
+.meta { margin: 0; }
+sub { line-height: 0; font-size: 75%; }
+.meta, .note, figcaption { color: var(--soft); font-size: 13px; }
 .note, figcaption { margin: 8px 0 0; max-width: 860px; line-height: 1.5; }
 .facts { display: flex; gap: 40px; margin: 20px 0 4px; }
 .facts b { display: block; font-size: 24px; font-weight: 600; line-height: 1.25; font-variant-numeric: tabular-nums; }
 .facts span { color: var(--soft); font-size: 13px; }
 .wide { overflow-x: auto; }
 table { border-collapse: collapse; font-size: 14px; font-variant-numeric: tabular-nums; width: 100%; margin: 12px 0 0; }
-th, td { padding: 6px 8px; text-align: right; white-space: nowrap; border-bottom: 1px solid #eef0f2; }
+th, td { padding: 6px 6px 6px 4px; text-align: right; white-space: nowrap; border-bottom: 1px solid #eef0f2; }
 th:first-child, td:first-child { text-align: left; padding-left: 6px; }
 th { font-weight: 600; vertical-align: bottom; }
 thead th, tbody tr:last-child > * { border-bottom: 1px solid #aeb5bc; }
@@ -103,11 +106,11 @@ tbody + tbody { color: var(--soft); }
 tr.full { color: var(--soft); }
 tr.toprl > * { background: var(--tint); }
 tr.toprl th { font-weight: 650; color: var(--accent); }
-.seeds { position: relative; padding-right: 48px; }
-.sd { position: absolute; left: calc(100% - 45px); color: var(--soft); font-size: 12px; font-weight: 400; }
+.seeds { position: relative; padding-right: 42px; }
+.sd { position: absolute; left: calc(100% - 39px); color: var(--soft); font-size: 12px; font-weight: 400; }
 table.schedule { width: auto; margin-top: 14px; }
 .schedule td, .schedule thead th { min-width: 54px; }
-ul { margin: 8px 0; padding-left: 20px; max-width: 900px; }
+ul { margin: 8px 0; padding-left: 20px; max-width: 1000px; }
 li { margin: 3px 0; }
 figure { margin: 18px 0 0; }
 figure svg { width: 100%; height: auto; display: block; }
@@ -135,15 +138,17 @@ class Source:
 
     def __getitem__(self, key: str) -> Any:
         if not isinstance(self.data, dict) or key not in self.data:
-            dotted = f"{self.path}.{key}" if self.path else key
-            raise ValueError(f"{self.name}: key {dotted!r} is missing; {self.remedy}")
+            raise ValueError(f"{self.name}: key {self.join(key)!r} is missing; {self.remedy}")
         return self.data[key]
 
+    def join(self, key: str) -> str:
+        return f"{self.path}.{key}" if self.path else key
+
     def child(self, key: str) -> Source:
-        return Source(self[key], self.name, self.remedy, f"{self.path}.{key}" if self.path else key)
+        return Source(self[key], self.name, self.remedy, self.join(key))
 
     def children(self, key: str) -> list[Source]:
-        return [Source(item, self.name, self.remedy, f"{self.path}.{key}[{i}]") for i, item in enumerate(self[key])]
+        return [Source(one, self.name, self.remedy, f"{self.join(key)}[{i}]") for i, one in enumerate(self[key])]
 
 
 def read(folder: Path, name: str) -> Source:
@@ -181,9 +186,10 @@ def percent(values: Sequence[float]) -> str:
 def header_section(results: Source) -> str:
     """Title, environment line, the schedule in words and as tokens per decoder layer."""
     environment, schedule = results.child("environment"), results.child("schedule")
-    cores = environment["cpu_count"]
+    cores = f"{environment['cpu_count']} CPU core{'s' if environment['cpu_count'] != 1 else ''}"
+    hardware = cores if environment["device"] == "cpu" else f"{environment['device']}, {cores}"
     meta = (
-        f"{environment['date']} · {environment['device']}, {cores} CPU core{'s' if cores != 1 else ''} · "
+        f"{environment['date']} · {hardware} · "
         f"Python {environment['python']} · torch {environment['torch']} · transformers {environment['transformers']}"
     )
     layers, keep = schedule["layers"], schedule["keep"]
@@ -196,7 +202,8 @@ def header_section(results: Source) -> str:
 <p class="meta">{escape(meta)}</p>
 <p>A 128×128 image enters the decoder as {total} visual tokens, one per 16×16 patch. The language model is frozen; a
 small actor, trained with PPO, decides at {len(layers)} stages which tokens go on: {words} of the {total}
-(layers counted from 0). All pruning methods below are measured under this schedule unless a row says otherwise.</p>
+(layers counted from 0). The table below compares pruning methods
+at this budget and states the tokens of each.</p>
 <div class="facts">
 <div><b>{average:.1f} of {total}</b><span>visual tokens, averaged over the {depth} layers</span></div>
 <div><b>{schedule["macs_ratio"]:.2f}×</b><span>decoder multiply-adds on visual tokens (Eqs. 8–9), full = 1</span></div>
@@ -217,26 +224,28 @@ def accuracies(task: Source) -> dict[str, list[float]]:
     return found
 
 
-def best_pruned(found: dict[str, list[float]]) -> set[str]:
-    """The methods with the highest mean at the one digit that is shown; the unpruned model does not compete."""
+def ranking(found: dict[str, list[float]]) -> dict[str, float]:
+    """Mean accuracy in percent, best first, at the digit that is shown; the unpruned model does not compete."""
     means = {m: round(100 * statistics.fmean(values), 1) for m, values in found.items() if m != "full"}
-    return {m for m, mean in means.items() if mean == max(means.values())}
+    return dict(sorted(means.items(), key=lambda one: -one[1]))
 
 
 def verdict(kind: str, n: int, found: dict[str, list[float]]) -> str:
     """One list item: who is first among the pruned methods, by how much, and whether n questions can tell."""
-    ranking = sorted((m for m in found if m != "full"), key=lambda m: -statistics.fmean(found[m]))
-    first = ranking[0]
-    other = ranking[1] if first == "toprl" else "toprl"
-    a, b = statistics.fmean(found[first]), statistics.fmean(found[other])
-    noise = 196 * math.sqrt((a * (1 - a) + b * (1 - b)) / n)
-    gap = 100 * (a - b)
-    if first == "toprl":
-        text = f"<b>TOP-RL first</b> with {100 * a:.1f} %, {gap:.1f} points ahead of {escape(label(other))}"
+    means = ranking(found)
+    others = [method for method in means if method != "toprl"]
+    best, rival = means["toprl"], means[others[0]]
+    gap = best - rival
+    noise = 1.96 * math.sqrt((best * (100 - best) + rival * (100 - rival)) / n)
+    name = escape(label(others[0]))
+    if gap > 0:
+        text = f"<b>TOP-RL first</b> with {best:.1f} %, {gap:.1f} points ahead of {name}"
+    elif gap < 0:
+        rank = 1 + sum(mean > best for mean in means.values())
+        text = f"<b>{name} first</b> with {rival:.1f} %; TOP-RL is number {rank}, {-gap:.1f} points behind"
     else:
-        rank = ranking.index("toprl") + 1
-        text = f"<b>{escape(label(first))} first</b> with {100 * a:.1f} %; TOP-RL is number {rank}, {gap:.1f} points behind"
-    told = "more than" if gap > noise else "within"
+        text = f"<b>TOP-RL and {name} equal</b> with {best:.1f} %"
+    told = "more than" if abs(gap) > noise else "within"
     return f"<li>{escape(kind)}: {text} ({told} the test set's noise of ±{noise:.1f}).</li>"
 
 
@@ -249,7 +258,8 @@ def accuracy_section(results: Source) -> str:
         for row in task.children("rows"):
             tokens.setdefault(row["method"], []).append(row["average_tokens"])
     argmax = {kind: task.child("argmax") for kind, task in tasks.items()}
-    best = {kind: best_pruned(one) for kind, one in found.items()}
+    means = {kind: ranking(one) for kind, one in found.items()}
+    best = {kind: {m for m in one if one[m] == max(one.values())} for kind, one in means.items()}
     # a column with a deviation somewhere leaves room for it everywhere, so that its digits stay aligned
     several = {kind for kind, one in found.items() if max(map(len, (*one.values(), argmax[kind]["kept"]))) > 1}
 
@@ -266,12 +276,10 @@ def accuracy_section(results: Source) -> str:
     gaps = {k: 100 * (statistics.fmean(one["full"]) - statistics.fmean(one["random"])) for k, one in found.items()}
     shares = {kind: np.mean(one["retained"], axis=0) for kind, one in argmax.items()}
     rest = (
-        line("Headroom: full − random, points", {kind: f"{gap:.1f}" for kind, gap in gaps.items()})
-        + line("TOP-RL arg-max: accuracy", {kind: percent(one["accuracy"]) for kind, one in argmax.items()})
-        + line("TOP-RL arg-max: kept, stage mean", {kind: percent(one["kept"]) for kind, one in argmax.items()})
-        + line(
-            "TOP-RL arg-max: kept, by stage", {k: " · ".join(f"{100 * x:.0f}" for x in v) for k, v in shares.items()}
-        )
+        line("Headroom: full − random, points", {kind: f"{gap:.1f}".replace("-", "−") for kind, gap in gaps.items()})
+        + line("Arg-max accuracy, %", {kind: percent(one["accuracy"]) for kind, one in argmax.items()})
+        + line("Arg-max kept, stage mean, %", {kind: percent(one["kept"]) for kind, one in argmax.items()})
+        + line("Arg-max kept by stage, %", {k: "/".join(f"{100 * x:.0f}" for x in v) for k, v in shares.items()})
     )
     heads = "".join(
         f'<th class="{"seeds" if kind in several else ""}">{escape(kind)}<small>n = {task["n"]}</small></th>'
@@ -283,20 +291,21 @@ def accuracy_section(results: Source) -> str:
     parts = [f"has the highest accuracy of the pruned methods on {len(won)} of {len(found)} question kinds"]
     parts += [f"ties on {', '.join(tied)}"] if tied else []
     parts += [f"is beaten on {', '.join(lost)}"] if lost else []
-    return f"""<section id="accuracy"><h2>Accuracy at equal token budgets</h2>
+    return f"""<section id="accuracy"><h2>Accuracy and tokens</h2>
 <div class="wide"><table>
 <thead><tr><th>Accuracy, %</th>{heads}<th>tokens<small>mean / layer</small></th></tr></thead>
 <tbody>{body}</tbody>
 <tbody>{rest}</tbody></table></div>
-<p class="note">Share of test questions answered exactly, per question kind; the test images are made from source images
-that training never saw. With several seeds: mean ± sample standard deviation over seeds. Bold: best pruned method of the
-column (ties included; the full model is the reference and does not compete). Tokens: visual tokens averaged over the
-decoder layers. Arg-max: the same agent without the budget, keeping every token that it finds more likely kept than
-dropped; kept is a share of the original tokens.</p>
+<p class="note">Share of test questions answered exactly, per question kind; the test images are made from source
+images that training never saw. Where there are several runs: mean ± sample standard deviation over trainings (TOP-RL),
+initialisations (untrained actor) or draws (random patches). Bold: best pruned method of the column (ties included; the
+full model is the reference and does not compete). Tokens: visual tokens averaged over the decoder layers. Arg-max: the
+TOP-RL agent without the budget, keeping every token that it finds more likely kept than dropped; kept is a share of the
+original tokens.</p>
 <p>TOP-RL {"; it ".join(parts)}.</p>
 <ul>{"".join(verdict(kind, tasks[kind]["n"], one) for kind, one in found.items())}</ul>
 <p class="note">Noise: the 95 % interval of a difference of two accuracies on n questions, taken as independent (the
-methods answer the same questions, so it is on the wide side). It does not contain the spread over training seeds.</p>
+methods answer the same questions, so it is on the wide side). It does not contain the spread over runs.</p>
 </section>"""
 
 
@@ -333,7 +342,7 @@ def task_colours(runs: dict[str, Any]) -> dict[str, str]:
 
 def curves_figure(runs: dict[str, list[dict[str, np.ndarray]]]) -> Figure:
     """One panel per metric, one colour per task, one line per run; the legend has the last cell."""
-    figure = Figure(figsize=(11, 4.7), layout="constrained")
+    figure = Figure(figsize=(11, 4.9), layout=ConstrainedLayoutEngine(hspace=0.06, wspace=0.03))
     panels = figure.subplots(2, 3).flat
     colours = task_colours(runs)
     for axes, (name, title, share) in zip(panels, CURVES, strict=False):
@@ -342,10 +351,10 @@ def curves_figure(runs: dict[str, list[dict[str, np.ndarray]]]) -> Figure:
                 width = 0.8 if len(seeds) > 1 else 1.5
                 axes.plot(run["iteration"] + 1, run[name], color=colours[kind], linewidth=width)
         axes.set_title(title)
-        axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+        axes.xaxis.set_major_locator(MaxNLocator(5, integer=True, steps=[1, 2, 5, 10]))
         axes.yaxis.set_major_locator(MaxNLocator(5))
         if share:
-            axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=None))
+            axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.3g} %"))
     lines = [Line2D([], [], color=colours[k], linewidth=1 if len(runs[k]) > 1 else 1.8) for k in runs]
     names = [f"{kind} ({len(seeds)} seeds)" if len(seeds) > 1 else kind for kind, seeds in runs.items()]
     last = figure.axes[-1]
@@ -357,10 +366,10 @@ def curves_figure(runs: dict[str, list[dict[str, np.ndarray]]]) -> Figure:
 
 def retained_figure(runs: dict[str, list[dict[str, np.ndarray]]], num_visual: int, keep: Sequence[int]) -> Figure:
     """One panel per task: visual tokens left after each stage, one line per stage and run, log axis."""
-    columns = min(3, len(runs))
-    rows = math.ceil(len(runs) / columns)
-    figure = Figure(figsize=(11 / 3 * columns, 2.1 * rows + 0.35), layout="constrained")
-    grid = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
+    rows = math.ceil(len(runs) / 3)
+    layout = ConstrainedLayoutEngine(hspace=0.06, wspace=0.03)
+    figure = Figure(figsize=(11, 2.1 * rows + 0.35), layout=layout)
+    grid = figure.subplots(rows, 3, squeeze=False, sharex=True, sharey=True)
     shades = [STAGE_COLOURS[min(i, len(STAGE_COLOURS) - 1)] for i in range(len(keep))]
     for axes, (kind, seeds) in zip(grid.flat, runs.items(), strict=False):
         for stage, (shade, budget) in enumerate(zip(shades, keep, strict=True)):
@@ -372,7 +381,7 @@ def retained_figure(runs: dict[str, list[dict[str, np.ndarray]]], num_visual: in
         axes.set_title(f"{kind} ({len(seeds)} seeds)" if len(seeds) > 1 else kind)
         axes.set_yscale("log", base=2, nonpositive="clip")
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-        axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+        axes.xaxis.set_major_locator(MaxNLocator(5, integer=True, steps=[1, 2, 5, 10]))
     for axes in list(grid.flat)[len(runs) :]:
         axes.axis("off")
     handles = [Line2D([], [], color=shade, linewidth=1.8) for shade in shades]
@@ -401,8 +410,8 @@ answers correctly, so accuracy here is relative to the full model and includes t
 L<sub>t</sub>/L (Eq. 5), summed over the stages, mean over the rollout. Entropy: of the keep decision, at most ln 2 ≈
 0.69. KL and clip fraction: means over the update's minibatches (KL by the k3 estimator).</figcaption></figure>
 <figure>{retained}<figcaption>Visual tokens left of {schedule["num_visual"]} after each stage, mean over the rollout
-(log axis). In training the actor samples how many it keeps; the dotted lines are the counts that the schedule imposes at
-evaluation.</figcaption></figure>
+(log axis). In training the actor samples how many it keeps; the dotted lines are the counts that the schedule imposes
+at evaluation.</figcaption></figure>
 </section>"""
 
 
@@ -474,8 +483,8 @@ def gallery_item(item: Source, num_visual: int) -> str:
     return f"""<div class="item"><div class="strip">{tiles}</div><dl>
 <div><dt>{escape(item["kind"])}</dt><dd>{escape(item["question"])}</dd></div>
 <div><dt>reference</dt><dd>{escape(reference)}</dd></div>
-<div><dt>full model</dt><dd>{mark(item["full_answer"], reference)}</dd></div>
-<div><dt>pruned model</dt><dd>{mark(item["pruned_answer"], reference)}</dd></div>
+<div><dt>full</dt><dd>{mark(item["full_answer"], reference)}</dd></div>
+<div><dt>pruned</dt><dd>{mark(item["pruned_answer"], reference)}</dd></div>
 </dl></div>"""
 
 
@@ -487,8 +496,8 @@ def gallery_section(gallery: Source, num_visual: int) -> str:
         for who in ("full_answer", "pruned_answer")
     }
     return f"""<section id="gallery"><h2>What is kept</h2>
-<p>Test images with the visual tokens that the TOP-RL agent keeps after each stage, as in the paper's Figure 4. Kept 16×16
-patches are outlined and shown in full, dropped ones are faded; the number is the count of tokens left. On these
+<p>Test images with the visual tokens that the TOP-RL agent keeps after each stage, as in the paper's Figure 4. Kept
+16×16 patches are outlined and shown in full, dropped ones are faded; the number is the count of tokens left. On these
 {len(items)} questions the full model is right {right["full_answer"]} times, the pruned one {right["pruned_answer"]}
 times.</p>
 <div class="gallery">{"".join(gallery_item(item, num_visual) for item in items)}</div>

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import doctest
+import importlib
 import subprocess
 import sys
 import textwrap
@@ -141,3 +143,25 @@ def test_works_without_triton() -> None:
     )
     assert "backend='triton'" in out
     assert "triton is not installed" in out
+
+
+@pytest.mark.parametrize("module", ["masked_attention", "topk_compact", "actor_score", "keep_mask"])
+def test_docstring_examples(module: str) -> None:
+    """Run in the ordinary import system: pytest's own doctest collection would rebind the ops to their packages."""
+    result = doctest.testmod(importlib.import_module(f"toprl_kernels.{module}.api"))
+    assert result.attempted > 0
+    assert result.failed == 0
+
+
+def test_public_names_are_the_functions_not_the_packages() -> None:
+    """An op's package bears the op's name; importing a module of it must not hide the function."""
+    out = run_fresh(
+        """
+        import toprl_kernels.actor_score.eager
+        import toprl_kernels.masked_attention.api
+        import toprl_kernels.topk_compact
+        from toprl_kernels import actor_score, masked_attention, topk_compact
+        print({callable(op) for op in (actor_score, masked_attention, topk_compact)})
+        """
+    )
+    assert out.strip() == "{True}"

@@ -263,6 +263,18 @@ def test_fastv_scores_are_the_models_own_attention(model, images):
         torch.testing.assert_close(found, weights[row, visual], atol=1e-6, rtol=1e-4)
 
 
+@pytest.mark.parametrize("policy", [FastV(), PyramidDrop()])
+def test_the_asking_row_is_the_last_real_token(policy):
+    """On either side of the prompt, padding must not be taken for the question."""
+    scores = {}
+    for side in ("left", "right"):
+        inputs = build_inputs((1, 2), padding_side=side)
+        with attach(build_model(), policy, schedule=Schedule(((2, 0.5),))) as pruner:
+            pruner.model(**inputs)
+        scores[side] = pruner.trace[0].scores[0, :TOKENS_PER_IMAGE]
+    torch.testing.assert_close(scores["left"], scores["right"], atol=1e-6, rtol=1e-4)
+
+
 def test_pyramiddrop_scores_use_the_layers_output(model):
     """The query and key of layer k on its own output, by an independent computation."""
     from transformers.models.llama.modeling_llama import apply_rotary_pos_emb, repeat_kv

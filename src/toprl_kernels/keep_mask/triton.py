@@ -140,9 +140,7 @@ class _KeepMask(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(
-        ctx: Any, grad_keep: Tensor, grad_log_prob: Tensor, grad_entropy: Tensor
-    ) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_keep: Tensor, grad_log_prob: Tensor, grad_entropy: Tensor) -> tuple[Tensor | None, ...]:
         logits, noise, chosen, previous = ctx.saved_tensors
         grad = torch.empty_like(logits)
         total = grad_keep.numel()

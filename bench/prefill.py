@@ -1,0 +1,464 @@
+"""Prefill time of an image prompt: unpruned, FastV, PyramidDrop and TOP-RL on the plain LLaVA class, random weights.
+
+    python bench/run.py --suite prefill --quick
+
+All methods of a case compute the same average number of visual tokens per layer. PyramidDrop and TOP-RL share one
+schedule; FastV prunes once, before layer 2. Correctness comes first and raises (``WrongPrefillError``): on a narrow
+float32 copy of the case keep-all must be the unattached model bit by bit, compaction must agree with Eqs. 6-7 on every
+surviving token, and each layer's cache must be as long as the schedule says; the caches of the timed model are checked
+again. Then the methods are timed in turn, round after round, so that a machine's drift hits all of them alike.
+
+Timed is ``model(**inputs, use_cache=True, logits_to_keep=1)`` with the pruner's hooks at work; attaching is not. Where
+transformers takes ``mm_encoder_outputs`` the image features are computed beforehand, and column ``vision_tower`` says
+"outside"; else it says "timed", and a vision tower of width 64 is part of the time. Weights are random, so which
+tokens survive means nothing here; how many do, and what that saves, does not depend on the weights.
+
+Columns that need a word:
+    average_tokens: visual tokens per layer, mean over the layers.
+    stages: "layer:kept" of each stage.
+    speedup: ms_p50 of unpruned over ms_p50 of the method.
+    macs_ratio: decoder multiply-adds of unpruned over those of the method, text tokens and grouped queries included.
+        As in Eq. 8, attention counts all n^2 pairs. The cost of choosing tokens is in the time, not in this ratio.
+    macs_ratio_visual: the same by Eqs. 8-9, visual tokens alone, grouped queries ignored (the paper's count).
+    kv_bytes: bytes of keys and values in the cache after the prefill, measured.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import inspect
+import math
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import (
+    AutoModelForImageTextToText,
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+)
+
+from toprl_kernels import flops
+from toprl_models import FastV, Policy, Pruner, PyramidDrop, Schedule, StageContext, TopRLPolicy, attach
+
+IMAGE_ID = 1
+FIRST_WORD_ID = 4  # below it: padding, image placeholder, begin and end of sequence
+PATCH_SIZE = 14
+PAPER_LAYERS, PAPER_STAGES, FASTV_STAGE = 32, (2, 8, 16), 2
+WARM_UP_ROUNDS = 2
+# Largest difference, per element of the normalised last states, that rounding may explain in float32
+TOLERANCE = 1e-3
+TAKES_FEATURES = "mm_encoder_outputs" in inspect.signature(LlavaForConditionalGeneration.forward).parameters
+
+Methods = Mapping[str, tuple[Policy, Schedule] | None]
+
+
+class WrongPrefillError(RuntimeError):
+    """Pruning computed something else than it should; its timing would be worthless."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One model shape and prompt. Each of ``num_images`` crops gives a square of visual tokens."""
+
+    name: str
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    visual_tokens: int
+    average_tokens: float
+    num_images: int = 1
+    text_tokens: int = 64
+    vocab_size: int = 32000
+    actor_size: int = 256
+    dtype: torch.dtype = torch.bfloat16
+
+    @property
+    def stage_layers(self) -> tuple[int, ...]:
+        """The paper's stages [2, 8, 16] of 32 layers, scaled to this depth; strictly ascending, at least 1."""
+        layers: list[int] = []
+        for layer in PAPER_STAGES:
+            layers.append(max(layers[-1] + 1 if layers else 1, round(layer * self.num_layers / PAPER_LAYERS)))
+        return tuple(layers)
+
+    def schedule(self, layers: tuple[int, ...]) -> Schedule:
+        return Schedule.for_budget(
+            self.average_tokens, layers, num_visual=self.visual_tokens, num_layers=self.num_layers
+        )
+
+    def narrow(self) -> Case:
+        """The same depth, prompt, head width and grouping with the fewest heads, in float32: for the check."""
+        groups = self.num_heads // self.num_kv_heads
+        heads, kv_heads = (groups, 1) if groups > 1 else (2, 2)
+        hidden_size = heads * (self.hidden_size // self.num_heads)
+        return replace(
+            self,
+            hidden_size=hidden_size,
+            intermediate_size=self.intermediate_size * hidden_size // self.hidden_size,
+            num_heads=heads,
+            num_kv_heads=kv_heads,
+            vocab_size=min(self.vocab_size, 512),
+            dtype=torch.float32,
+        )
+
+
+LLAVA_1_5_7B = Case("llava-1.5-7b", 4096, 11008, 32, 32, 32, visual_tokens=576, average_tokens=192)
+# five crops of 24 x 24 patches
+LLAVA_NEXT_7B = Case("llava-next-7b", 4096, 14336, 32, 32, 8, visual_tokens=2880, average_tokens=320, num_images=5)
+# 98 M and 14 M parameters in decoder, embedding and head; 32 x 32 patches; the actor scaled with the width
+LLAVA_100M = Case("llava-100m", 768, 2048, 12, 12, 12, 1024, 341, vocab_size=8192, actor_size=48, dtype=torch.float32)
+LLAVA_14M = replace(
+    LLAVA_100M,
+    name="llava-14m",
+    hidden_size=256,
+    intermediate_size=704,
+    num_heads=4,
+    num_kv_heads=4,
+    actor_size=16,
+)
+
+
+def cases(quick: bool, device: torch.device) -> list[Case]:
+    if device.type == "cuda":
+        return [LLAVA_1_5_7B, LLAVA_NEXT_7B]
+    return [LLAVA_14M if quick else LLAVA_100M]
+
+
+def repeats_of(quick: bool, device: torch.device) -> int:
+    if device.type == "cuda":
+        return 10 if quick else 50
+    return 5 if quick else 11
+
+
+def run(quick: bool, device: str | torch.device) -> list[dict[str, Any]]:
+    """All rows of the suite, one per (case, method).
+
+    Raises:
+        WrongPrefillError: a method computes wrong states or fills a cache of the wrong size.
+    """
+    device = torch.device(device)
+    torch.manual_seed(0)
+    rows: list[dict[str, Any]] = []
+    for case in cases(quick, device):
+        with torch.no_grad():
+            check_case(case, device)
+            rows += time_case(case, device, repeats_of(quick, device))
+        release_memory(device)
+    return rows
+
+
+def release_memory(device: torch.device) -> None:
+    """A 7B model does not fit beside the next one on every GPU."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+# -- model, prompt, methods ----------------------------------------------------------------------------------------
+
+
+def build_model(case: Case, device: torch.device) -> LlavaForConditionalGeneration:
+    """LLaVA with random weights of the case's shape, made on ``device`` in the case's dtype."""
+    grid = math.isqrt(case.visual_tokens // case.num_images)
+    if grid**2 * case.num_images != case.visual_tokens:
+        raise ValueError(
+            f"case {case.name}: visual_tokens={case.visual_tokens} must be num_images={case.num_images} times a square"
+        )
+    vision = CLIPVisionConfig(
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        image_size=grid * PATCH_SIZE,
+        patch_size=PATCH_SIZE,
+    )
+    text = LlamaConfig(
+        vocab_size=case.vocab_size,
+        hidden_size=case.hidden_size,
+        intermediate_size=case.intermediate_size,
+        num_hidden_layers=case.num_layers,
+        num_attention_heads=case.num_heads,
+        num_key_value_heads=case.num_kv_heads,
+        max_position_embeddings=4096,
+        initializer_range=case.hidden_size**-0.5,  # unit gain: every layer changes the states at any width
+        pad_token_id=0,
+        bos_token_id=2,
+        eos_token_id=3,
+    )
+    config = LlavaConfig(
+        vision_config=vision,
+        text_config=text,
+        image_token_id=IMAGE_ID,
+        image_seq_length=grid**2,
+        vision_feature_layer=-1,
+        tie_word_embeddings=False,
+    )
+    with torch.device(device):
+        model = AutoModelForImageTextToText.from_config(config, dtype=case.dtype, attn_implementation="sdpa")
+    return model.eval().requires_grad_(False)
+
+
+def build_inputs(case: Case, model: LlavaForConditionalGeneration) -> dict[str, Any]:
+    """One prompt: half of the text, the image, the other half; image features where the model takes them."""
+    device = model.device
+    words = torch.randint(FIRST_WORD_ID, case.vocab_size, (1, case.text_tokens), device=device)
+    image = torch.full((1, case.visual_tokens), IMAGE_ID, device=device)
+    first, last = words.tensor_split([case.text_tokens // 2], dim=1)
+    input_ids = torch.cat([first, image, last], dim=1)
+    inputs: dict[str, Any] = {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)}
+    side = model.config.vision_config.image_size
+    pixel_values = torch.randn(case.num_images, 3, side, side, device=device, dtype=case.dtype)
+    if not TAKES_FEATURES:
+        return {**inputs, "pixel_values": pixel_values}
+    features = model.model.get_image_features(pixel_values=pixel_values, return_dict=True)
+    return {**inputs, "mm_encoder_outputs": {"image": features}}
+
+
+def build_methods(case: Case, model: LlavaForConditionalGeneration) -> Methods:
+    """Policy and schedule of each method, all at the case's average number of visual tokens; None is unpruned."""
+    progressive = case.schedule(case.stage_layers)
+    agent = TopRLPolicy(case.hidden_size, list(case.stage_layers), case.actor_size).to(model.device, case.dtype)
+    return {
+        "unpruned": None,
+        "fastv": (FastV(), case.schedule((FASTV_STAGE,))),
+        "pyramiddrop": (PyramidDrop(), progressive),
+        "toprl": (agent, progressive),
+    }
+
+
+def attached(
+    model: LlavaForConditionalGeneration, method: tuple[Policy, Schedule] | None
+) -> contextlib.AbstractContextManager[Pruner | None]:
+    """``attach`` for the method, nothing for unpruned."""
+    if method is None:
+        return contextlib.nullcontext()
+    policy, schedule = method
+    return attach(model, policy, schedule=schedule)
+
+
+def segments_of(case: Case, schedule: Schedule | None) -> tuple[tuple[int, int], ...]:
+    """``((visual tokens, layers), ...)``."""
+    if schedule is None:
+        return ((case.visual_tokens, case.num_layers),)
+    return schedule.segments(case.visual_tokens, case.num_layers)
+
+
+# -- correctness ---------------------------------------------------------------------------------------------------
+
+
+class Replay(Policy):
+    """Keeps what an earlier prefill kept, so that both modes drop the same tokens whatever rounding does to scores."""
+
+    def __init__(self, kept: list[Tensor]) -> None:
+        self.kept = kept
+
+    def score(self, context: StageContext) -> Tensor:
+        return torch.isin(context.visual_index, self.kept[context.stage]).float()
+
+
+def check_case(case: Case, device: torch.device) -> None:
+    """Every method on the narrow float32 copy of ``case``; see the module's docstring.
+
+    Raises:
+        WrongPrefillError: naming case, method, and what was found and expected.
+    """
+    narrow = case.narrow()
+    model = build_model(narrow, device)
+    inputs = build_inputs(narrow, model)
+    plain = model.model(**inputs, use_cache=True)
+    check_cache(f"{case.name}, unpruned", narrow, plain.past_key_values, None)
+    for name, method in build_methods(narrow, model).items():
+        if method is not None:
+            check_method(f"{case.name}, {name}", narrow, model, inputs, plain.last_hidden_state, *method)
+
+
+def check_method(
+    where: str,
+    case: Case,
+    model: LlavaForConditionalGeneration,
+    inputs: dict[str, Any],
+    plain: Tensor,
+    policy: Policy,
+    schedule: Schedule,
+) -> None:
+    """One method: keep-all, cache lengths, compact against masked attention on the surviving tokens."""
+    keep_all = Schedule(tuple((layer, 1.0) for layer in schedule.layers))
+    with attach(model, policy, schedule=keep_all):
+        states = model.model(**inputs, use_cache=True).last_hidden_state
+    if not torch.equal(states, plain):
+        raise WrongPrefillError(
+            f"{where}: keeping all tokens moves the unattached model's states by {largest(states - plain):.1e}, not 0"
+        )
+    with attach(model, policy, schedule=schedule) as pruner:
+        output = model.model(**inputs, use_cache=True)
+    check_cache(where, case, output.past_key_values, schedule)
+    compact, kept = output.last_hidden_state, [stage.indices for stage in pruner.trace]
+    with attach(model, Replay(kept), schedule=schedule, mode="mask"):
+        masked = model.model(**inputs, use_cache=True).last_hidden_state
+    visual = inputs["input_ids"] == IMAGE_ID
+    survives = ~visual | torch.isin(visual.cumsum(1) - 1, kept[-1])
+    error, effect = largest((compact - masked)[survives]), largest((compact - plain)[survives])
+    if not error <= TOLERANCE:
+        raise WrongPrefillError(
+            f"{where}: compacted and masked states of surviving tokens differ by {error:.1e}, more than {TOLERANCE:g}"
+        )
+    if not effect > 10 * TOLERANCE:
+        raise WrongPrefillError(
+            f"{where}: pruning moves the surviving tokens' states by {effect:.1e} only, so comparing the modes is void"
+        )
+
+
+def largest(tensor: Tensor) -> float:
+    return float(tensor.abs().max())
+
+
+def check_cache(where: str, case: Case, cache: Any, schedule: Schedule | None) -> None:
+    """Each layer's keys and values must be as many as the schedule's segment says."""
+    expected = [tokens + case.text_tokens for tokens, layers in segments_of(case, schedule) for _ in range(layers)]
+    found = [(layer.keys.shape[2], layer.values.shape[2]) for layer in cache.layers]
+    if found != [(n, n) for n in expected]:
+        raise WrongPrefillError(f"{where}: keys and values per layer are {found}, the schedule says {expected} of each")
+
+
+# -- timing --------------------------------------------------------------------------------------------------------
+
+
+def time_case(case: Case, device: torch.device, repeats: int) -> list[dict[str, Any]]:
+    """The methods of one case timed in turn; one row per method."""
+    model = build_model(case, device)
+    inputs = build_inputs(case, model)
+    methods = build_methods(case, model)
+    samples: dict[str, list[float]] = {name: [] for name in methods}
+    kv_bytes: dict[str, int] = {}
+    for round_number in range(WARM_UP_ROUNDS + repeats):
+        for name, method in methods.items():
+            with attached(model, method) as pruner:
+                milliseconds, output = timed_prefill(model, inputs, device)
+            where, schedule = f"{case.name}, {name}", None if method is None else method[1]
+            check_pruned(where, case, pruner, schedule)
+            if round_number == 0:
+                check_cache(where, case, output.past_key_values, schedule)
+                if not bool(output.logits.isfinite().all()):
+                    raise WrongPrefillError(f"{where}: logits in {case.dtype} are not finite")
+                kv_bytes[name] = cache_bytes(output.past_key_values)
+            if round_number >= WARM_UP_ROUNDS:
+                samples[name].append(milliseconds)
+            del output  # its cache would stand beside the next one
+    common = {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "dtype": str(case.dtype).removeprefix("torch."),
+        "attn": model.config.get_text_config()._attn_implementation,
+        "threads": torch.get_num_threads(),
+        "vision_tower": "outside" if TAKES_FEATURES else "timed",
+    }
+    return [
+        row_of(case, name, None if method is None else method[1], samples, kv_bytes[name], common)
+        for name, method in methods.items()
+    ]
+
+
+def timed_prefill(
+    model: LlavaForConditionalGeneration, inputs: dict[str, Any], device: torch.device
+) -> tuple[float, Any]:
+    """Milliseconds of one prefill (CUDA events on a GPU) and the model's output."""
+    if device.type != "cuda":
+        begin = time.perf_counter()
+        output = model(**inputs, use_cache=True, logits_to_keep=1)
+        return (time.perf_counter() - begin) * 1e3, output
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize(device)
+    start.record()
+    output = model(**inputs, use_cache=True, logits_to_keep=1)
+    end.record()
+    torch.cuda.synchronize(device)
+    return start.elapsed_time(end), output
+
+
+def check_pruned(where: str, case: Case, pruner: Pruner | None, schedule: Schedule | None) -> None:
+    """The prefill that was just timed must have gone through every stage."""
+    if pruner is None or schedule is None:
+        return
+    found = [stage.counts for stage in pruner.trace]
+    expected = [(count,) for count in schedule.counts(case.visual_tokens)]
+    if found != expected:
+        raise WrongPrefillError(f"{where}: the timed prefill kept {found} visual tokens, the schedule says {expected}")
+
+
+def cache_bytes(cache: Any) -> int:
+    return sum(t.numel() * t.element_size() for layer in cache.layers for t in (layer.keys, layer.values))
+
+
+def decoder_macs(case: Case, schedule: Schedule | None) -> float:
+    """Multiply-adds of all decoder layers, text tokens and grouped queries included (Eq. 8 per layer)."""
+    return sum(
+        layers
+        * flops.layer_macs(
+            tokens + case.text_tokens,
+            case.hidden_size,
+            case.intermediate_size,
+            kv_ratio=case.num_kv_heads / case.num_heads,
+        )
+        for tokens, layers in segments_of(case, schedule)
+    )
+
+
+def visual_macs(case: Case, schedule: Schedule | None) -> float:
+    """Multiply-adds of the visual tokens alone (Eqs. 8-9)."""
+    return sum(
+        layers * flops.layer_macs(tokens, case.hidden_size, case.intermediate_size)
+        for tokens, layers in segments_of(case, schedule)
+    )
+
+
+def row_of(
+    case: Case,
+    method: str,
+    schedule: Schedule | None,
+    samples: Mapping[str, list[float]],
+    kv_bytes: int,
+    common: dict[str, Any],
+) -> dict[str, Any]:
+    p20, p50, p80 = quantiles(samples[method])
+    segments = segments_of(case, schedule)
+    return {
+        "suite": "prefill",
+        "case": case.name,
+        "method": method,
+        **common,
+        "batch": 1,
+        "visual_tokens": case.visual_tokens,
+        "text_tokens": case.text_tokens,
+        "layers": case.num_layers,
+        "stages": "" if schedule is None else stages_text(case, schedule),
+        "average_tokens": sum(tokens * layers for tokens, layers in segments) / case.num_layers,
+        "ms_p20": p20,
+        "ms_p50": p50,
+        "ms_p80": p80,
+        "speedup": quantiles(samples["unpruned"])[1] / p50,
+        "macs_ratio": decoder_macs(case, None) / decoder_macs(case, schedule),
+        "macs_ratio_visual": visual_macs(case, None) / visual_macs(case, schedule),
+        "kv_bytes": kv_bytes,
+        "correct": True,  # a wrong method never gets here
+        "repeats": len(samples[method]),
+    }
+
+
+def stages_text(case: Case, schedule: Schedule) -> str:
+    counts = schedule.counts(case.visual_tokens)
+    return " ".join(f"{layer}:{count}" for layer, count in zip(schedule.layers, counts, strict=True))
+
+
+def quantiles(samples: list[float]) -> tuple[float, float, float]:
+    """p20, p50, p80 with linear interpolation."""
+    p20, p50, p80 = torch.tensor(samples, dtype=torch.float64).quantile(
+        torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64)
+    )
+    return float(p20), float(p50), float(p80)

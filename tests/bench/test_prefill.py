@@ -1,0 +1,189 @@
+"""The prefill suite on a toy LLaVA: its rows, its ratios, and that its correctness check can fail."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import math
+
+import pytest
+import torch
+
+from bench import prefill
+from toprl_models import Pruner, RandomPolicy, Schedule, attach
+
+CPU = torch.device("cpu")
+# two crops of 8 x 8 patches, grouped queries
+TOY = prefill.Case(
+    "toy",
+    hidden_size=64,
+    intermediate_size=96,
+    num_layers=6,
+    num_heads=4,
+    num_kv_heads=2,
+    visual_tokens=128,
+    average_tokens=48,
+    num_images=2,
+    text_tokens=9,
+    vocab_size=100,
+    actor_size=8,
+    dtype=torch.float32,
+)
+KEYS = (
+    "suite case method device dtype attn batch visual_tokens text_tokens layers average_tokens ms_p20 ms_p50 ms_p80 "
+    "speedup macs_ratio macs_ratio_visual kv_bytes correct repeats threads vision_tower stages"
+).split()
+
+
+@pytest.fixture
+def toy(monkeypatch):
+    monkeypatch.setattr(prefill, "cases", lambda quick, device: [TOY])
+
+
+def check(case=TOY):
+    with torch.no_grad():
+        prefill.check_case(case, CPU)
+
+
+def test_quick_suite(toy):
+    rows = prefill.run(quick=True, device="cpu")
+    assert [row["method"] for row in rows] == ["unpruned", "fastv", "pyramiddrop", "toprl"]
+    by_method = {row["method"]: row for row in rows}
+    for row in rows:
+        assert set(row) == set(KEYS)
+        assert (row["suite"], row["case"], row["batch"], row["repeats"]) == ("prefill", "toy", 1, 5)
+        assert (row["dtype"], row["attn"], row["device"]) == ("float32", "sdpa", "cpu")
+        assert 0 < row["ms_p20"] <= row["ms_p50"] <= row["ms_p80"]
+        numbers = [value for value in row.values() if isinstance(value, float)]
+        assert all(map(math.isfinite, numbers))
+        assert row["correct"] is True
+        assert row["speedup"] == by_method["unpruned"]["ms_p50"] / row["ms_p50"]
+        # 2 (keys and values) x 2 heads x 16 wide x 4 bytes, per layer and token
+        assert row["kv_bytes"] == 256 * 6 * (row["average_tokens"] + 9)
+    assert [by_method[name]["stages"] for name in ("unpruned", "pyramiddrop")] == ["", by_method["toprl"]["stages"]]
+    assert (rows[0]["speedup"], rows[0]["macs_ratio"], rows[0]["average_tokens"]) == (1, 1, 128)
+    for row in rows[1:]:
+        assert row["average_tokens"] == pytest.approx(48, abs=1)
+        assert 1 < row["macs_ratio"] < row["macs_ratio_visual"]
+
+
+def test_macs_ratio_by_hand(toy):
+    """Stages before layers 1, 2 and 3 of 6; r = .529 makes 128 (1 + r + r^2 + 3 r^3) / 6 = 48."""
+    row = prefill.run(quick=True, device="cpu")[-1]
+    assert row["stages"] == "1:68 2:36 3:19"
+    assert row["average_tokens"] == (128 + 68 + 36 + 3 * 19) / 6
+
+    def layer(n):
+        # q and o 64 x 64, k and v 64 x 32, Q K^T and A V over n^2 pairs, gate, up and down 64 x 96
+        return n * (2 * 64 * 64 + 2 * 64 * 32) + 2 * n * n * 64 + n * 3 * 64 * 96
+
+    pruned = layer(128 + 9) + layer(68 + 9) + layer(36 + 9) + 3 * layer(19 + 9)
+    assert row["macs_ratio"] == pytest.approx(6 * layer(128 + 9) / pruned, rel=1e-12)
+
+    def visual(n):  # Eq. 8: no grouping
+        return 4 * n * 64**2 + 2 * n**2 * 64 + 3 * n * 64 * 96
+
+    pruned = visual(128) + visual(68) + visual(36) + 3 * visual(19)
+    assert row["macs_ratio_visual"] == pytest.approx(6 * visual(128) / pruned, rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("case", "progressive", "fastv"),
+    [
+        (prefill.LLAVA_1_5_7B, (322, 180, 101), 166),
+        (prefill.LLAVA_NEXT_7B, (552, 106, 20), 149),
+        (prefill.LLAVA_100M, (562, 309, 170), 204),
+    ],
+)
+def test_all_methods_of_a_case_have_the_same_budget(case, progressive, fastv):
+    stages = case.schedule(case.stage_layers)
+    once = case.schedule((prefill.FASTV_STAGE,))
+    assert stages.layers == ((2, 8, 16) if case.num_layers == 32 else (1, 3, 6))
+    assert (stages.counts(case.visual_tokens), once.counts(case.visual_tokens)) == (progressive, (fastv,))
+    for schedule in (stages, once):
+        average = schedule.average_tokens(case.visual_tokens, case.num_layers)
+        assert average == pytest.approx(case.average_tokens, abs=0.5)
+
+
+def test_narrow_copy_keeps_what_matters():
+    narrow = prefill.LLAVA_NEXT_7B.narrow()
+    assert (narrow.num_heads, narrow.num_kv_heads, narrow.hidden_size) == (4, 1, 512)  # head width 128, groups of 4
+    assert narrow.intermediate_size / narrow.hidden_size == 14336 / 4096
+    assert (narrow.num_layers, narrow.visual_tokens, narrow.dtype) == (32, 2880, torch.float32)
+
+
+def test_prompt_and_features():
+    model = prefill.build_model(TOY, CPU)
+    inputs = prefill.build_inputs(TOY, model)
+    assert inputs["input_ids"].shape == (1, 128 + 9)
+    assert (inputs["input_ids"] == prefill.IMAGE_ID).sum() == 128
+    takes = "mm_encoder_outputs" in inspect.signature(type(model).forward).parameters
+    assert ("mm_encoder_outputs" in inputs) == takes
+    with pytest.raises(ValueError, match="times a square"):
+        prefill.build_model(dataclasses.replace(TOY, num_images=3), CPU)
+
+
+def test_pixel_values_where_features_are_not_taken(toy, monkeypatch):
+    monkeypatch.setattr(prefill, "TAKES_FEATURES", False)
+    rows = prefill.run(quick=True, device="cpu")
+    assert {row["vision_tower"] for row in rows} == {"timed"}
+
+
+def renumber(monkeypatch):
+    """A pruner that gives survivors new positions 0, 1, 2, ... instead of their own."""
+    right = Pruner._shorten
+
+    def wrong(self, forward, number, index, hidden_states, kwargs):
+        tables = kwargs["position_embeddings"]
+        right(self, forward, number, index, hidden_states, kwargs)
+        kwargs["position_embeddings"] = tuple(table[:, : hidden_states.shape[1]] for table in tables)
+
+    monkeypatch.setattr(Pruner, "_shorten", wrong)
+
+
+def shift(monkeypatch):
+    """A pruner that touches the states even where it drops nothing."""
+    right = Pruner._at_stage
+    monkeypatch.setattr(Pruner, "_at_stage", lambda self, *args: right(self, *args) * (1 + 1e-6))
+
+
+def drop_nothing(monkeypatch):
+    """An attach that ignores the schedule's keeps."""
+
+    def wrong(model, policy, *, schedule, mode="compact"):
+        return attach(model, policy, schedule=Schedule(tuple((layer, 1.0) for layer in schedule.layers)), mode=mode)
+
+    monkeypatch.setattr(prefill, "attach", wrong)
+
+
+@pytest.mark.parametrize(
+    ("breakage", "message"),
+    [
+        (renumber, "toy, fastv: compacted and masked states"),
+        (shift, "toy, fastv: keeping all tokens moves"),
+        (drop_nothing, "toy, fastv: keys and values per layer"),
+    ],
+)
+def test_a_broken_pruner_is_found_before_timing(breakage, message, toy, monkeypatch):
+    check()
+    breakage(monkeypatch)
+    monkeypatch.setattr(prefill, "time_case", lambda *args: pytest.fail("timed a broken pruner"))
+    with pytest.raises(prefill.WrongPrefillError, match=message):
+        prefill.run(quick=True, device="cpu")
+
+
+def test_a_timed_prefill_that_skips_its_stages_is_found(monkeypatch):
+    drop_nothing(monkeypatch)
+    with pytest.raises(prefill.WrongPrefillError, match="the timed prefill kept"), torch.no_grad():
+        prefill.time_case(TOY, CPU, repeats=1)
+
+
+def test_a_check_that_could_not_fail_is_refused():
+    """Where nothing is dropped both modes agree whatever they do: such a comparison proves nothing."""
+    model = prefill.build_model(TOY, CPU)
+    with torch.no_grad():
+        inputs = prefill.build_inputs(TOY, model)
+        plain = model.model(**inputs).last_hidden_state
+        nothing = Schedule(((5, 128),))
+        with pytest.raises(prefill.WrongPrefillError, match="is void"):
+            prefill.check_method("toy", TOY, model, inputs, plain, RandomPolicy(0), nothing)
