@@ -72,9 +72,9 @@ def gallery(config: DemoConfig, folder: Path, runs: dict[str, list[str]], per_ki
     model, processor = load_model("tiny", "cpu")
     schedule = Schedule(tuple(zip(config.stage_layers, config.keep, strict=True)))
     entries = []
-    for kind in config.tasks:
+    for number, kind in enumerate(config.tasks):
         policy = TopRLPolicy.from_pretrained(folder / runs[kind][0] / "policy")
-        task = make_task(kind, "test", per_kind, seed=1)
+        task = make_task(kind, "test", per_kind, seed=100 + number)  # other scenes than the table's, and per kind
         samples = [task[i] for i in range(per_kind)]
         inputs = encode(processor, task, samples, "cpu")
         before, _ = answer(model, processor, task, samples, inputs)

@@ -380,6 +380,7 @@ def retained_figure(runs: dict[str, list[dict[str, np.ndarray]]], num_visual: in
                 axes.plot(run["iteration"] + 1, tokens, color=shade, linewidth=width, label=f"stage {stage + 1}")
         axes.set_title(f"{kind} ({len(seeds)} seeds)" if len(seeds) > 1 else kind)
         axes.set_yscale("log", base=2, nonpositive="clip")
+        axes.set_ylim(top=1.15 * num_visual)
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axes.xaxis.set_major_locator(MaxNLocator(5, integer=True, steps=[1, 2, 5, 10]))
     for axes in list(grid.flat)[len(runs) :]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 import torch
+import transformers
 from PIL import Image
 
 from toprl_models import tiny
@@ -96,6 +97,7 @@ def make_task(name: str, split: str, size: int, seed: int = 0) -> SceneTask:
 
 def load_model(name_or_path: str, device: str, dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
     """Frozen model and processor: "tiny" for the embedded one, else a Hub id or a local folder."""
+    transformers.utils.logging.disable_progress_bar()  # it would tear the training bar apart
     if name_or_path == "tiny":
         return tiny.load(device=device, dtype=dtype)
     from transformers import AutoModelForImageTextToText, AutoProcessor

@@ -215,6 +215,10 @@ class TopRLPolicy(nn.Module, Policy, PyTorchModelHubMixin):
             )
         if self.base_model is not None and self.base_model != found:
             raise ValueError(f"policy: trained for {self.base_model}, but the model is {found}")
+        if self.head.weight.device != model.device:
+            raise ValueError(
+                f"policy is on {self.head.weight.device}, the model on {model.device}; use policy.to(model.device)"
+            )
         if schedule.layers != self.stage_layers:
             raise ValueError(
                 f"schedule: stages at layers {schedule.layers}, but the policy was trained for {self.stage_layers}"

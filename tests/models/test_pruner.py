@@ -344,7 +344,18 @@ def test_attach_refuses():
         attach(model, TopRLPolicy(64, [2], 8), schedule=schedule)
     with pytest.raises(ValueError, match="num_hidden_layers"):
         attach(model, TopRLPolicy(64, [1], 8, base_model={"num_hidden_layers": 5}), schedule=schedule)
+    with pytest.raises(ValueError, match=r"policy is on meta.*policy\.to\(model\.device\)"):
+        attach(model, TopRLPolicy(64, [1], 8).to("meta"), schedule=schedule)
     assert hooks_of_pruners(model) == 0
+
+
+def test_images_without_placeholders_are_transformers_error_and_leave_no_state():
+    model, inputs = build_model(), build_inputs((1,))
+    with attach(model, FastV(), schedule=Schedule(((1, 0.5),))) as pruner:
+        with pytest.raises(ValueError, match="Image features and image tokens do not match"):
+            model(input_ids=torch.full((1, 5), 7), pixel_values=inputs["pixel_values"])
+        model(**inputs)
+        assert pruner.trace[0].counts == (8,)
 
 
 def test_embeddings_instead_of_ids_are_refused():
