@@ -13,6 +13,9 @@ transformers takes ``mm_encoder_outputs`` the image features are computed before
 "outside"; else it says "timed", and a vision tower of width 64 is part of the time. Weights are random, so which
 tokens survive means nothing here; how many do, and what that saves, does not depend on the weights.
 
+On a CPU shared with other processes set OMP_NUM_THREADS to the number of free cores: a thread that waits for one
+without a core measures the scheduler, and all methods then take the same time.
+
 Columns that need a word:
     average_tokens: visual tokens per layer, mean over the layers.
     stages: "layer:kept" of each stage.

@@ -14,7 +14,6 @@ import binascii
 import io
 import json
 import math
-import re
 import statistics
 import sys
 from collections.abc import Sequence
@@ -24,14 +23,11 @@ from typing import Any
 
 import matplotlib
 import numpy as np
-from matplotlib.figure import Figure
-from matplotlib.layout_engine import ConstrainedLayoutEngine
-from matplotlib.lines import Line2D
-from matplotlib.ticker import FuncFormatter, MaxNLocator
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from training.charts import CHART_STYLE, CURVES, curves_figure, retained_figure, svg
 from training.tasks import exact_match
 
 LABELS = {
@@ -45,89 +41,10 @@ LABELS = {
     "random": "Random patches",
     "untrained": "Untrained actor",
 }
-# Panels of the first figure: metric, title, shown in percent.
-CURVES = (
-    ("reward", "Reward, summed over stages", False),
-    ("accuracy", "Accuracy of the rollouts", True),
-    ("entropy", "Entropy per token (nats)", False),
-    ("kl_k3", "KL(old ‖ new) per token", False),
-    ("clip_fraction", "Clip fraction", True),
-)
-TASK_COLOURS = ("#1b6a85", "#c8553d", "#588157", "#8a5a83", "#c1922b", "#5c677d", "#d08c9f")
-STAGE_COLOURS = ("#8fc1d1", "#3d8ba6", "#0f4658", "#082530")
 OUTLINE = (38, 50, 56)
 FADED = (244, 244, 242)  # what dropped patches fade towards
 FADE = 0.86  # how far they go there
 SCALE = 2  # pixels of a strip per pixel of the image
-CHART_STYLE: dict[Any, Any] = {
-    "svg.fonttype": "none",  # the page's own font, selectable text
-    "svg.hashsalt": "report",  # the same inputs give the same file
-    "font.size": 8.5,
-    "axes.titlesize": 9,
-    "axes.titlelocation": "left",
-    "axes.edgecolor": "#b9bec4",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": "#eceef0",
-    "text.color": "#2b3137",
-    "xtick.color": "#5d666f",
-    "ytick.color": "#5d666f",
-    "xtick.major.size": 0,
-    "ytick.major.size": 0,
-    "axes.labelcolor": "#5d666f",
-}
-STYLE = """
-:root { --ink: #22282e; --soft: #626b74; --line: #dfe3e6; --tint: #eef5f7; --accent: #1b6a85; }
-* { box-sizing: border-box; }
-body { margin: 0; background: #fff; color: var(--ink);
-       font: 15px/1.55 "Inter", "Segoe UI", "Helvetica Neue", Arial, "DejaVu Sans", sans-serif; }
-main { max-width: 1080px; margin: 0 auto; padding: 44px 20px 64px; }
-h1 { font-size: 28px; line-height: 1.2; font-weight: 650; margin: 0 0 6px; letter-spacing: -.01em; }
-h2 { font-size: 19px; font-weight: 650; margin: 48px 0 8px; padding-top: 14px; border-top: 1px solid var(--line); }
-p { margin: 14px 0 12px; max-width: 860px; }
-.meta { margin: 0; }
-sub { line-height: 0; font-size: 75%; }
-.meta, .note, figcaption { color: var(--soft); font-size: 13px; }
-.note, figcaption { margin: 8px 0 0; max-width: 860px; line-height: 1.5; }
-.facts { display: flex; gap: 40px; margin: 20px 0 4px; }
-.facts b { display: block; font-size: 24px; font-weight: 600; line-height: 1.25; font-variant-numeric: tabular-nums; }
-.facts span { color: var(--soft); font-size: 13px; }
-.wide { overflow-x: auto; }
-table { border-collapse: collapse; font-size: 14px; font-variant-numeric: tabular-nums; width: 100%; margin: 12px 0 0; }
-th, td { padding: 6px 6px 6px 4px; text-align: right; white-space: nowrap; border-bottom: 1px solid #eef0f2; }
-th:first-child, td:first-child { text-align: left; padding-left: 6px; }
-th { font-weight: 600; vertical-align: bottom; }
-thead th, tbody tr:last-child > * { border-bottom: 1px solid #aeb5bc; }
-thead th small { display: block; font-weight: 400; color: var(--soft); font-size: 12px; }
-tbody th { font-weight: 400; }
-tbody + tbody { color: var(--soft); }
-tr.full { color: var(--soft); }
-tr.toprl > * { background: var(--tint); }
-tr.toprl th { font-weight: 650; color: var(--accent); }
-.seeds { position: relative; padding-right: 42px; }
-.sd { position: absolute; left: calc(100% - 39px); color: var(--soft); font-size: 12px; font-weight: 400; }
-table.schedule { width: auto; margin-top: 14px; }
-.schedule td, .schedule thead th { min-width: 54px; }
-ul { margin: 8px 0; padding-left: 20px; max-width: 1000px; }
-li { margin: 3px 0; }
-figure { margin: 18px 0 0; }
-figure svg { width: 100%; height: auto; display: block; }
-figure svg text { font-family: inherit !important; }
-.gallery { display: grid; grid-template-columns: 1fr 1fr; gap: 30px 36px; margin-top: 20px; }
-.strip { display: flex; gap: 7px; }
-.strip div { flex: 1; text-align: center; font-size: 12px; color: var(--soft); }
-.strip img { display: block; width: 100%; margin-bottom: 3px; }
-.item dl { margin: 7px 0 0; font-size: 13.5px; line-height: 1.5; display: flex; gap: 0 22px; flex-wrap: wrap; }
-.item dl div { display: flex; gap: 6px; }
-.item dl div:first-child { flex: 0 0 100%; }
-dt { color: var(--soft); }
-dd { margin: 0; }
-.right { color: #2f7d3b; font-weight: 600; }
-.wrong { color: #b3372b; font-weight: 600; }
-@media (max-width: 760px) { .gallery { grid-template-columns: 1fr; } .facts { flex-wrap: wrap; } }
-"""
 
 
 class Source:
@@ -328,71 +245,6 @@ def read_runs(folder: Path, results: Source) -> dict[str, list[dict[str, np.ndar
     return runs
 
 
-def svg(figure: Figure) -> str:
-    """The figure as an inline <svg>: no prolog, no metadata, and no namespaces, which HTML implies."""
-    buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
-    text = buffer.getvalue()
-    return re.sub(r'\sxmlns(:\w+)?="[^"]*"', "", text[text.index("<svg") :])
-
-
-def task_colours(runs: dict[str, Any]) -> dict[str, str]:
-    return {kind: TASK_COLOURS[i % len(TASK_COLOURS)] for i, kind in enumerate(runs)}
-
-
-def curves_figure(runs: dict[str, list[dict[str, np.ndarray]]]) -> Figure:
-    """One panel per metric, one colour per task, one line per run; the legend has the last cell."""
-    figure = Figure(figsize=(11, 4.9), layout=ConstrainedLayoutEngine(hspace=0.06, wspace=0.03))
-    panels = figure.subplots(2, 3).flat
-    colours = task_colours(runs)
-    for axes, (name, title, share) in zip(panels, CURVES, strict=False):
-        for kind, seeds in runs.items():
-            for run in seeds:
-                width = 0.8 if len(seeds) > 1 else 1.5
-                axes.plot(run["iteration"] + 1, run[name], color=colours[kind], linewidth=width)
-        axes.set_title(title)
-        axes.xaxis.set_major_locator(MaxNLocator(5, integer=True, steps=[1, 2, 5, 10]))
-        axes.yaxis.set_major_locator(MaxNLocator(5))
-        if share:
-            axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.3g} %"))
-    lines = [Line2D([], [], color=colours[k], linewidth=1 if len(runs[k]) > 1 else 1.8) for k in runs]
-    names = [f"{kind} ({len(seeds)} seeds)" if len(seeds) > 1 else kind for kind, seeds in runs.items()]
-    last = figure.axes[-1]
-    last.axis("off")
-    last.legend(lines, names, loc="center left", frameon=False, fontsize=9.5, labelspacing=0.7)
-    figure.supxlabel("iteration", fontsize=8.5, color="#5d666f")
-    return figure
-
-
-def retained_figure(runs: dict[str, list[dict[str, np.ndarray]]], num_visual: int, keep: Sequence[int]) -> Figure:
-    """One panel per task: visual tokens left after each stage, one line per stage and run, log axis."""
-    rows = math.ceil(len(runs) / 3)
-    layout = ConstrainedLayoutEngine(hspace=0.06, wspace=0.03)
-    figure = Figure(figsize=(11, 2.1 * rows + 0.35), layout=layout)
-    grid = figure.subplots(rows, 3, squeeze=False, sharex=True, sharey=True)
-    shades = [STAGE_COLOURS[min(i, len(STAGE_COLOURS) - 1)] for i in range(len(keep))]
-    for axes, (kind, seeds) in zip(grid.flat, runs.items(), strict=False):
-        for stage, (shade, budget) in enumerate(zip(shades, keep, strict=True)):
-            axes.axhline(budget, color=shade, linewidth=0.9, linestyle=(0, (2, 3)))
-            for run in seeds:
-                width = 0.8 if len(seeds) > 1 else 1.5
-                tokens = num_visual * run["retained"][:, stage]
-                axes.plot(run["iteration"] + 1, tokens, color=shade, linewidth=width, label=f"stage {stage + 1}")
-        axes.set_title(f"{kind} ({len(seeds)} seeds)" if len(seeds) > 1 else kind)
-        axes.set_yscale("log", base=2, nonpositive="clip")
-        axes.set_ylim(top=1.15 * num_visual)
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-        axes.xaxis.set_major_locator(MaxNLocator(5, integer=True, steps=[1, 2, 5, 10]))
-    for axes in list(grid.flat)[len(runs) :]:
-        axes.axis("off")
-    handles = [Line2D([], [], color=shade, linewidth=1.8) for shade in shades]
-    handles.append(Line2D([], [], color="#5d666f", linewidth=0.9, linestyle=(0, (2, 3))))
-    names = [*(f"after stage {i + 1}" for i in range(len(keep))), "the schedule's k"]
-    figure.legend(handles, names, loc="outside upper left", ncols=len(handles), frameon=False, fontsize=9)
-    figure.supxlabel("iteration", fontsize=8.5, color="#5d666f")
-    return figure
-
-
 def curves_section(folder: Path, results: Source) -> str:
     """The training curves of every run."""
     runs, schedule = read_runs(folder, results), results.child("schedule")
@@ -521,11 +373,12 @@ def write_report(folder: Path) -> Path:
         curves_section(folder, results),
         gallery_section(gallery, results.child("schedule")["num_visual"]),
     )
+    style = Path(__file__).with_name("report.css").read_text()
     path = folder / "report.html"
     path.write_text(
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>TOP-RL on the embedded tiny LLaVA</title>\n<style>{STYLE}</style></head>\n<body><main>\n"
+        f"<title>TOP-RL on the embedded tiny LLaVA</title>\n<style>{style}</style></head>\n<body><main>\n"
         + "\n".join(sections)
         + "\n</main></body></html>\n"
     )

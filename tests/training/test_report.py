@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from training import report
+from training import charts, report
 
 STAGES = [[0, 9, 10, 63], [9, 63], [9]]
 RESULTS: dict[str, Any] = {
@@ -178,7 +178,7 @@ def test_verdict_noise_is_the_interval_of_a_difference() -> None:
 
 def test_curves_have_one_line_per_run(folder: Path) -> None:
     runs = report.read_runs(folder, report.read(folder, "results.json"))
-    figure = report.curves_figure(runs)
+    figure = charts.curves_figure(runs)
     assert [len(axes.lines) for axes in figure.axes] == [4, 4, 4, 4, 4, 0]
     legend = figure.axes[-1].get_legend()
     assert legend is not None
@@ -190,7 +190,7 @@ def test_curves_have_one_line_per_run(folder: Path) -> None:
 
 def test_retained_figure_has_one_line_per_stage_and_run(folder: Path) -> None:
     runs = report.read_runs(folder, report.read(folder, "results.json"))
-    axes = report.retained_figure(runs, num_visual=64, keep=[8, 4, 2]).axes
+    axes = charts.retained_figure(runs, num_visual=64, keep=[8, 4, 2]).axes
     curves = [[line for line in one.lines if line.get_label() in ("stage 1", "stage 2", "stage 3")] for one in axes]
     assert [len(one) for one in curves] == [9, 3, 0]
     np.testing.assert_allclose(curves[1][2].get_ydata(), [8, 4, 8 / 3, 2])
