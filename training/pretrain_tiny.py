@@ -4,8 +4,10 @@
     python training/pretrain_tiny.py --resume auto                # goes on where a stopped run was
     python training/pretrain_tiny.py --steps 20 --vision_steps 5  # smoke run
 
-Two phases on freshly composed training scenes: (1) the vision tower and projector learn patch tags (form, colour and
-digit on each patch); (2) the whole model learns to answer. In (2) the questions of a scene share one sequence
+Three phases on freshly composed training scenes: (1) the vision tower and projector learn patch tags (form, colour and
+digit on each patch); (2) the whole model learns to answer; (3) it goes on with turned, scaled and moved digits (there
+are only 1500 of them, and without that unseen writers are read worse) and more questions by position, which (2) learns
+last. In (2) and (3) the questions of a scene share one sequence
 [image, question 1, question 2, ...]: a block mask lets each question see the image and itself only, and its positions
 start anew behind the image, so that each is exactly the one-question prompt and the image is encoded once.
 """
@@ -24,18 +26,30 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor, nn
 from transformers import HfArgumentParser
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from toprl_models import tiny
-from training.scenes import KINDS, NUM_PATCHES, Scene, SceneDataset, ask, make_scene, vocabulary
+from training.scenes import (
+    KINDS,
+    NUM_PATCHES,
+    PATCH,
+    PATCHES_PER_SIDE,
+    Scene,
+    SceneDataset,
+    ask,
+    make_scene,
+    vocabulary,
+)
 
 # Forms (none, 3), colours (none, 8), digits (none, 10): one cross entropy each, from one linear layer per patch.
 TAG_SIZES = (4, 9, 11)
 # Questions of each kind per scene; the hard kinds get more.
 MIX = {"ocr": 1, "shape": 3, "colour": 3, "exist": 2, "count": 3, "compare": 2}
+MIX_LAST = {"ocr": 2, "shape": 4, "colour": 5, "exist": 1, "count": 1, "compare": 1}
 QUESTION_LENGTH = 10  # words of the longest question, plus the answer prompt and the answer
 IGNORE = -100
 
@@ -47,6 +61,8 @@ class PretrainConfig:
     output_dir: str = field(default="runs/pretrain_tiny", metadata={"help": "where checkpoint and log go"})
     steps: int = field(default=1600, metadata={"help": "optimizer steps of the question phase"})
     vision_steps: int = field(default=1500, metadata={"help": "optimizer steps of the patch tag phase"})
+    last_steps: int = field(default=600, metadata={"help": "optimizer steps of the last phase"})
+    last_learning_rate: float = field(default=8e-4, metadata={"help": "its peak learning rate"})
     batch_size: int = field(default=32, metadata={"help": "scenes per step"})
     learning_rate: float = field(default=1.5e-3, metadata={"help": "peak learning rate of decoder and projector"})
     vision_lr_scale: float = field(default=0.3, metadata={"help": "the vision tower's share of it in the second phase"})
@@ -60,6 +76,20 @@ class PretrainConfig:
     resume: str = field(
         default="never", metadata={"help": '"auto" continues from output_dir\'s state', "choices": ["never", "auto"]}
     )
+
+
+def jitter_digit(scene: Scene, rng: np.random.Generator) -> None:
+    """Turn (15 degrees), scale (15 %) and move (1.5 pixels) the digit of ``scene`` in place, each at random."""
+    row, column = divmod(scene.digit_patch, PATCHES_PER_SIDE)
+    patch = scene.pixels[row * PATCH : (row + 1) * PATCH, column * PATCH : (column + 1) * PATCH]
+    background = patch.reshape(-1, 3).max(0).astype(np.float32)  # ink only darkens
+    ink = Image.fromarray(1 - patch[..., 0] / background[0])
+    angle, scale = np.deg2rad(rng.uniform(-15, 15)), 1 / rng.uniform(0.85, 1.15)
+    cos, sin, middle = scale * np.cos(angle), scale * np.sin(angle), PATCH / 2
+    dx, dy = rng.uniform(-1.5, 1.5, 2) + middle
+    inverse = (cos, sin, middle - cos * dx - sin * dy, -sin, cos, middle + sin * dx - cos * dy)
+    turned = ink.transform((PATCH, PATCH), Image.Transform.AFFINE, inverse, Image.Resampling.BILINEAR)
+    patch[:] = (background * (1 - np.asarray(turned)[..., None])).astype(np.uint8)
 
 
 def patch_tags(scenes: list[Scene]) -> Tensor:
@@ -94,7 +124,7 @@ class Trainer:
         self.step = 0
         self.optimizer = self._make_optimizer()
         length = QUESTION_LENGTH
-        num_questions = sum(MIX.values())
+        num_questions = sum(MIX.values())  # as many as in MIX_LAST
         prefix = 1 + NUM_PATCHES
         block = torch.block_diag(*[torch.ones(length, length, dtype=torch.bool).tril()] * num_questions)
         mask = torch.ones(prefix + len(block), prefix + len(block), dtype=torch.bool).tril()
@@ -119,15 +149,18 @@ class Trainer:
         )
 
     def _set_learning_rate(self) -> None:
-        config, step = self.config, self.step
-        in_vision_phase = step < config.vision_steps
-        start, length = (0, config.vision_steps) if in_vision_phase else (config.vision_steps, config.steps)
+        config, done, peak = self.config, self.step, self.config.learning_rate
+        in_vision_phase = done < config.vision_steps
+        length = config.vision_steps
+        if not in_vision_phase:
+            done, length = done - config.vision_steps, config.steps
+            if done >= config.steps:
+                done, length, peak = done - config.steps, config.last_steps, config.last_learning_rate
         warmup = min(100, length // 5 + 1)
-        done = step - start
         scale = min(1.0, (done + 1) / warmup) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * done / length)))
         for group in self.optimizer.param_groups:
             slower = group["vision"] and not in_vision_phase
-            group["lr"] = config.learning_rate * scale * (config.vision_lr_scale if slower else 1.0)
+            group["lr"] = peak * scale * (config.vision_lr_scale if slower else 1.0)
 
     def _tag_loss(self, visual: Tensor, scenes: list[Scene]) -> Tensor:
         logits = self.tag_head(visual).split(TAG_SIZES, -1)
@@ -171,6 +204,10 @@ class Trainer:
         config = self.config
         rng = np.random.default_rng([config.seed, 17, self.step])
         scenes = [make_scene(rng, "train") for _ in range(config.batch_size)]
+        last_phase = self.step >= config.vision_steps + config.steps
+        if last_phase:
+            for scene in scenes:
+                jitter_digit(scene, rng)
         self._set_learning_rate()
         losses = {}
         with torch.autocast("cpu", torch.bfloat16, enabled=config.bf16):
@@ -180,7 +217,8 @@ class Trainer:
             if self.step < config.vision_steps:
                 loss = losses["tags"]
             else:
-                questions = [[ask(rng, s, kind)[1:] for kind, n in MIX.items() for _ in range(n)] for s in scenes]
+                mix = MIX_LAST if last_phase else MIX
+                questions = [[ask(rng, s, kind)[1:] for kind, n in mix.items() for _ in range(n)] for s in scenes]
                 losses["answer"] = self._answer_loss(visual, questions)
                 loss = losses["answer"] + config.tag_weight * losses["tags"]
         self.optimizer.zero_grad(set_to_none=True)
@@ -250,7 +288,7 @@ def main(config: PretrainConfig) -> None:
         trainer.load(folder / "state.pt")
         print(f"resumed at step {trainer.step}", flush=True)
     (folder / "config.json").write_text(json.dumps(asdict(config), indent=1))
-    total = config.vision_steps + config.steps
+    total = config.vision_steps + config.steps + config.last_steps
     start, first = time.perf_counter(), trainer.step
     sums: dict[str, float] = defaultdict(float)
     while trainer.step < total:

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from toprl_models import tiny
-from training.pretrain_tiny import PretrainConfig, Trainer, main, patch_tags, pixel_values
+from training.pretrain_tiny import PretrainConfig, Trainer, jitter_digit, main, patch_tags, pixel_values
 from training.scenes import SceneDataset, ask, make_scene
 
 
@@ -16,6 +16,7 @@ def small(folder, **changes):
         "output_dir": str(folder),
         "steps": 3,
         "vision_steps": 2,
+        "last_steps": 2,
         "batch_size": 2,
         "eval_every": 2,
         "eval_size": 4,
@@ -63,11 +64,27 @@ def test_patch_tags_by_hand():
         assert tuple(tags[patch, :2].tolist()) == expected
 
 
+def test_a_jittered_digit_stays_on_its_patch():
+    rng = np.random.default_rng(0)
+    for number in range(20):
+        scene = SceneDataset("ocr", "train", 20)[number].scene
+        before = scene.pixels.copy()
+        jitter_digit(scene, rng)
+        changed = (scene.pixels != before).any(-1).reshape(8, 16, 8, 16).any((1, 3)).flatten()
+        assert changed[scene.digit_patch]
+        assert changed.sum() == 1
+        row, column = divmod(scene.digit_patch, 8)
+        place = np.s_[row * 16 : row * 16 + 16, column * 16 : column * 16 + 16, 1]
+        ink, was = 255.0 - scene.pixels[place], 255.0 - before[place]
+        assert np.corrcoef(ink.flatten(), was.flatten())[0, 1] > 0.2
+        assert 0.5 < ink.sum() / was.sum() < 2
+
+
 def test_a_resumed_run_is_the_uninterrupted_one(tmp_path):
     main(small(tmp_path / "whole"))
     trainer = Trainer(small(tmp_path / "cut"))
     (tmp_path / "cut").mkdir()
-    for _ in range(3):
+    for _ in range(4):
         trainer.train_step()
     trainer.save(tmp_path / "cut")
     main(small(tmp_path / "cut", resume="auto"))
