@@ -47,7 +47,7 @@ class DemoConfig:
         default_factory=lambda: list(KINDS), metadata={"help": "question kinds; the first gets all seeds"}
     )
     seeds: int = field(default=3, metadata={"help": "seeds of the first kind; the others get one"})
-    iterations: int = field(default=30, metadata={"help": "PPO iterations per run"})
+    iterations: int = field(default=40, metadata={"help": "PPO iterations per run"})
     stage_layers: list[int] = field(
         default_factory=lambda: [1, 2, 3], metadata={"help": "pruning happens before these"}
     )

@@ -48,7 +48,7 @@ class PPOConfig:
         default_factory=lambda: [1, 2, 3], metadata={"help": "pruning happens before these"}
     )
     actor_size: int = field(default=64, metadata={"help": "hidden width of the actor (256 for 7B models)"})
-    iterations: int = field(default=30, metadata={"help": "rollout + update rounds"})
+    iterations: int = field(default=40, metadata={"help": "rollout + update rounds"})
     rollout_size: int = field(default=128, metadata={"help": "episodes per iteration"})
     rollout: str = field(
         default="compact",

@@ -6,8 +6,9 @@
 
 Three phases on freshly composed training scenes: (1) the vision tower and projector learn patch tags (form, colour and
 digit on each patch); (2) the whole model learns to answer; (3) it goes on with turned, scaled and moved digits (there
-are only 1500 of them, and without that unseen writers are read worse) and more questions by position, which (2) learns
-last. In (2) and (3) the questions of a scene share one sequence
+are only 1500 of them, and without that unseen writers are read worse), more questions by position, and the patch's row
+and column as further tags: after (2) the decoder tells rows apart by the distance of tokens, but not left from right.
+In (2) and (3) the questions of a scene share one sequence
 [image, question 1, question 2, ...]: a block mask lets each question see the image and itself only, and its positions
 start anew behind the image, so that each is exactly the one-question prompt and the image is encoded once.
 """
@@ -22,6 +23,7 @@ import time
 from collections import defaultdict
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -47,6 +49,7 @@ from training.scenes import (
 
 # Forms (none, 3), colours (none, 8), digits (none, 10): one cross entropy each, from one linear layer per patch.
 TAG_SIZES = (4, 9, 11)
+PLACE_SIZES = (PATCHES_PER_SIDE, PATCHES_PER_SIDE)  # row and column, last phase
 # Questions of each kind per scene; the hard kinds get more.
 MIX = {"ocr": 1, "shape": 3, "colour": 3, "exist": 2, "count": 3, "compare": 2}
 MIX_LAST = {"ocr": 2, "shape": 4, "colour": 5, "exist": 1, "count": 1, "compare": 1}
@@ -61,7 +64,7 @@ class PretrainConfig:
     output_dir: str = field(default="runs/pretrain_tiny", metadata={"help": "where checkpoint and log go"})
     steps: int = field(default=1600, metadata={"help": "optimizer steps of the question phase"})
     vision_steps: int = field(default=1500, metadata={"help": "optimizer steps of the patch tag phase"})
-    last_steps: int = field(default=600, metadata={"help": "optimizer steps of the last phase"})
+    last_steps: int = field(default=700, metadata={"help": "optimizer steps of the last phase"})
     last_learning_rate: float = field(default=8e-4, metadata={"help": "its peak learning rate"})
     batch_size: int = field(default=32, metadata={"help": "scenes per step"})
     learning_rate: float = field(default=1.5e-3, metadata={"help": "peak learning rate of decoder and projector"})
@@ -121,6 +124,7 @@ class Trainer:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed + 1)
             self.tag_head = nn.Linear(tiny.HIDDEN_SIZE, sum(TAG_SIZES))
+            self.place_head = nn.Linear(tiny.HIDDEN_SIZE, sum(PLACE_SIZES))
         self.step = 0
         self.optimizer = self._make_optimizer()
         length = QUESTION_LENGTH
@@ -139,11 +143,13 @@ class Trainer:
             groups["vision_tower" in name, parameter.ndim >= 2].append(parameter)
         groups[False, True].append(self.tag_head.weight)
         groups[False, False].append(self.tag_head.bias)
+        rows: list[dict[str, Any]] = [
+            {"params": p, "vision": vision, "weight_decay": self.config.weight_decay if matrix else 0.0}
+            for (vision, matrix), p in groups.items()
+        ]
+        rows.append({"params": list(self.place_head.parameters()), "vision": False, "weight_decay": 0.0})
         return torch.optim.AdamW(
-            [
-                {"params": p, "vision": vision, "weight_decay": self.config.weight_decay if matrix else 0.0}
-                for (vision, matrix), p in groups.items()
-            ],
+            rows,
             lr=self.config.learning_rate,
             betas=(0.9, 0.98),
         )
@@ -159,7 +165,7 @@ class Trainer:
         warmup = min(100, length // 5 + 1)
         scale = min(1.0, (done + 1) / warmup) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * done / length)))
         for group in self.optimizer.param_groups:
-            slower = group["vision"] and not in_vision_phase
+            slower = group["vision"] and config.vision_steps <= self.step < config.vision_steps + config.steps
             group["lr"] = peak * scale * (config.vision_lr_scale if slower else 1.0)
 
     def _tag_loss(self, visual: Tensor, scenes: list[Scene]) -> Tensor:
@@ -171,6 +177,14 @@ class Trainer:
             weight[0] = 0.2  # most patches are background
             losses.append(F.cross_entropy(x.flatten(0, 1).float(), tags[..., i].flatten(), weight=weight))
         return torch.stack(losses).sum()
+
+    def _place_loss(self, visual: Tensor) -> Tensor:
+        """Row and column of every patch."""
+        row, column = self.place_head(visual).float().split(PLACE_SIZES, -1)
+        patches = torch.arange(NUM_PATCHES).repeat(len(visual))
+        return F.cross_entropy(row.flatten(0, 1), patches // PATCHES_PER_SIDE) + F.cross_entropy(
+            column.flatten(0, 1), patches % PATCHES_PER_SIDE
+        )
 
     def _answer_loss(self, visual: Tensor, questions: list[list[tuple[str, str]]]) -> Tensor:
         """Cross entropy of the answer word and of the end token behind it."""
@@ -221,6 +235,9 @@ class Trainer:
                 questions = [[ask(rng, s, kind)[1:] for kind, n in mix.items() for _ in range(n)] for s in scenes]
                 losses["answer"] = self._answer_loss(visual, questions)
                 loss = losses["answer"] + config.tag_weight * losses["tags"]
+                if last_phase:
+                    losses["place"] = self._place_loss(visual)
+                    loss = loss + config.tag_weight * losses["place"]
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_([p for g in self.optimizer.param_groups for p in g["params"]], 1.0)
@@ -264,6 +281,7 @@ class Trainer:
         state = {
             "model": self.model.state_dict(),
             "tag_head": self.tag_head.state_dict(),
+            "place_head": self.place_head.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "step": self.step,
         }
@@ -274,6 +292,7 @@ class Trainer:
         state = torch.load(path, weights_only=True)
         self.model.load_state_dict(state["model"])
         self.tag_head.load_state_dict(state["tag_head"])
+        self.place_head.load_state_dict(state["place_head"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.step = state["step"]
 
