@@ -1,8 +1,9 @@
 """Reproduce the embedded tiny LLaVA checkpoint (src/toprl_models/tiny_llava) from random weights.
 
-    python training/pretrain_tiny.py                              # writes runs/pretrain_tiny
-    python training/pretrain_tiny.py --resume auto                # goes on where a stopped run was
-    python training/pretrain_tiny.py --steps 20 --vision_steps 5  # smoke run
+    python training/pretrain_tiny.py                                # writes runs/pretrain_tiny
+    python training/pretrain_tiny.py --resume auto                  # goes on where a stopped run was
+    python training/pretrain_tiny.py --evaluate --eval_size 2000    # accuracy of the shipped checkpoint
+    python training/pretrain_tiny.py --steps 20 --vision_steps 5 --last_steps 5  # smoke run
 
 Three phases on freshly composed training scenes: (1) the vision tower and projector learn patch tags (form, colour and
 digit on each patch); (2) the whole model learns to answer; (3) it goes on with turned, scaled and moved digits (there
@@ -76,6 +77,7 @@ class PretrainConfig:
     bf16: bool = field(default=True, metadata={"help": "bfloat16 autocast"})
     num_threads: int = field(default=0, metadata={"help": "torch threads, 0 for torch's own choice"})
     seed: int = field(default=0, metadata={"help": "seed of weights and scenes"})
+    evaluate: bool = field(default=False, metadata={"help": "only print the shipped checkpoint's test accuracies"})
     resume: str = field(
         default="never", metadata={"help": '"auto" continues from output_dir\'s state', "choices": ["never", "auto"]}
     )
@@ -300,6 +302,11 @@ class Trainer:
 def main(config: PretrainConfig) -> None:
     if config.num_threads:
         torch.set_num_threads(config.num_threads)
+    if config.evaluate:
+        trainer = Trainer(config)
+        trainer.model = tiny.load()[0]
+        print(f"shipped checkpoint, {config.eval_size} test samples per kind: {trainer.accuracy()}")
+        return
     folder = Path(config.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     trainer = Trainer(config)
