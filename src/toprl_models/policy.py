@@ -62,8 +62,8 @@ class Policy:
 
     Attributes:
         attention_from: "none" when ``last_attention`` is never called; "previous" for the attention inside layer
-            ``layer - 1`` (FastV), "current" for the query and key of layer ``layer - 1`` applied to the states that
-            come out of it (PyramidDrop).
+            ``layer - 1`` (FastV), "current" for the query and key of layer ``layer`` applied to the states that are
+            about to enter it (PyramidDrop).
     """
 
     attention_from: str = "none"

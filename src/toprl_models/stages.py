@@ -139,14 +139,17 @@ def stage_context(
     layer = schedule.layers[stage]
 
     def last_attention() -> Tensor:
-        source = hidden_states if policy.attention_from == "current" else forward.layer_input
+        current = policy.attention_from == "current"
+        source = hidden_states if current else forward.layer_input
         if source is None:
             raise RuntimeError("last_attention() needs attention_from='current' or 'previous' on the policy class")
         seen = valid
         keep = forward.segments[stage].keep_mask if stage else None
         if keep is not None:  # mask mode: dropped tokens are no keys
             seen = (keep > 0) if seen is None else seen & (keep > 0)
-        weights = last_query_attention(layers[layer - 1], source, forward.position_embeddings, last, seen)
+        weights = last_query_attention(
+            layers[layer if current else layer - 1], source, forward.position_embeddings, last, seen
+        )
         return weights.gather(1, visual.slots)
 
     return StageContext(

@@ -275,22 +275,22 @@ def test_the_asking_row_is_the_last_real_token(policy):
     torch.testing.assert_close(scores["left"], scores["right"], atol=1e-6, rtol=1e-4)
 
 
-def test_pyramiddrop_scores_use_the_layers_output(model):
-    """The query and key of layer k on its own output, by an independent computation."""
+def test_pyramiddrop_scores_use_the_layer_that_comes_next(model):
+    """The query and key of the stage's layer on its input, by an independent computation."""
     from transformers.models.llama.modeling_llama import apply_rotary_pos_emb, repeat_kv
 
     inputs = build_inputs((1,))
     with attach(model, PyramidDrop(), schedule=Schedule(((3, 0.5),))) as pruner:
         model(**inputs)
     output = model(**inputs, output_hidden_states=True).hidden_states[3]
-    layer = model.get_decoder().layers[2]
+    layer = model.get_decoder().layers[3]
     normed = layer.input_layernorm(output)
     query = layer.self_attn.q_proj(normed).view(1, -1, 4, 16).transpose(1, 2)
     key = layer.self_attn.k_proj(normed).view(1, -1, 2, 16).transpose(1, 2)
     rotary = model.get_decoder().rotary_emb(normed, torch.arange(normed.shape[1])[None])
     query, key = (
         apply_rotary_pos_emb(query, repeat_kv(key, 2), *rotary)[0],
-        None or apply_rotary_pos_emb(key, key, *rotary)[1],
+        apply_rotary_pos_emb(key, key, *rotary)[1],
     )
     weights = (query[:, :, -1:] @ repeat_kv(key, 2).transpose(2, 3) / 4).softmax(-1).mean(1)[0, 0]
     visual = (inputs["input_ids"][0] == 1).nonzero().flatten()

@@ -10,9 +10,9 @@ from toprl_models.policy import Policy, StageContext
 class PyramidDrop(Policy):
     """Keep the tokens whose keys match the last prompt token's query best, stage by stage.
 
-    After layer k = ``layer - 1``: that layer's input norm, query and key projections and rotary embedding are applied
-    to the states that came out of it; float32 softmax over the whole sequence, head mean, visual slice. The authors'
-    defaults keep .5/.25/.125 of the original tokens after layers 8/16/24 of 32.
+    Before layer ``layer``: its input norm, query and key projections and rotary embedding are applied to the states
+    that are about to enter it (the authors' ``rank_layer``); float32 softmax over the whole sequence, head mean, visual
+    slice. The authors' defaults keep .5/.25/.125 of the original tokens before layers 8/16/24 (0-based) of 32.
 
     Deviation: the authors renumber the positions of the surviving tokens after each stage; here they keep their
     original positions, as with every other method.
