@@ -323,6 +323,23 @@ def test_baselines_generate_in_a_padded_batch(model, policy):
     assert [s.counts for s in pruner.trace] == [(8, 16, 0), (4, 8, 0), (2, 2, 0)]
 
 
+def test_a_dropped_token_cannot_be_kept_again():
+    """A policy that says "keep" of everything at a later stage revives nothing."""
+    from toprl_models import Decision
+
+    class Revives(Policy):
+        def decide(self, context):
+            wanted = context.visual_index % 2 == 0 if context.stage == 0 else torch.ones_like(context.valid_mask)
+            return Decision(wanted.float(), wanted)
+
+    model, inputs, logits = build_model(), build_inputs((1, 2)), {}
+    for mode in ("compact", "mask"):
+        with attach(model, Revives(), schedule=Schedule(((1, 1.0), (3, 1.0))), mode=mode) as pruner:
+            logits[mode] = model(**inputs).logits[:, -1]
+        assert [stage.counts for stage in pruner.trace] == [(8, 16), (8, 16)]
+    torch.testing.assert_close(logits["compact"], logits["mask"], atol=2e-4, rtol=1e-4)
+
+
 def test_attach_refuses():
     model = build_model()
     schedule = Schedule(((1, 0.5),))
