@@ -232,15 +232,13 @@ def _ask_exist(rng: np.random.Generator, scene: Scene, present: list[int]) -> Qu
     pairs = list(zip(scene.shapes, scene.colours, strict=True))
     template, positive = int(rng.integers(3)), bool(rng.random() < 0.5)
     if not positive:
-        forms = [f for f in range(3) if f not in scene.shapes]
-        colours = [c for c in range(8) if c not in scene.colours]
-        near = [(f, colour) for f in range(3)] + [(form, c) for c in range(8)]
         if template == 0:
-            form = int(rng.choice(forms or [form]))
+            form = int(rng.choice([f for f in range(3) if f not in scene.shapes] or [form]))
         elif template == 1:
-            colour = int(rng.choice(colours))
+            colour = int(rng.choice([c for c in range(8) if c not in scene.colours]))
         else:
-            near = [pair for pair in near if pair not in pairs]
+            one_changed = [(f, colour) for f in range(3)] + [(form, c) for c in range(8)]
+            near = [pair for pair in one_changed if pair not in pairs]
             form, colour = near[int(rng.integers(len(near)))]
     if template == 0:
         return Question("exist", f"is there a {SHAPES[form]} ?", "yes" if form in scene.shapes else "no")

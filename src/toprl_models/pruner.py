@@ -164,13 +164,14 @@ class Pruner:
             valid=None if min(num_valid) == visual.shape[1] else valid,
         )
 
-    def _before_layer(self, index: int, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
+    def _before_layer(
+        self, index: int, number: int, args: tuple, kwargs: dict[str, Any]
+    ) -> tuple[tuple, dict[str, Any]] | None:
         forward = self._forward
         if forward is None:
             return None
         hidden_states = args[0] if args else kwargs["hidden_states"]
         changed = dict(kwargs)
-        number = sum(layer <= index for layer in self.schedule.layers)  # stages behind us
         if forward.prunes:
             if index in self._stage_at:
                 hidden_states = self._at_stage(forward, number, hidden_states, kwargs)
@@ -289,10 +290,11 @@ class _LayerHook:
 
     def __init__(self, pruner: Pruner, index: int) -> None:
         self.pruner, self.index = pruner, index
+        self.number = sum(layer <= index for layer in pruner.schedule.layers)  # stages at or before this layer
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
         try:
-            return self.pruner._before_layer(self.index, args, kwargs)
+            return self.pruner._before_layer(self.index, self.number, args, kwargs)
         except TypeError as error:
             # transformers answers a TypeError by running the forward again without some arguments
             raise RuntimeError(f"pruning before layer {self.index} failed: {error}") from error

@@ -185,8 +185,8 @@ def run_stage(
     mode: str,
 ) -> None:
     """Ask the policy, turn its decision into segment ``number`` and trace it."""
-    visual, ordinal = forward.visual, forward.ordinal
-    assert visual is not None and ordinal is not None
+    visual = forward.visual
+    assert visual is not None
     context = stage_context(forward, number - 1, hidden_states, policy, schedule, layers)
     decision = policy.decide(context)
     check_decision(policy, decision, context)

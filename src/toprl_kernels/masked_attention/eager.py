@@ -64,12 +64,7 @@ def _hard(
     if is_causal:
         visible = visible & (columns <= rows)
     visible = (visible | (columns == rows))[:, None]  # [B, 1, Nq, N]; the diagonal keeps every row non-empty
-    output = F.scaled_dot_product_attention(
-        query, key, value, attn_mask=visible, scale=scale, enable_gqa=query.shape[1] != key.shape[1]
-    )
-    if key_padding_mask is not None:
-        output = output.masked_fill(~key_padding_mask[:, None, num_keys - num_queries :, None], 0.0)
-    return output
+    return _sdpa(query, key, value, visible, key_padding_mask, scale)
 
 
 def _soft_forward(
@@ -84,8 +79,15 @@ def _soft_forward(
     """Without a gradient: SDPA with log G. (In 16 bits log G would lose digits, as SDPA wants query's dtype.)"""
     gate, blocked = _gate(query, key, keep_mask, key_padding_mask, is_causal)
     bias = gate.log().masked_fill_(blocked, -torch.inf)[:, 0]  # [B, 1, Nq, N]
+    return _sdpa(query, key, value, bias, key_padding_mask, scale)
+
+
+def _sdpa(
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor, key_padding_mask: Tensor | None, scale: float
+) -> Tensor:
+    """SDPA with grouped queries under a bool or additive mask; padding rows become 0."""
     output = F.scaled_dot_product_attention(
-        query, key, value, attn_mask=bias, scale=scale, enable_gqa=query.shape[1] != key.shape[1]
+        query, key, value, attn_mask=attn_mask, scale=scale, enable_gqa=query.shape[1] != key.shape[1]
     )
     if key_padding_mask is not None:
         output = output.masked_fill(~key_padding_mask[:, None, -query.shape[2] :, None], 0.0)
