@@ -6,7 +6,8 @@ Every op has up to three implementations of the same definition:
 * ``eager``: plain PyTorch, any device; the path for CPU tensors.
 * ``triton``: the kernels; CUDA tensors, or CPU tensors under ``TRITON_INTERPRET=1`` (tests).
 
-``backend=None`` and ``backend="auto"`` take Triton for CUDA tensors it can handle and eager otherwise. The
+``backend=None`` and ``backend="auto"`` take Triton for CUDA tensors it can handle, the reference for float64 (nobody
+asks for that in a hurry) and eager otherwise. The
 environment variable ``TOPRL_KERNELS_BACKEND`` (``auto``, ``eager`` or ``triton``) replaces ``None``. A choice that
 names an implementation is never replaced by another one: it runs, or it raises an error that says why it cannot.
 """
@@ -16,17 +17,16 @@ from __future__ import annotations
 import functools
 import importlib.util
 import os
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
 BACKENDS = ("auto", "eager", "triton", "reference")
 ENVIRONMENT_VARIABLE = "TOPRL_KERNELS_BACKEND"
-OPS = ("masked_attention", "topk_compact", "actor_score", "sample_keep_mask")
+OPS = ("masked_attention", "topk_compact", "compact_cache", "actor_score", "sample_keep_mask")
 
 
-@dataclass(frozen=True)
-class Choice:
+class Choice(NamedTuple):
     """The implementation that runs (``name``) and the sentence that says why (``reason``)."""
 
     name: str
@@ -47,11 +47,11 @@ def interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes")
 
 
-def _triton_obstacle(op: str, device: torch.device, input_obstacle: str | None) -> str | None:
+def _triton_obstacle(device: torch.device, input_obstacle: str | None, interpreted: bool) -> str | None:
     """Why Triton cannot run this call, with the way out; None when it can."""
     if not triton_installed():
         return "triton is not installed (pip install triton, Linux only)"
-    if device.type != "cuda" and not interpreting():
+    if device.type != "cuda" and not interpreted:
         return (
             f"the tensors are on {device} and Triton needs a CUDA device (move them with .cuda(), or set "
             "TRITON_INTERPRET=1 before triton is imported to run its slow CPU interpreter)"
@@ -61,7 +61,15 @@ def _triton_obstacle(op: str, device: torch.device, input_obstacle: str | None) 
     return None
 
 
-def choose(op: str, backend: str | None, device: torch.device, input_obstacle: str | None = None) -> Choice:
+def choose(
+    op: str,
+    backend: str | None,
+    device: torch.device,
+    input_obstacle: str | None = None,
+    *,
+    dtype: torch.dtype | None = None,
+    definition_because: str | None = None,
+) -> Choice:
     """Decide which implementation of ``op`` runs.
 
     Args:
@@ -69,25 +77,52 @@ def choose(op: str, backend: str | None, device: torch.device, input_obstacle: s
         backend: the caller's argument; None asks the environment variable, then ``auto``.
         device: device of the tensors.
         input_obstacle: why Triton cannot take these inputs (dtype, size), or None.
+        dtype: precision of the call. The automatic choice for float64 is the definition.
+        definition_because: why the automatic choice on the CPU is the definition for these inputs, or None.
 
     Raises:
         ValueError: unknown backend name.
         RuntimeError: ``triton`` was asked for by name (argument or environment) and cannot run.
     """
-    asked_by = "the backend argument"
+    from_environment = backend is None
     if backend is None:
-        backend = os.environ.get(ENVIRONMENT_VARIABLE, "auto") or "auto"
-        asked_by = f"the environment variable {ENVIRONMENT_VARIABLE}"
+        backend = os.environ.get(ENVIRONMENT_VARIABLE) or "auto"
+    is_double = dtype == torch.float64
+    return _decide(
+        op, backend, from_environment, device, input_obstacle, is_double, definition_because, interpreting()
+    )
+
+
+# What torch.compiler.assume_constant_result sets: the arguments are constants of a trace. The decorator itself imports
+# torch._dynamo and with it triton, which must not happen on import of this package.
+choose._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+@functools.cache
+def _decide(
+    op: str,
+    backend: str,
+    from_environment: bool,
+    device: torch.device,
+    input_obstacle: str | None,
+    is_double: bool,
+    definition_because: str | None,
+    interpreted: bool,
+) -> Choice:
+    asked_by = f"the environment variable {ENVIRONMENT_VARIABLE}" if from_environment else "the backend argument"
     if backend not in BACKENDS:
         raise ValueError(f"{op}: backend={backend!r} from {asked_by} is unknown; use one of {', '.join(BACKENDS)}")
-
     if backend in ("eager", "reference"):
         return Choice(backend, f"asked for by {asked_by}")
-    obstacle = _triton_obstacle(op, device, input_obstacle)
+    obstacle = _triton_obstacle(device, input_obstacle, interpreted)
     if backend == "triton":
         if obstacle is not None:
             raise RuntimeError(f"{op}: backend='triton' from {asked_by} cannot run: {obstacle}")
         return Choice("triton", f"asked for by {asked_by}")
+    if is_double:
+        return Choice("reference", "float64 goes to the definition")
+    if device.type != "cuda" and definition_because is not None:
+        return Choice("reference", definition_because)
     if device.type != "cuda":
         return Choice("eager", f"the tensors are on {device}; Triton is chosen automatically on CUDA only")
     if obstacle is not None:

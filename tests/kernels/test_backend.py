@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import doctest
 import importlib
+import pkgutil
 import subprocess
 import sys
 import textwrap
@@ -11,12 +12,9 @@ import textwrap
 import pytest
 import torch
 
+import toprl_kernels
 from toprl_kernels import actor_score, backend, explain, masked_attention, sample_keep_mask, topk_compact
-from toprl_kernels.actor_score import triton as actor_kernels
-from toprl_kernels.keep_mask import triton as keep_mask_kernels
-from toprl_kernels.masked_attention import triton_kernels as attention_kernels
 from toprl_kernels.testing import make_actor_weights, make_attention_inputs
-from toprl_kernels.topk_compact import triton as topk_kernels
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 needs_no_cuda = pytest.mark.skipif(torch.cuda.is_available(), reason="about the process without a CUDA device")
@@ -25,20 +23,13 @@ needs_no_cuda = pytest.mark.skipif(torch.cuda.is_available(), reason="about the 
 @needs_no_cuda
 def test_this_process_interprets_the_kernels() -> None:
     """Otherwise every 'triton' test here could silently be testing something else."""
-    kernels = [
-        attention_kernels.masked_attention_fwd_kernel,
-        attention_kernels.masked_attention_bwd_prepare_kernel,
-        attention_kernels.masked_attention_bwd_dkdv_kernel,
-        attention_kernels.masked_attention_bwd_dq_kernel,
-        topk_kernels.topk_select_kernel,
-        topk_kernels.topk_gather_kernel,
-        topk_kernels.topk_scatter_kernel,
-        actor_kernels.actor_layer1_kernel,
-        actor_kernels.actor_layers23_kernel,
-        keep_mask_kernels.keep_mask_fwd_kernel,
-        keep_mask_kernels.keep_mask_bwd_kernel,
-    ]
-    assert {type(kernel).__name__ for kernel in kernels} == {"InterpretedFunction"}
+    kernels = {}
+    for module in pkgutil.walk_packages(toprl_kernels.__path__, "toprl_kernels."):
+        if not module.ispkg and "triton" in module.name:
+            namespace = vars(importlib.import_module(module.name))
+            kernels |= {name: value for name, value in namespace.items() if name.endswith("_kernel")}
+    assert len(kernels) >= 12
+    assert {type(kernel).__name__ for kernel in kernels.values()} == {"InterpretedFunction"}
 
 
 def test_automatic_choice() -> None:

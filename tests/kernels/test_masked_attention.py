@@ -8,8 +8,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from toprl_kernels import masked_attention
+from toprl_kernels.masked_attention import eager
 from toprl_kernels.testing import AttentionInputs, assert_within_budget, make_attention_inputs
 
 CPU_BACKENDS = ["reference", "eager"]
@@ -189,6 +191,45 @@ class TestIdentities:
         """With one token G is the constant 1: the gradient is exactly 0, not nearly."""
         x = make_attention_inputs(1, 1, 1, 1, 1, 4)
         assert run(x, backend, False, torch.float32)[4].item() == 0.0
+
+    @pytest.mark.parametrize("eps", [0.0, 1e-6])
+    def test_dynamic_vit(self, eps: float) -> None:
+        """Its softmax_with_policy (Rao et al. 2021) on inputs that the maximum over all keys does not hurt."""
+        x = make_attention_inputs(2, 2, 2, 19, 19, 8, mask="hard")
+        scores = x.query @ x.key.transpose(-1, -2) * 8**-0.5
+        policy = x.keep_mask.float()[:, None, None, :]
+        policy = policy + (1.0 - policy) * torch.eye(19)
+        weights = (scores - scores.amax(dim=-1, keepdim=True)).exp() * policy
+        weights = (weights + eps / 19) / (weights.sum(dim=-1, keepdim=True) + eps)
+        got = masked_attention(x.query, x.key, x.value, x.keep_mask)
+        torch.testing.assert_close(got, weights @ x.value, rtol=1e-5, atol=1e-5 + 100 * eps)
+
+
+@pytest.mark.parametrize("mask", ["hard", "mixed"])
+def test_no_tensor_of_n_by_n(mask: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the eager path allocates at once grows with N, forward and backward, mask gradient included."""
+    monkeypatch.setattr(eager, "DENSE_BLOCK_BYTES", 2**18)  # the constant part, smaller than N x N at these lengths
+
+    class Largest(TorchDispatchMode):
+        size = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+            out = func(*args, **(kwargs or {}))
+            for tensor in out if isinstance(out, tuple | list) else (out,):
+                if isinstance(tensor, Tensor):
+                    self.size = max(self.size, tensor.numel())
+            return out
+
+    largest = []
+    for length in (1024, 2048):
+        x = make_attention_inputs(1, 2, 1, length, length, 16, mask=mask)
+        with Largest() as recorder:
+            output, lse = eager.masked_attention_forward_eager(*x[:5], True, 0.25)
+            needs = [True, True, True, mask == "mixed"]
+            eager.masked_attention_backward_eager(x.grad_output, *x[:5], output, lse, True, 0.25, False, needs)
+        largest.append(recorder.size)
+    assert largest[1] < 2048 * 2048
+    assert largest[1] <= 2.3 * largest[0]
 
 
 def test_only_requested_gradients() -> None:

@@ -9,10 +9,11 @@ from torch import Tensor
 
 from toprl_kernels import _checks as check
 from toprl_kernels.backend import choose
-from toprl_kernels.masked_attention.eager import masked_attention_eager
+from toprl_kernels.masked_attention import library
 from toprl_kernels.masked_attention.reference import masked_attention_reference
 
 OP = "masked_attention"
+TINY = 2**16  # pairs over all heads; measured on a CPU
 MAX_HEAD_DIM = 256  # of the kernels; the other implementations take any
 
 
@@ -25,6 +26,7 @@ def masked_attention(
     key_padding_mask: Tensor | None = None,
     is_causal: bool = False,
     scale: float | None = None,
+    bounded_mask_grad: bool = False,
     backend: str | None = None,
 ) -> Tensor:
     r"""Attention in which dropped tokens are invisible to all others but still see themselves (Eqs. 6-7).
@@ -46,6 +48,9 @@ def masked_attention(
         key_padding_mask: [B, N] bool, True = a real token. Nobody sees a padding token; its own output row is 0.
         is_causal: a token sees itself and earlier tokens only.
         scale: factor on Q K^T; default 1 / sqrt(D).
+        bounded_mask_grad: in the gradient by m_j where m_j = 0, put R / (1 + R) for R = exp(P_ij - log-sum-exp_i). The
+            exact derivative is huge where a dropped token would have dominated a row; the bounded one has its sign and
+            at most the slope 1 per pair. Exact where m_j > 0.
         backend: None, "auto", "eager", "triton" or "reference"; see :mod:`toprl_kernels.backend`.
 
     Returns:
@@ -55,9 +60,11 @@ def masked_attention(
         TypeError: an argument's dtype is not listed above, or dtypes differ.
         ValueError: shapes that do not fit together, Nq > N, tensors on different devices, unknown backend.
         RuntimeError: backend="triton" cannot run (no CUDA device, triton missing, float64, D > 256).
+        NotImplementedError: under torch.vmap.
 
     The derivative by m_j at m_j = 0 is exact and therefore unbounded: it grows like exp(P_ij) over the mass that is
-    left. From exp(P_ij - log-sum-exp) = 2^96 on it is cut off.
+    left. From exp(P_ij - log-sum-exp) = 2^96 on it is cut off. Under autocast, query, key and value are cast as torch
+    does for its own attention; keep_mask is not. There is no second derivative outside of backend="reference".
 
     Example:
         >>> import torch
@@ -67,18 +74,47 @@ def masked_attention(
         >>> bool(torch.allclose(masked_attention(q, k, v, nothing_kept), v))
         True
     """
+    if torch.is_autocast_enabled(query.device.type):  # as torch does for scaled_dot_product_attention
+        dtype = torch.get_autocast_dtype(query.device.type)
+        query, key, value = _autocast(query, dtype), _autocast(key, dtype), _autocast(value, dtype)
     _validate(query, key, value, keep_mask, key_padding_mask)
     scale = 1.0 / math.sqrt(query.shape[3]) if scale is None else float(scale)
-    choice = choose(OP, backend, query.device, _obstacle(query))
-    if choice.name == "triton":
-        from toprl_kernels.masked_attention.triton import masked_attention_triton as implementation
-    elif choice.name == "reference":
-        implementation = masked_attention_reference
-    else:
-        implementation = masked_attention_eager
-    return implementation(
-        query, key, value, keep_mask, key_padding_mask=key_padding_mask, is_causal=is_causal, scale=scale
+    choice = choose(
+        OP, backend, query.device, _obstacle(query), dtype=query.dtype, definition_because=_tiny(query, keep_mask)
     )
+    if choice.name == "reference":
+        return masked_attention_reference(
+            query,
+            key,
+            value,
+            keep_mask,
+            key_padding_mask=key_padding_mask,
+            is_causal=is_causal,
+            scale=scale,
+            bounded_mask_grad=bounded_mask_grad,
+        )
+    if query.numel() == 0 or key.shape[2] == 0:
+        return torch.zeros_like(query) + 0 * query  # connected to the graph
+    return library.forward(
+        query, key, value, keep_mask, key_padding_mask, is_causal, scale, bounded_mask_grad, choice.name
+    )[0]
+
+
+def _autocast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    is_cast = isinstance(tensor, Tensor) and tensor.is_floating_point() and tensor.dtype != torch.float64
+    return tensor.to(dtype) if is_cast else tensor
+
+
+def _tiny(query: Tensor, keep_mask: Tensor) -> str | None:
+    """With a handful of tokens autograd of the definition has fewer calls than the explicit backward."""
+    if (
+        keep_mask.requires_grad
+        and query.dtype == torch.float32
+        and not torch.compiler.is_compiling()
+        and query.numel() // query.shape[3] * keep_mask.shape[1] <= TINY
+    ):
+        return f"a mask gradient over at most {TINY} query-key pairs is fastest by autograd of the definition"
+    return None
 
 
 def _obstacle(query: Tensor) -> str | None:

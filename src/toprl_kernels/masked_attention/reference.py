@@ -15,6 +15,7 @@ def masked_attention_reference(
     key_padding_mask: Tensor | None,  # [B, N] bool, True = valid
     is_causal: bool,
     scale: float,
+    bounded_mask_grad: bool = False,
 ) -> Tensor:  # [B, H, Nq, D]
     """Eq. 7 as printed, plus padding and causality. Differentiable in query, key, value and a float keep_mask."""
     num_queries, num_keys = query.shape[2], key.shape[2]
@@ -46,7 +47,12 @@ def masked_attention_reference(
     shift = scores.detach().masked_fill(~counts, -torch.inf).amax(dim=-1, keepdim=True)
     # Where G = 0 the exponent may be large; the bound keeps inf * 0 out of the gradient.
     largest = 700.0 if query.dtype == torch.float64 else 80.0
-    numerator = torch.exp((scores - shift).clamp(max=largest)) * gate  # exp(P) G
-    numerator = numerator.masked_fill(~allowed, 0.0)
+    exponential = torch.exp((scores - shift).clamp(max=largest)).masked_fill(~allowed, 0.0)
+    if (
+        bounded_mask_grad
+    ):  # d/dm of exp(P) m is exp(P) / sum = R; a factor that autograd does not see makes it R / (1 + R)
+        total = (exponential * gate).detach().sum(dim=-1, keepdim=True)
+        gate = torch.where(gate == 0, gate * (total / (total + exponential.detach())), gate)
+    numerator = exponential * gate  # exp(P) G
     attention = numerator / numerator.sum(dim=-1, keepdim=True)  # A, Eq. 7
     return (attention @ value).masked_fill(~row_is_valid, 0.0)

@@ -1,0 +1,443 @@
+"""Launch configurations of the kernels: a pinned table, and the measurements that may replace its rows.
+
+The table is keyed by kernel, architecture, element type and size bucket. Its rows were chosen by the compiler's
+resource report (no spills, no stack, shared memory within the limit; ``python -m toprl_kernels.report`` prints it).
+Nothing is tuned at run time. ``python -m toprl_kernels.tune`` times candidates on the GPU at hand and writes a file
+that :func:`select` prefers from then on; :func:`describe` says whether there is one.
+
+Imports neither triton nor any op, so that every module may import it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib.metadata
+import json
+import os
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+
+class LaunchConfig(NamedTuple):
+    """Block sizes over rows (``block_m``) and columns (``block_n``) of a kernel, warps and pipeline stages.
+
+    Rows are queries or tokens; columns are keys, features or the inner dimension, as the comment at the kernel's rows
+    says. A block size that a kernel does not have is 0. ``splits`` programs share a row block, where a kernel can.
+    """
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+    splits: int = 1
+
+
+C = LaunchConfig
+
+# Shared memory that one program may use, in bytes (CUDA C++ programming guide, technical specifications per compute
+# capability; LDS of CDNA 3). The compiler never checks it. sm_86 stands for 8.6, 8.9 and 12.x.
+SHARED_MEMORY = {
+    "sm_80": 163 * 1024,
+    "sm_86": 99 * 1024,
+    "sm_90": 227 * 1024,
+    "sm_100": 227 * 1024,
+    "gfx942": 64 * 1024,
+}
+ARCHITECTURES = tuple(SHARED_MEMORY)
+INTERPRETED_ARCHITECTURE = "sm_90"  # whose rows run on CPU tensors, that is, in the interpreter
+
+HALF, SINGLE, ANY = "16 bit", "32 bit", "any"
+_KINDS = {torch.float16: HALF, torch.bfloat16: HALF, torch.float32: SINGLE}
+NO_LIMIT = 1 << 62  # a row for every size
+
+Rows = dict[int, LaunchConfig]  # largest size of the bucket -> configuration
+_TABLE: dict[tuple[str, str, str], Rows] = {}  # (kernel, architecture, element type)
+
+
+def _pin(kernel: str, architectures: str, kind: str, rows: Rows) -> None:
+    for architecture in architectures.split():
+        assert architecture in SHARED_MEMORY and (kernel, architecture, kind) not in _TABLE
+        _TABLE[kernel, architecture, kind] = dict(sorted(rows.items()))
+
+
+ALL = " ".join(ARCHITECTURES)
+LARGE = "sm_80 sm_90 sm_100"
+SMALL = "sm_86 gfx942"
+
+# Sizes: head dim D (a bucket is the power of two it is padded to). block_m queries, block_n keys.
+_pin("masked_attention_fwd", LARGE, HALF, {64: C(128, 64, 8, 3), 128: C(128, 64, 8, 3), 256: C(64, 64, 8, 2)})
+_pin("masked_attention_fwd", SMALL, HALF, {64: C(128, 64, 8, 2), 128: C(64, 32, 4, 2), 256: C(32, 32, 4, 1)})
+_pin("masked_attention_fwd", ALL, SINGLE, {64: C(32, 32, 8, 1), 128: C(32, 32, 8, 1), 256: C(16, 16, 8, 1)})
+_pin("masked_attention_tokens", ALL, ANY, {NO_LIMIT: C(0, 2048, 4, 1)})
+_pin("masked_attention_bwd_prepare", ALL, HALF, {256: C(32, 0, 8, 1)})
+_pin("masked_attention_bwd_prepare", ALL, SINGLE, {256: C(32, 0, 8, 1)})
+_pin("masked_attention_bwd_dkdv", LARGE, HALF, {128: C(32, 64, 8, 2), 256: C(32, 32, 8, 2)})
+_pin("masked_attention_bwd_dkdv", SMALL, HALF, {128: C(32, 64, 8, 1), 256: C(32, 32, 8, 1)})
+_pin("masked_attention_bwd_dkdv", ALL, SINGLE, {128: C(32, 32, 8, 1), 256: C(32, 16, 8, 1)})
+_pin("masked_attention_bwd_dq", LARGE, HALF, {128: C(128, 64, 8, 3), 256: C(64, 32, 8, 2)})
+_pin("masked_attention_bwd_dq", SMALL, HALF, {128: C(64, 32, 4, 2), 256: C(32, 32, 4, 1)})
+_pin("masked_attention_bwd_dq", ALL, SINGLE, {128: C(32, 32, 8, 1), 256: C(16, 32, 8, 1)})
+
+# Sizes: number of tokens. block_n is the number of keys held in registers at once: all of them, or a chunk.
+_pin("topk_select", ALL, ANY, {1024: C(1, 1024, 4, 1), 2048: C(1, 2048, 8, 1), 4096: C(1, 4096, 16, 1)})
+_pin("topk_select_chunked", ALL, ANY, {NO_LIMIT: C(1, 4096, 16, 1)})
+# Sizes: hidden size. block_m rows, block_n dimensions (at most; smaller hidden sizes take less).
+_pin("topk_gather", ALL, ANY, {NO_LIMIT: C(8, 1024, 8, 1)})
+_pin("topk_scatter", ALL, ANY, {NO_LIMIT: C(8, 1024, 8, 1)})
+# Sizes: the larger head dim of keys and values. block_m rows, block_n dimensions.
+_pin(
+    "compact_cache",
+    ALL,
+    ANY,
+    {64: C(128, 64, 8, 1), 128: C(64, 128, 8, 1), 256: C(32, 256, 8, 1), NO_LIMIT: C(8, 0, 8, 1)},
+)
+_pin(
+    "compact_cache_bwd",
+    ALL,
+    ANY,
+    {64: C(128, 64, 8, 1), 128: C(64, 128, 8, 1), 256: C(32, 256, 8, 1), NO_LIMIT: C(8, 0, 8, 1)},
+)
+_pin("compact_cache_inplace", ALL, ANY, {NO_LIMIT: C(64, 64, 4, 1)})
+
+# Sizes: tokens of all samples. block_m tokens; block_n is the block of the inner dimension d1 (layer 1), of fc2's
+# outputs (layers 2 and 3). Few tokens: two programs share a row block, which halves what a program reads of W1 and
+# fills the chip; many tokens: h is read once.
+_pin("actor_layer1", LARGE, HALF, {8192: C(64, 64, 4, 3, splits=2), NO_LIMIT: C(64, 64, 8, 3)})
+_pin("actor_layer1", SMALL, HALF, {8192: C(64, 64, 4, 3, splits=2), NO_LIMIT: C(64, 64, 8, 2)})
+_pin("actor_layer1", ALL, SINGLE, {NO_LIMIT: C(32, 32, 8, 2, splits=4)})
+_pin("actor_layers23", ALL, HALF, {NO_LIMIT: C(64, 32, 8, 2)})
+_pin("actor_layers23", ALL, SINGLE, {NO_LIMIT: C(16, 16, 8, 1)})
+
+# Sizes: none. block_n tokens.
+_pin("keep_mask", ALL, ANY, {NO_LIMIT: C(0, 512, 4, 1)})
+
+KERNELS = tuple(dict.fromkeys(kernel for kernel, _, _ in _TABLE))
+
+
+_overrides: dict[str, LaunchConfig] = {}
+
+
+def select(kernel: str, *, size: int, dtype: torch.dtype, device: torch.device) -> LaunchConfig:
+    """The configuration of ``kernel`` for tensors on ``device``: measured on this GPU if there is a file, else pinned.
+
+    Args:
+        kernel: one of :data:`KERNELS`.
+        size: head dim or number of tokens; see the comment at the kernel's rows.
+        dtype: float16, bfloat16 or float32. Kernels that move or count ignore it.
+        device: CPU stands for the interpreter and gets the pinned rows of sm_90.
+
+    Raises:
+        ValueError: unknown kernel, or a size or dtype that it has no row for.
+        RuntimeError: a GPU older than compute capability 8.0, or an unusable file of measurements.
+    """
+    if _overrides and kernel in _overrides:
+        return _overrides[kernel]
+    return _select(kernel, size, dtype, device)
+
+
+@functools.lru_cache(maxsize=4096)
+def _select(kernel: str, size: int, dtype: torch.dtype, device: torch.device) -> LaunchConfig:
+    architecture = architecture_of(device)
+    largest = bucket(kernel, architecture, size=size, dtype=dtype)
+    measurements = measured(device)
+    if measurements is not None:
+        key = (kernel, kind_of(kernel, architecture, dtype), largest)
+        if key in measurements.configs:
+            return measurements.configs[key]
+    return rows(kernel, architecture, dtype)[largest]
+
+
+@contextlib.contextmanager
+def override(replacements: Mapping[str, LaunchConfig]) -> Iterator[None]:
+    """Make :func:`select` return these, whatever the size: for tuning and tests."""
+    previous = dict(_overrides)
+    _overrides.update(replacements)
+    try:
+        yield
+    finally:
+        _overrides.clear()
+        _overrides.update(previous)
+
+
+def pinned(kernel: str, architecture: str, *, size: int, dtype: torch.dtype) -> LaunchConfig:
+    """The row of the table for an architecture named explicitly. Raises ValueError as :func:`select` does."""
+    return rows(kernel, architecture, dtype)[bucket(kernel, architecture, size=size, dtype=dtype)]
+
+
+def rows(kernel: str, architecture: str, dtype: torch.dtype) -> Rows:
+    """All buckets of a kernel."""
+    return _TABLE[kernel, architecture, kind_of(kernel, architecture, dtype)]
+
+
+def kind_of(kernel: str, architecture: str, dtype: torch.dtype) -> str:
+    """The element type under which the table knows ``dtype``: "16 bit", "32 bit" or "any"."""
+    if kernel not in KERNELS:
+        raise ValueError(f"configs: kernel={kernel!r} is unknown; use one of {', '.join(KERNELS)}")
+    if architecture not in SHARED_MEMORY:
+        raise ValueError(f"configs: architecture={architecture!r} is unknown; use one of {', '.join(ARCHITECTURES)}")
+    for kind in (_KINDS.get(dtype), ANY):
+        if kind is not None and (kernel, architecture, kind) in _TABLE:
+            return kind
+    raise ValueError(f"configs: {kernel} has no row for dtype={dtype}; use float16, bfloat16 or float32")
+
+
+def bucket(kernel: str, architecture: str, *, size: int, dtype: torch.dtype) -> int:
+    """The largest size of the bucket that ``size`` falls into."""
+    buckets = rows(kernel, architecture, dtype)
+    for largest in buckets:
+        if size <= largest:
+            return largest
+    raise ValueError(
+        f"configs: {kernel} has no row for size={size}, the largest is {max(buckets)}; use backend='eager'"
+    )
+
+
+def all_rows(architecture: str) -> Iterator[tuple[str, str, int, LaunchConfig]]:
+    """(kernel, element type, largest size, configuration) of every row of an architecture."""
+    for (kernel, row_architecture, kind), buckets in _TABLE.items():
+        if row_architecture == architecture:
+            for largest, config in buckets.items():
+                yield kernel, kind, largest, config
+
+
+def capability_of(device: torch.device) -> tuple[int, int]:
+    """Compute capability of a CUDA device."""
+    return torch.cuda.get_device_capability(device)
+
+
+@functools.cache
+def architecture_of(device: torch.device) -> str:
+    """The name under which the table knows a device.
+
+    Compute capability 8.0 and 8.7 (163 KiB of shared memory or more) share rows, as do 10.x and 11.x; 8.6, 8.9, 12.x
+    and anything newer than this table get the rows that fit into 99 KiB.
+
+    Raises:
+        RuntimeError: compute capability below 8.0.
+    """
+    if device.type != "cuda":
+        return INTERPRETED_ARCHITECTURE
+    if torch.version.hip:
+        return "gfx942"
+    major, minor = capability_of(device)
+    if major < 8:
+        raise RuntimeError(
+            f"configs: compute capability {major}.{minor} is too old for the kernels, which need 8.0 (A100) or newer; "
+            "use backend='eager'"
+        )
+    if major == 8:
+        return "sm_80" if minor in (0, 7) else "sm_86"
+    if major == 9:
+        return "sm_90"
+    return "sm_100" if major in (10, 11) else "sm_86"
+
+
+# --- measurements ---
+
+ENVIRONMENT_VARIABLE = "TOPRL_KERNELS_CONFIGS"
+FORMAT = 1
+TUNE_COMMAND = "python -m toprl_kernels.tune"
+
+Bucket = tuple[int, ...]
+
+
+class Times(NamedTuple):
+    """Milliseconds of an op's two implementations on the same inputs."""
+
+    triton: float
+    eager: float
+
+
+class Measurements(NamedTuple):
+    """What a tuning run found on one GPU."""
+
+    device: str  # its name, for the reader
+    configs: dict[tuple[str, str, int], LaunchConfig]  # (kernel, element type, largest size of the bucket)
+    times: dict[tuple[str, str, Bucket], Times]  # (op, element type, size bucket)
+
+
+class Preference(NamedTuple):
+    """The implementation to take ("eager" or "triton") and why."""
+
+    name: str
+    reason: str
+
+
+# Timings that come with the package, by (capability, op, element type, size bucket). There are none yet: until a
+# tuning run, the automatic choice between implementations that have to be measured is the eager one.
+PINNED_TIMES: dict[tuple[str, str, str, Bucket], Times] = {}
+
+
+def size_bucket(sizes: Bucket) -> Bucket:
+    """Each size rounded up to a power of two."""
+    return tuple(1 << max(size - 1, 0).bit_length() for size in sizes)
+
+
+@functools.lru_cache(maxsize=4096)
+def faster(op: str, sizes: Bucket, dtype: torch.dtype, device: torch.device) -> Preference:
+    """Which implementation of ``op`` was measured to be the faster one on this kind of GPU, for this size bucket.
+
+    Raises:
+        RuntimeError: an unusable file of measurements.
+    """
+    if device.type != "cuda":
+        return Preference("eager", f"the tensors are on {device}")
+    key = (op, _KINDS.get(dtype, "none"), size_bucket(sizes))
+    measurements = measured(device)
+    times = measurements.times.get(key) if measurements is not None else None
+    if times is None:
+        times = PINNED_TIMES.get((capability_name(device), *key))
+    if times is None:
+        where = f"{capability_name(device)} at this size (bucket {'x'.join(map(str, key[2]))}, {key[1]})"
+        return Preference("eager", f"nobody has timed the kernels on {where}; {TUNE_COMMAND} does")
+    name = "triton" if times.triton < times.eager else "eager"
+    return Preference(name, f"measured {times.triton:.4f} ms against {times.eager:.4f} ms eager")
+
+
+def capability_name(device: torch.device) -> str:
+    """For example "sm_89": unlike :func:`architecture_of` never shared by two capabilities."""
+    return "sm_" + "".join(map(str, capability_of(device)))
+
+
+def triton_version() -> str:
+    """Version of the installed triton, without importing it."""
+    try:
+        return importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:
+        return "none"
+
+
+def measurements_path(capability: str) -> Path:
+    """Where the measurements of a GPU are kept: the environment variable's file, else one in the user's cache."""
+    named = os.environ.get(ENVIRONMENT_VARIABLE)
+    if named:
+        return Path(named)
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return cache / "toprl_kernels" / f"{capability}-{triton_version()}.json"
+
+
+@functools.cache
+def measured(device: torch.device) -> Measurements | None:
+    """The measurements for a device, read once per process; None where nobody has tuned.
+
+    Raises:
+        RuntimeError: the file cannot be used, or the environment variable names one that does not exist.
+    """
+    if device.type != "cuda":
+        return None
+    capability = capability_name(device)
+    path = measurements_path(capability)
+    if not path.exists() and not os.environ.get(ENVIRONMENT_VARIABLE):
+        return None
+    return read(path, capability, architecture_of(device))
+
+
+def forget() -> None:
+    """Read the file and the environment variable again at the next call."""
+    for cached in (_select, architecture_of, faster, measured):
+        cached.cache_clear()
+
+
+def read(path: Path, capability: str, architecture: str) -> Measurements:
+    """Parse a file of measurements. Raises RuntimeError, naming the file and the way out, unless it fits completely."""
+
+    def refuse(problem: str) -> RuntimeError:
+        return RuntimeError(
+            f"the kernel measurements in {path} cannot be used: {problem}; delete the file or run {TUNE_COMMAND} "
+            f"again ({ENVIRONMENT_VARIABLE} names another file)"
+        )
+
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise refuse(f"{type(error).__name__}: {error}") from error
+    expected = {"format": FORMAT, "architecture": capability, "triton": triton_version()}
+    for name, value in expected.items():
+        if not isinstance(content, dict) or content.get(name) != value:
+            found = content.get(name) if isinstance(content, dict) else content
+            raise refuse(f"its {name} is {found!r}, here it is {value!r}")
+    try:
+        configs = {
+            (str(row["kernel"]), str(row["dtype"]), int(row["size"])): LaunchConfig(*map(int, row["config"]))
+            for row in content["configs"]
+        }
+        times = {
+            (str(row["op"]), str(row["dtype"]), tuple(map(int, row["bucket"]))): Times(
+                float(row["triton_ms"]), float(row["eager_ms"])
+            )
+            for row in content["times"]
+        }
+        device = str(content["device"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise refuse(f"a row is malformed ({type(error).__name__}: {error})") from error
+    for kernel, kind, size in configs:
+        if size not in _TABLE.get((kernel, architecture, kind), {}):
+            raise refuse(f"it has a row for {kernel}, {kind}, size {size}, which this version of the package has not")
+    return Measurements(device, configs, times)
+
+
+def write(path: Path, capability: str, measurements: Measurements, **details: Any) -> None:
+    """Write a file that :func:`read` takes. Atomic: a reader sees the old content or the new one."""
+    content = {
+        "format": FORMAT,
+        "architecture": capability,
+        "triton": triton_version(),
+        "torch": torch.__version__,
+        "device": measurements.device,
+        **details,
+        "configs": [
+            {"kernel": kernel, "dtype": kind, "size": size, "config": list(config)}
+            for (kernel, kind, size), config in measurements.configs.items()
+        ],
+        "times": [
+            {"op": op, "dtype": kind, "bucket": list(sizes), "triton_ms": times.triton, "eager_ms": times.eager}
+            for (op, kind, sizes), times in measurements.times.items()
+        ],
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=path.name, suffix=".tmp", delete=False) as file:
+        json.dump(content, file, indent=1)
+    os.replace(file.name, path)
+    forget()
+
+
+def describe(device: torch.device | None = None) -> str:
+    """One sentence: where the configurations of a device come from. Never raises; an unusable file is described."""
+    where = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if where.type != "cuda":
+        return "launch configurations: pinned (there are measurements for GPUs only)"
+    try:
+        measurements = measured(where)
+        architecture = architecture_of(where)
+    except RuntimeError as error:
+        return f"launch configurations: error ({error})"
+    if measurements is None:
+        return f"launch configurations: pinned for {architecture}; {TUNE_COMMAND} measures them on this GPU"
+    return (
+        f"launch configurations: {len(measurements.configs)} of {sum(1 for _ in all_rows(architecture))} rows and "
+        f"{len(measurements.times)} timings measured on {measurements.device} "
+        f"({measurements_path(capability_name(where))}), the others pinned for {architecture}"
+    )
+
+
+def describe_choice(op: str, device: torch.device) -> Preference:
+    """What :func:`faster` says over all measured sizes: for :func:`toprl_kernels.explain`."""
+    if device.type != "cuda":
+        return Preference("eager", f"the tensors are on {device}")
+    measurements = measured(device)
+    capability = capability_name(device)
+    times = {key[2:]: value for key, value in PINNED_TIMES.items() if key[:2] == (capability, op)}
+    if measurements is not None:
+        times |= {key[1:]: value for key, value in measurements.times.items() if key[0] == op}
+    wins = sum(each.triton < each.eager for each in times.values())
+    if not times:
+        return Preference("eager", f"nobody has timed the kernels on {capability}; {TUNE_COMMAND} does")
+    return Preference(
+        "triton" if wins else "eager",
+        f"by measurement: Triton in {wins} of {len(times)} size buckets, eager in the others and where nobody measured",
+    )
