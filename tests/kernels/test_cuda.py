@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.kernels.test_masked_attention import run
-from toprl_kernels import actor_score, masked_attention, sample_keep_mask, topk_compact
+from toprl_kernels import actor_score, compact_cache, masked_attention, sample_keep_mask, topk_compact
 from toprl_kernels.testing import assert_within_budget, make_actor_weights, make_attention_inputs
 
 pytestmark = pytest.mark.gpu
@@ -48,13 +48,55 @@ def test_automatic_choice_runs_without_synchronisation() -> None:
 def test_cuda_graph_replays_on_new_data() -> None:
     hidden = torch.randn(4, 576, 512, device="cuda", dtype=torch.bfloat16)
     scores = torch.randn(4, 576, device="cuda")
-    topk_compact(hidden, scores, 192)
+    keys, values = torch.randn(2, 4, 8, 576, 64, device="cuda", dtype=torch.bfloat16).unbind(0)
+    query = torch.randn(4, 8, 576, 64, device="cuda", dtype=torch.bfloat16)
+    keep_mask = torch.rand(4, 576, device="cuda") < 0.3
+
+    def step() -> tuple[torch.Tensor, ...]:
+        out = topk_compact(hidden, scores, 192)
+        short_keys, short_values = compact_cache(keys, values, out.indices)
+        attended = masked_attention(query, keys, values, keep_mask, is_causal=True)
+        return out.indices, out.hidden_states, short_keys, short_values, attended
+
+    step()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        out = topk_compact(hidden, scores, 192)
-    hidden.normal_()
-    scores.normal_()
+        captured = step()
+    for tensor in (hidden, scores, keys, values, query):
+        tensor.normal_()
+    keep_mask.copy_(torch.rand(4, 576, device="cuda") < 0.6)
     graph.replay()
-    want = topk_compact(hidden, scores, 192, backend="eager")
-    assert torch.equal(out.indices, want.indices)
-    assert torch.equal(out.hidden_states, want.hidden_states)
+    for replayed, fresh in zip(captured, step(), strict=True):
+        assert torch.equal(replayed, fresh)
+
+
+@pytest.mark.parametrize("mask", ["hard", "mixed"])
+def test_compiled_by_inductor_and_by_cuda_graphs(mask: str) -> None:
+    x = make_attention_inputs(2, 8, 2, 300, 300, 64, mask=mask, dtype=torch.bfloat16, device="cuda")
+
+    def step(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        return masked_attention(query * 2, key, value, x.keep_mask, is_causal=True).float()
+
+    want = step(*x[:3])
+    for compile_mode in ("default", "reduce-overhead"):
+        compiled = torch.compile(step, fullgraph=True, mode=compile_mode)
+        for _ in range(3):
+            torch.testing.assert_close(compiled(*x[:3]), want, rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("num_tokens", [577, 16384, 16385, 65536])
+def test_long_selection_equals_the_eager_one(num_tokens: int) -> None:
+    hidden = torch.randn(2, num_tokens, 64, device="cuda", dtype=torch.bfloat16)
+    scores = torch.randint(0, 50, (2, num_tokens), device="cuda").float()  # mostly ties
+    got = topk_compact(hidden, scores, num_tokens // 3, backend="triton")
+    want = topk_compact(hidden, scores, num_tokens // 3, backend="eager")
+    assert torch.equal(got.indices, want.indices)
+    assert torch.equal(got.hidden_states, want.hidden_states)
+
+
+def test_same_random_bits_as_the_cpu() -> None:
+    logits = torch.randn(3, 577, 2)
+    here = sample_keep_mask(logits, seed=7)
+    there = sample_keep_mask(logits.cuda(), seed=7)
+    assert torch.equal(here.keep_mask, there.keep_mask.cpu())
+    torch.testing.assert_close(here.log_prob, there.log_prob.cpu())

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from toprl_kernels import masked_attention
-from toprl_kernels.masked_attention import eager
+from toprl_kernels.masked_attention import eager, eager_backward
 from toprl_kernels.testing import AttentionInputs, assert_within_budget, make_attention_inputs
 
 CPU_BACKENDS = ["reference", "eager"]
@@ -88,6 +88,16 @@ def test_definition_gradcheck(is_causal: bool, mask_values: list[float]) -> None
     assert torch.autograd.gradcheck(op, (*leaves, mask))
 
 
+@pytest.fixture
+def many_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The eager path of long sequences, in many blocks, at short lengths."""
+    monkeypatch.setattr(eager, "SMALL", 0)
+    monkeypatch.setattr(eager, "ROWS_PER_BLOCK", 4)
+    monkeypatch.setattr(eager_backward, "FEWEST_ROWS", 4)
+    monkeypatch.setattr(eager_backward, "DENSE_BLOCK_BYTES", 0)
+
+
+@pytest.mark.parametrize("blocks", ["one", "many"])
 @pytest.mark.parametrize("mask", ["hard", "soft", "mixed"])
 @pytest.mark.parametrize("padding", [False, True])
 @pytest.mark.parametrize("is_causal", [False, True])
@@ -95,8 +105,18 @@ def test_definition_gradcheck(is_causal: bool, mask_values: list[float]) -> None
     ("heads", "kv_heads", "num_queries", "num_keys"), [(2, 2, 15, 15), (4, 1, 7, 33), (4, 2, 1, 9)]
 )
 def test_eager_equals_definition_in_float64(
-    mask: str, padding: bool, is_causal: bool, heads: int, kv_heads: int, num_queries: int, num_keys: int
+    blocks: str,
+    mask: str,
+    padding: bool,
+    is_causal: bool,
+    heads: int,
+    kv_heads: int,
+    num_queries: int,
+    num_keys: int,
+    request: pytest.FixtureRequest,
 ) -> None:
+    if blocks == "many":
+        request.getfixturevalue("many_blocks")
     x = make_attention_inputs(2, heads, kv_heads, num_queries, num_keys, 8, mask=mask, padding=padding)
     expected = run(x, "reference", is_causal, torch.float64)
     for got, want in zip(run(x, "eager", is_causal, torch.float64), expected, strict=True):
@@ -105,7 +125,12 @@ def test_eager_equals_definition_in_float64(
 
 @pytest.mark.parametrize("mask", ["hard", "mixed"])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-6), (torch.float16, 2e-3), (torch.bfloat16, 2e-2)])
-def test_eager_precision(mask: str, dtype: torch.dtype, tolerance: float) -> None:
+@pytest.mark.parametrize("blocks", ["one", "many"])
+def test_eager_precision(
+    blocks: str, mask: str, dtype: torch.dtype, tolerance: float, request: pytest.FixtureRequest
+) -> None:
+    if blocks == "many":
+        request.getfixturevalue("many_blocks")
     x = make_attention_inputs(2, 4, 2, 31, 31, 16, mask=mask, padding=True, dtype=dtype)
     expected = run(x, "reference", True, torch.float64)
     for got, want in zip(run(x, "eager", True, dtype), expected, strict=True):
@@ -127,6 +152,25 @@ def test_extreme_logits_stay_finite(mask_kind: str, magnitude: float) -> None:
     )
     # a logit of size s carries a rounding error of eps * s into the exponent
     torch.testing.assert_close(results[0].double(), expected, rtol=0, atol=1e-5 * magnitude)
+
+
+@pytest.mark.parametrize("mask_value", [0.0, 1.0, None])
+@pytest.mark.usefixtures("many_blocks")
+def test_kept_keys_without_a_mask_gradient(mask_value: float | None) -> None:
+    """With no key at all in some blocks, with nothing to gather, and with fractional values."""
+    x = make_attention_inputs(2, 2, 1, 9, 14, 8, padding=True)
+    soft = x.keep_mask if mask_value is None else torch.full((2, 14), mask_value)
+    for keep_mask in (soft, soft > 0.5):
+        for is_causal in (False, True):
+            results = []
+            for backend, dtype in (("eager", torch.float32), ("reference", torch.float64)):
+                leaves = [tensor.to(dtype).requires_grad_() for tensor in x[:3]]
+                output = masked_attention(
+                    *leaves, keep_mask, key_padding_mask=x.key_padding_mask, is_causal=is_causal, backend=backend
+                )
+                results.append([output, *torch.autograd.grad(output, leaves, x.grad_output.to(dtype))])
+            for got, want in zip(*results, strict=True):
+                torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-5)
 
 
 class TestIdentities:
@@ -208,7 +252,9 @@ class TestIdentities:
 @pytest.mark.parametrize("mask", ["hard", "mixed"])
 def test_no_tensor_of_n_by_n(mask: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """What the eager path allocates at once grows with N, forward and backward, mask gradient included."""
-    monkeypatch.setattr(eager, "DENSE_BLOCK_BYTES", 2**18)  # the constant part, smaller than N x N at these lengths
+    monkeypatch.setattr(
+        eager_backward, "DENSE_BLOCK_BYTES", 2**18
+    )  # the constant part, smaller than N x N at these lengths
 
     class Largest(TorchDispatchMode):
         size = 0
@@ -226,7 +272,7 @@ def test_no_tensor_of_n_by_n(mask: str, monkeypatch: pytest.MonkeyPatch) -> None
         with Largest() as recorder:
             output, lse = eager.masked_attention_forward_eager(*x[:5], True, 0.25)
             needs = [True, True, True, mask == "mixed"]
-            eager.masked_attention_backward_eager(x.grad_output, *x[:5], output, lse, True, 0.25, False, needs)
+            eager_backward.masked_attention_backward_eager(x.grad_output, *x[:5], output, lse, True, 0.25, False, needs)
         largest.append(recorder.size)
     assert largest[1] < 2048 * 2048
     assert largest[1] <= 2.3 * largest[0]

@@ -43,47 +43,69 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launch, "select_config", lambda kernel, head_dim, query: table[kernel])
 
 
-@pytest.mark.parametrize("mask", ["hard", "mixed"])
-@pytest.mark.parametrize("is_causal", [False, True])
-@pytest.mark.parametrize(
-    ("heads", "kv_heads", "num_queries", "num_keys", "head_dim", "padding"),
-    [
-        (1, 1, 1, 1, 64, False),
-        (2, 2, 15, 15, 80, True),
-        (4, 1, 63, 63, 64, False),
-        (2, 1, 129, 129, 64, True),
-        (4, 4, 17, 129, 80, False),
-        (4, 1, 1, 63, 64, True),
-    ],
-)
-@pytest.mark.usefixtures("small_blocks")
-def test_float32(
-    mask: str,
-    is_causal: bool,
-    heads: int,
-    kv_heads: int,
-    num_queries: int,
-    num_keys: int,
-    head_dim: int,
-    padding: bool,
-    device: str,
+# (queries, keys, query heads per key/value head, head dim, dtype, mask, causal, padding): every length, group size,
+# head dim and dtype with every mask kind at least once; the full product is the exhaustive lane below
+LENGTHS = (1, 15, 63, 127, 129, 577)
+GROUPS = (1, 4, 7, 8)
+HEAD_DIMS = (64, 80, 96, 128)
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+LANE = [
+    (1, 1, 1, 64, torch.float32, "hard", False, False),
+    (1, 1, 8, 96, torch.bfloat16, "mixed", True, False),
+    (15, 15, 4, 80, torch.float32, "mixed", True, True),
+    (15, 15, 7, 128, torch.float16, "hard", False, False),
+    (63, 63, 7, 64, torch.float32, "hard", True, True),
+    (63, 63, 1, 96, torch.float16, "soft", True, True),
+    (1, 63, 8, 80, torch.bfloat16, "hard", True, True),
+    (127, 127, 1, 128, torch.float32, "mixed", False, False),
+    (127, 127, 4, 64, torch.bfloat16, "hard", True, False),
+    (17, 127, 8, 96, torch.float32, "hard", True, True),
+    (129, 129, 4, 96, torch.float32, "soft", True, False),
+    (129, 129, 8, 128, torch.bfloat16, "mixed", True, True),
+    (40, 129, 7, 80, torch.float16, "mixed", False, True),
+    (577, 577, 1, 80, torch.float32, "hard", True, True),
+    (577, 577, 1, 64, torch.float16, "mixed", True, False),
+    (33, 577, 4, 128, torch.float32, "soft", False, False),
+]
+
+
+def run_case(
+    case: tuple[int, int, int, int, torch.dtype, str, bool, bool], device: str, *, seed: int | None = None
 ) -> None:
-    seed = num_keys * 7 + num_queries
+    num_queries, num_keys, groups, head_dim, dtype, mask, is_causal, padding = case
     x = make_attention_inputs(
-        1, heads, kv_heads, num_queries, num_keys, head_dim, mask=mask, padding=padding, seed=seed
-    )
-    check(to_device(x, device), is_causal, torch.float32)
+        1, groups, 1, num_queries, num_keys, head_dim, mask=mask, padding=padding, dtype=dtype,
+        seed=num_keys * 7 + num_queries if seed is None else seed,
+    )  # fmt: skip
+    check(to_device(x, device), is_causal, dtype)
 
 
-@pytest.mark.parametrize("mask", ["hard", "mixed"])
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
-def test_shipped_block_sizes(mask: str, dtype: torch.dtype, device: str) -> None:
-    x = make_attention_inputs(2, 2, 1, 140, 140, 64, mask=mask, padding=True, dtype=dtype, seed=3)
-    check(to_device(x, device), True, dtype)
+@pytest.mark.parametrize("case", LANE, ids=str)
+def test_lane(case: tuple[int, int, int, int, torch.dtype, str, bool, bool], device: str) -> None:
+    run_case(case, device)
 
 
-@pytest.mark.parametrize("head_dim", [3, 16, 128, 200])
-def test_head_dims(head_dim: int, device: str) -> None:
+@pytest.mark.parametrize("case", [case for case in LANE if case[1] < 129], ids=str)
+@pytest.mark.usefixtures("small_blocks")
+def test_lane_in_many_small_blocks(case: tuple[int, int, int, int, torch.dtype, str, bool, bool], device: str) -> None:
+    run_case(case, device, seed=1)
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("mask", ["hard", "soft", "mixed"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+@pytest.mark.parametrize("groups", GROUPS)
+@pytest.mark.parametrize("length", LENGTHS)
+def test_every_combination(
+    length: int, groups: int, head_dim: int, dtype: torch.dtype, mask: str, is_causal: bool, device: str
+) -> None:
+    run_case((length, length, groups, head_dim, dtype, mask, is_causal, length % 2 == 1), device)
+
+
+@pytest.mark.parametrize("head_dim", [3, 16, 200, 256])
+def test_other_head_dims(head_dim: int, device: str) -> None:
     # several samples: the largest error of a handful of numbers is too noisy a measure of the budget
     check(to_device(make_attention_inputs(4, 2, 1, 20, 33, head_dim), device), True, torch.float32)
 
@@ -98,10 +120,12 @@ def test_constant_masks(mask_value: float, device: str) -> None:
     check(hard, True, torch.float32)
 
 
+@pytest.mark.parametrize("magnitude", [40, 300, 1000])
 @pytest.mark.usefixtures("small_blocks")
-def test_extreme_logits(device: str) -> None:
+def test_extreme_logits(magnitude: float, device: str) -> None:
+    """Up to +-1e3 and more. A softmax that subtracts the maximum over all keys, dropped ones too, is NaN here."""
     x = make_attention_inputs(1, 2, 2, 40, 40, 16)
-    x = to_device(x._replace(query=x.query * 300), device)
+    x = to_device(x._replace(query=x.query * magnitude), device)
     assert all(bool(tensor.isfinite().all()) for tensor in run(x, "triton", True, torch.float32))
     got = masked_attention(x.query, x.key, x.value, x.keep_mask, backend="triton")
     want = masked_attention(*(t.double() for t in x[:3]), x.keep_mask, backend="reference")

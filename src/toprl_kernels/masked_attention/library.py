@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from toprl_kernels._library import register
-from toprl_kernels.masked_attention.eager import masked_attention_backward_eager, masked_attention_forward_eager
+from toprl_kernels.masked_attention.eager import masked_attention_forward_eager
+from toprl_kernels.masked_attention.eager_backward import masked_attention_backward_eager
 
 
 def _forward(

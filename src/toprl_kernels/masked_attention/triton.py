@@ -37,10 +37,11 @@ def token_buffer(keep_mask: Tensor, key_padding_mask: Tensor | None) -> Tensor:
     buffer = torch.empty(batch, TOKEN_ROWS, token_stride, dtype=torch.int32, device=keep_mask.device)
     mask = keep_mask.view(torch.uint8) if keep_mask.dtype == torch.bool else keep_mask
     valid = mask if key_padding_mask is None else key_padding_mask.view(torch.uint8)
+    config = select("masked_attention_tokens", size=num_tokens, dtype=torch.float32, device=buffer.device)
     masked_attention_tokens_kernel[(batch,)](
         mask, valid, buffer, *mask.stride(), *valid.stride(), num_tokens, token_stride,
-        HAS_PADDING=key_padding_mask is not None, BLOCK_T=min(next_power_of_2(token_stride), 2048),
-        num_warps=4, enable_fp_fusion=True,
+        HAS_PADDING=key_padding_mask is not None, BLOCK_T=config.block_n,
+        num_warps=config.num_warps, num_stages=config.num_stages, enable_fp_fusion=True,
     )  # fmt: skip
     return buffer
 

@@ -1,0 +1,128 @@
+"""Break the kernels on purpose, one line at a time, and see the tests turn red.
+
+    pytest -m exhaustive tests/kernels/test_mutations.py -rP
+
+Each mutation is applied to a copy of the sources; the lane named beside it runs against the copy and must fail. The
+test prints which of its tests did.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+class Mutation(NamedTuple):
+    name: str
+    file: str  # below src/toprl_kernels
+    old: str  # occurs exactly once
+    new: str
+    lane: str  # below tests/kernels
+
+
+ATTENTION = "masked_attention/triton_kernels.py"
+ATTENTION_LANE = "test_masked_attention_triton.py"
+MUTATIONS = [
+    Mutation(
+        "off by one in the tie rule (Triton)",
+        "topk_compact/triton.py",
+        "equal_before = (before & 0xFFFF) - equal.to(tl.int32)",
+        "equal_before = (before & 0xFFFF) - equal.to(tl.int32) - 1",
+        "test_topk_compact_lanes.py",
+    ),
+    Mutation(
+        "missing diagonal (Triton)",
+        ATTENTION,
+        "row_sum = 1.0 - load_float(token_base + MASK * token_stride + tokens)",
+        "row_sum = 0.0 * load_float(token_base + MASK * token_stride + tokens)",
+        ATTENTION_LANE,
+    ),
+    Mutation(
+        "missing diagonal (eager)",
+        "masked_attention/eager.py",
+        "rest = 1.0 - mask[:, None, offset:]",
+        "rest = 0.0 * mask[:, None, offset:]",
+        "test_masked_attention.py",
+    ),
+    Mutation(
+        "maximum over all keys (Triton)",
+        ATTENTION,
+        "  # s_ii [M]\n    row_sum = 1.0 - load_float(token_base + MASK * token_stride + tokens)",
+        "\n    s_self = row_max"
+        "\n    for other in range(0, host_int(num_keys)):"
+        "\n        k_other = tl.load(k_base + other * stride_kn + dims, mask=dims < HEAD_DIM, other=0.0).to(tl.float32)"
+        "\n        row_max = tl.maximum(row_max, tl.sum(q.to(tl.float32) * k_other[None, :], 1) * scale_log2)"
+        "\n    row_sum = 1.0 - load_float(token_base + MASK * token_stride + tokens)"
+        "\n    row_sum = row_sum * tl.exp2(s_self - row_max)",
+        ATTENTION_LANE,
+    ),
+    Mutation(
+        "maximum over all keys (definition)",
+        "masked_attention/reference.py",
+        "counts = allowed & (gate > 0)",
+        "counts = allowed | (gate > 0)",
+        "test_masked_attention.py",
+    ),
+    Mutation(
+        "swapped strides (Triton)",
+        "masked_attention/triton.py",
+        "*query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *output.stride()[:3],",
+        "*query.stride()[:3], *value.stride()[:3], *key.stride()[:3], *output.stride()[:3],",
+        ATTENTION_LANE,
+    ),
+    Mutation(
+        "causal test off by one (Triton)",
+        ATTENTION,
+        "visible = visible & (columns[None, :] <= tokens[:, None])",
+        "visible = visible & (columns[None, :] < tokens[:, None])",
+        ATTENTION_LANE,
+    ),
+    Mutation(
+        "mask gradient with the self term (Triton)",
+        "masked_attention/triton_dkdv.py",
+        "by_mask = tl.where(columns[:, None] == (rows + offset)[None, :], 0.0, by_mask)",
+        "by_mask = by_mask + 0.0",
+        ATTENTION_LANE,
+    ),
+    Mutation(
+        "row offsets in 32 bits (Triton)",
+        ATTENTION,
+        "tl.load(base + rows.to(tl.int64)[:, None] * stride",
+        "tl.load(base + (rows[:, None] * stride).to(tl.int32)",
+        "test_large_offsets.py",
+    ),
+    Mutation(
+        "spilled configuration",
+        "configs.py",
+        '_pin("masked_attention_fwd", LARGE, HALF, {64: C(128, 64, 8, 3), 128: C(128, 64, 8, 3)',
+        '_pin("masked_attention_fwd", LARGE, HALF, {64: C(128, 64, 8, 3), 128: C(128, 64, 4, 3)',
+        "test_ahead_of_time.py",
+    ),
+]
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda mutation: mutation.name)
+def test_turns_red(mutation: Mutation, tmp_path: Path) -> None:
+    sources = tmp_path / "src"
+    shutil.copytree(ROOT / "src", sources, ignore=shutil.ignore_patterns("__pycache__"))
+    file = sources / "toprl_kernels" / mutation.file
+    text = file.read_text()
+    assert text.count(mutation.old) == 1, f"the line to break is not in {mutation.file}"
+    file.write_text(text.replace(mutation.old, mutation.new))
+    environment = os.environ | {"PYTHONPATH": str(sources)}  # before the installed package
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-rf", "-p", "no:cacheprovider"]
+    done = subprocess.run(
+        [*command, f"tests/kernels/{mutation.lane}"], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+    failed = [line for line in done.stdout.splitlines() if line.startswith("FAILED")]
+    assert done.returncode == 1 and failed, f"stayed green:\n{done.stdout[-2000:]}{done.stderr[-2000:]}"
+    print(f"{mutation.name}: {failed[0]}")
