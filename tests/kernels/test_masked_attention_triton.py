@@ -139,8 +139,9 @@ def test_strides_and_expanded_gradients(device: str) -> None:
     views = [
         x.query.transpose(1, 2).contiguous().transpose(1, 2),  # [B, N, H, D] storage, as models have it
         x.key.transpose(2, 3).contiguous().transpose(2, 3),  # head dimension not dense
-        x.value[..., None].expand(-1, -1, -1, -1, 2)[..., 0],
+        torch.cat([x.value, x.value], dim=1).transpose(1, 2).contiguous().transpose(1, 2)[:, ::2],
     ]
+    views[2].copy_(x.value)
     leaves = [view.detach().requires_grad_() for view in views]
     mask = x.keep_mask.repeat_interleave(2, dim=1)[:, ::2].detach().requires_grad_()
     valid = None if x.key_padding_mask is None else x.key_padding_mask.repeat_interleave(2, dim=1)[:, ::2]
