@@ -3,15 +3,14 @@
     python bench/run.py --suite kernels --quick
     python bench/run.py --suite all --output_dir bench/results
 
-Every suite is a module in this folder with ``run(quick, device) -> list[dict]``. The rows go to DIR/<suite>.json and
-DIR/<suite>.csv together with a description of the machine; the last line of standard output is one line of JSON.
+The rows of a suite go to DIR/<suite>.json and DIR/<suite>.csv together with a description of the machine; suite
+kernels writes them after every case, so that ``--resume`` can go on where a run was cut off, and draws one figure per
+op. The last line of standard output is one line of JSON.
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
-import importlib
 import importlib.metadata
 import json
 import os
@@ -22,11 +21,23 @@ import time
 from pathlib import Path
 from typing import Any
 
+# Read when torch is imported: the profiler that meters memory would write two lines per use
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")
+
 import torch
 
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE))  # the suites are plain modules beside this script
+sys.path.insert(0, str(HERE.parent))  # so that ``bench`` is found when this file is run as a script
+
+from bench.report import Report, columns_of  # noqa: E402
+
 SUITES = ("kernels", "prefill")
+# What a terminal has room for; the files have every column
+PRINTED = {
+    "kernels": (
+        "op mode shape keep pattern provider p50_ms ratio_to_ours tflops gbps floor_percent error_ratio peak_mib note"
+    ).split()
+}
 
 
 def environment(device: torch.device) -> dict[str, Any]:
@@ -66,27 +77,41 @@ def format_cell(value: object) -> str:
     return str(value)
 
 
-def columns_of(rows: list[dict[str, Any]]) -> list[str]:
-    """All keys, in order of first appearance."""
-    return list(dict.fromkeys(key for row in rows for key in row))
-
-
-def print_table(rows: list[dict[str, Any]]) -> None:
-    columns = columns_of(rows)
+def print_table(rows: list[dict[str, Any]], columns: list[str] | None = None) -> None:
+    """Aligned columns, by default all of them."""
+    columns = columns_of(rows) if columns is None else columns
     cells = [columns, *([format_cell(row.get(column)) for column in columns] for row in rows)]
     widths = [max(len(line[i]) for line in cells) for i in range(len(columns))]
     for line in cells:
         print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
 
 
-def write_results(folder: Path, suite: str, rows: list[dict[str, Any]], where: dict[str, Any]) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / f"{suite}.json").write_text(json.dumps({"environment": where, "rows": rows}, indent=1) + "\n")
-    columns = columns_of(rows)
-    with (folder / f"{suite}.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=[*columns, *where])
-        writer.writeheader()
-        writer.writerows({**row, **where} for row in rows)
+def run_suite(suite: str, quick: bool, device: torch.device, report: Report) -> None:
+    """The modules are imported here because each needs packages that the other does not."""
+    if suite == "kernels":
+        from bench import kernels
+
+        kernels.run(quick, device, report)
+        if report.folder is not None:
+            draw(report, device)
+    else:
+        from bench import prefill
+
+        report.add(prefill.run(quick, device))
+
+
+def draw(report: Report, device: torch.device) -> None:
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError:
+        print("No figures: matplotlib is not installed (pip install 'toprl-kernels[viz]')")
+        return
+    from bench.figures import draw_figures
+
+    assert report.folder is not None
+    name = report.where["device"] if device.type == "cuda" else f"{report.where['torch_threads']} CPU threads"
+    for path in draw_figures(report.rows, report.folder / "figures", name):
+        print(f"wrote {path}")
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -94,6 +119,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--suite", choices=[*SUITES, "all"], default="all")
     parser.add_argument("--quick", action="store_true", help="small sizes and few repetitions")
     parser.add_argument("--output_dir", type=Path, default=None, help="write JSON and CSV here (default: do not write)")
+    parser.add_argument("--resume", action="store_true", help="keep the finished cases of an interrupted run there")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     return parser.parse_args(arguments)
 
@@ -101,7 +127,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> int:
     options = parse_arguments(arguments)
     device = torch.device(options.device)
-    where = environment(device)
+    where = {**environment(device), "quick": options.quick}
     print(" | ".join(f"{name} {value}" for name, value in where.items()))
     if device.type != "cuda":
         print(
@@ -110,13 +136,15 @@ def main(arguments: list[str] | None = None) -> int:
     summary: dict[str, Any] = {"environment": where, "suites": {}}
     for suite in SUITES if options.suite == "all" else (options.suite,):
         begin = time.perf_counter()
-        rows = importlib.import_module(suite).run(options.quick, device)
+        report = Report(suite, where, options.output_dir, resume=options.resume)
+        run_suite(suite, options.quick, device, report)
         seconds = time.perf_counter() - begin
         print(f"\n{suite} ({seconds:.0f} s)")
-        print_table(rows)
-        if options.output_dir is not None:
-            write_results(options.output_dir, suite, rows, where)
-        summary["suites"][suite] = {"seconds": round(seconds, 1), "rows": rows}
+        print_table(report.rows, PRINTED.get(suite))
+        for name, table in report.tables.items():
+            print(f"\n{suite}: {name}")
+            print_table(table)
+        summary["suites"][suite] = {"seconds": round(seconds, 1), **report.content()}
     print(json.dumps(summary))
     return 0
 

@@ -34,16 +34,18 @@ def time_interleaved(
     seconds: float,
     min_rounds: int = 5,
     max_rounds: int = 200,
+    warm_up: int = 2,
 ) -> dict[str, Timing]:
     """Run A B C, A B C, ... for about ``seconds`` in all and return the quantiles of each provider.
 
-    On CUDA each call is timed by events after clearing the L2 cache; on the CPU by the wall clock.
+    On CUDA each call is timed by events after clearing the L2 cache; on the CPU by the wall clock. ``warm_up`` untimed
+    rounds come first: compilation, allocation, paging in.
     """
     on_cuda = device.type == "cuda"
     scratch = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device=device) if on_cuda else None
-    for call in providers.values():  # compile, allocate, page in
-        call()
-        call()
+    for _ in range(warm_up):
+        for call in providers.values():
+            call()
     samples: dict[str, list[float]] = {name: [] for name in providers}
     deadline = time.perf_counter() + seconds
     rounds = 0

@@ -1,0 +1,68 @@
+"""compact_cache against gathering by index.
+
+Useful work: each kept key and value read and written once. No FLOPs.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from bench.kernel_cases import CacheCase
+from bench.kernel_measure import (
+    Built,
+    NotAvailableError,
+    Provider,
+    Row,
+    Settings,
+    Work,
+    compare,
+    exact,
+    our_name,
+    shared_labels,
+)
+from toprl_kernels import compact_cache
+
+
+def bench_cache(case: CacheCase, settings: Settings) -> list[Row]:
+    generator = torch.Generator().manual_seed(0)
+    shape = (case.batch, case.num_kv_heads, case.num_tokens, case.head_dim)
+    keys, values = (torch.randn(*shape, generator=generator).to(settings.device, case.dtype) for _ in range(2))
+    order = torch.rand(case.batch, case.num_tokens, generator=generator).argsort(dim=1)
+    indices = order[:, : case.k].sort(dim=1).values.to(settings.device)  # [B, K]
+    index = indices[:, None, :, None].expand(-1, case.num_kv_heads, -1, case.head_dim)
+    truth = [keys.gather(2, index), values.gather(2, index)]
+
+    def in_place() -> Built:
+        """Compacts the same cache again and again; only the first call, which is the checked one, sees its contents."""
+        own_keys, own_values = keys.clone(), values.clone()
+        return Built(lambda: list(compact_cache(own_keys, own_values, indices, inplace=True)))
+
+    def gather() -> list[Tensor]:
+        expanded = indices[:, None, :, None].expand(-1, case.num_kv_heads, -1, case.head_dim)
+        return [keys.gather(2, expanded), values.gather(2, expanded)]
+
+    def by_rows() -> Built:
+        if case.batch > 1:
+            raise NotAvailableError("index_select takes one list of indices for all samples: B = 1 only")
+        return Built(lambda: [keys.index_select(2, indices[0]), values.index_select(2, indices[0])])
+
+    labels = shared_labels(
+        "compact_cache",
+        "fwd",
+        case.shape,
+        case.dtype,
+        case.label(),
+        batch=case.batch,
+        num_tokens=case.num_tokens,
+        keep=case.k / case.num_tokens,
+    )
+    providers = [
+        Provider(our_name(settings.device), lambda: Built(lambda: list(compact_cache(keys, values, indices))), "ours"),
+        Provider("toprl, in place", in_place, role="ours"),
+        Provider("gather", lambda: Built(gather)),
+        Provider("index_select", by_rows),
+    ]
+    moved = 4 * indices.numel() * case.num_kv_heads * case.head_dim * case.dtype.itemsize
+    with torch.no_grad():
+        return compare(labels, case.dtype, providers, lambda got: exact(got, truth), Work(0.0, moved), settings)

@@ -1,0 +1,133 @@
+"""The tables made of the rows: targets with their verdicts, memory over N. And the order in which calls are timed."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from bench.figures import sweep_of
+from bench.kernel_targets import TARGETS, memory_table, targets_table
+from bench.timing import time_interleaved
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+BASE = {
+    "op": "masked_attention",
+    "mode": "hard fwd",
+    "shape": "B1 H8/2 N2048 D64",
+    "dtype": "float32",
+    "batch": 1,
+    "num_tokens": 2048,
+    "keep": 0.25,
+    "pattern": "random",
+    "role": "peer",
+    "note": "",
+    "case": "base",
+    "p50_ms": 1.0,
+    "ratio_to_ours": None,
+    "peak_mib": None,
+}
+
+
+def table(rows, device=CPU):
+    """Verdicts by the position in TARGETS, as a name may serve two devices."""
+    found = targets_table(rows, device)
+    assert [row["target"] for row in found] == [target.name for target in TARGETS]
+    return found
+
+
+def verdict_of(rows, words, device=CPU):
+    return next(row for row in table(rows, device) if row["device"] == device.type and words in row["target"])
+
+
+def test_without_rows_nothing_is_measured():
+    for row in table([]):
+        assert row["met"] is None and row["measured"] is None
+        here = "not measured: no" if row["device"] == "cpu" else "not measured: no CUDA device"
+        assert row["verdict"].startswith((here, "not measured: fewer than two sizes"))
+
+
+@pytest.mark.parametrize(("ratio", "met", "verdict"), [(3.0, True, "met, 20% to spare"), (2.0, False, "missed by 20%")])
+def test_the_faster_of_the_masks_decides(ratio, met, verdict):
+    rows = [
+        {**BASE, "provider": "sdpa bool mask", "ratio_to_ours": 9.0},
+        {**BASE, "provider": "sdpa float mask", "ratio_to_ours": ratio},
+        {**BASE, "provider": "sdpa float mask", "ratio_to_ours": 0.1, "keep": 0.5},  # another case
+    ]
+    found = verdict_of(rows, "forward against SDPA")
+    assert (found["bar"], found["measured"], found["met"], found["verdict"]) == (">= 2.5x", ratio, met, verdict)
+
+
+def test_a_peer_without_a_time_passes_its_reason_on():
+    rows = [{**BASE, "provider": "flex mask_mod", "note": "cannot run: no compiler"}]
+    assert verdict_of(rows, "FlexAttention")["verdict"] == "not measured: cannot run: no compiler"
+
+
+def test_compaction_takes_the_slower_way_over_the_floor():
+    row = {**BASE, "op": "compacted_attention"}
+    rows = [
+        {**row, "provider": "masked_attention, all kept", "role": "ours", "p50_ms": 1.05},
+        {**row, "provider": "gather q, k, v + sdpa", "role": "ours", "p50_ms": 1.21},
+        {**row, "provider": "sdpa over kept tokens (floor)", "role": "bound", "p50_ms": 1.0},
+    ]
+    found = verdict_of(rows, "after compaction")
+    assert (found["measured"], found["verdict"]) == (1.21, "missed by 10%")
+    assert verdict_of([{**r, "p50_ms": 1.0} for r in rows], "after compaction")["met"] is True
+
+
+def memory_rows(mode, power):
+    return [
+        {**BASE, "mode": mode, "num_tokens": n, "provider": "toprl (eager)", "peak_mib": (n / 576) ** power}
+        for n in (576, 2304)
+    ]
+
+
+def test_memory_table_and_its_targets():
+    rows = memory_rows("hard fwd", 1.0) + memory_rows("hard fwd+bwd", 1.1) + memory_rows("soft fwd+bwd+mask", 2.0)
+    found = memory_table(rows, CPU)
+    assert [row["mode"] for row in found] == ["hard fwd", "hard fwd+bwd", "soft fwd+bwd+mask"]
+    assert [row["exponent"] for row in found] == pytest.approx([1.0, 1.1, 2.0])
+    assert (found[2]["N=576 MiB"], found[2]["N=2304 MiB"]) == (1.0, 16.0)
+    assert verdict_of(rows, "memory, hard mask")["met"] is True
+    assert verdict_of(rows, "memory with mask gradient")["met"] is False
+
+
+def test_targets_of_a_gpu():
+    soft = {**BASE, "mode": "soft fwd+bwd+mask", "keep": None}
+    rows = [
+        {**BASE, "dtype": "bfloat16", "provider": "sdpa dense (bound)", "ratio_to_ours": 3.3},
+        {**BASE, "shape": "B1 H32/8 N2048 D128", "keep": 1.0, "provider": "sdpa dense (bound)", "ratio_to_ours": 0.9},
+        {**soft, "provider": "toprl (triton)", "role": "ours", "p50_ms": 3.2},
+        {**soft, "provider": "ours, forward only", "role": "bound", "p50_ms": 1.0},
+        {**soft, "provider": "ours, no mask gradient", "role": "bound", "p50_ms": 3.0},
+        {**BASE, "op": "topk_compact", "mode": "fwd", "role": "ours", "provider": "toprl (triton)", "batch": 32,
+         "num_tokens": 2880, "hidden_size": 4096, "floor_percent": 85.0},
+        {**BASE, "op": "topk_compact", "mode": "fwd", "role": "ours", "provider": "toprl (triton)", "batch": 1,
+         "num_tokens": 576, "hidden_size": 4096, "floor_percent": 3.0},
+        {**BASE, "op": "actor_score", "role": "ours", "provider": "toprl (triton)", "num_tokens": 2880,
+         "floor_percent": 60.0},
+    ]  # fmt: skip
+    assert verdict_of(rows, "flash backend of SDPA over all tokens", CUDA)["met"] is True
+    assert verdict_of(rows, "all-ones mask", CUDA)["verdict"] == "missed by 5%"
+    cost = verdict_of(rows, "backward with mask gradient", CUDA)
+    assert cost["measured"] == pytest.approx(1.1) and cost["bar"] == "<= 1.1x"
+    assert verdict_of(rows, "copy bandwidth", CUDA)["measured"] == 85.0  # small sizes are bound by their launches
+    assert verdict_of(rows, "actor_score", CUDA)["met"] is False
+    assert all(
+        row["verdict"] == "not measured: the run is on cuda" for row in table(rows, CUDA) if row["device"] == "cpu"
+    )
+
+
+def test_a_curve_joins_only_what_differs_in_size():
+    other = {**BASE, "provider": "a", "shape": "B1 H8/8 N2048 D128"}
+    rows = [{**BASE, "provider": "a", "num_tokens": n, "shape": f"B1 H8/2 N{n} D64"} for n in (576, 1024, 2048)]
+    assert sweep_of([other, *rows, {**rows[0], "keep": 0.1}]) == rows
+    small = {**other, "num_tokens": 576, "shape": "B1 H8/8 N576 D128", "keep": 0.1}
+    assert sweep_of([small, other]) == [other]  # of two single sizes, the base
+
+
+def test_calls_are_timed_in_turn():
+    order: list[str] = []
+    calls = {name: (lambda name=name: order.append(name)) for name in "abc"}
+    found = time_interleaved(calls, CPU, seconds=0.0, min_rounds=2, warm_up=1)
+    assert "".join(order) == "abc" * 3
+    assert all(timing.rounds == 2 and timing.p20_ms <= timing.p50_ms <= timing.p80_ms for timing in found.values())
