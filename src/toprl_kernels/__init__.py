@@ -4,6 +4,7 @@ from toprl_kernels import flops
 from toprl_kernels.actor_score.api import actor_score
 from toprl_kernels.actor_score.weights import ActorWeights
 from toprl_kernels.backend import explain
+from toprl_kernels.compact_cache.api import compact_cache
 from toprl_kernels.keep_mask.api import KeepMaskSample, keep_mask_log_prob, sample_keep_mask
 from toprl_kernels.masked_attention.api import masked_attention
 from toprl_kernels.topk_compact.api import topk_compact
@@ -14,6 +15,7 @@ __all__ = [
     "KeepMaskSample",
     "TopkCompactOutput",
     "actor_score",
+    "compact_cache",
     "explain",
     "flops",
     "keep_mask_log_prob",

@@ -232,17 +232,21 @@ def compact_stage(forward: ForwardPass, hidden_states: Tensor, decision: Decisio
     slot_scores = slot_scores.scatter(1, slots, scores)[:, :length].contiguous()
     totals = [text + keep for text, keep in zip(forward.num_text, counts, strict=True)]
     ragged = len(set(totals)) > 1
-    k = torch.tensor(totals, device=hidden_states.device) if ragged else totals[0]
-    compacted, indices, *_ = topk_compact(hidden_states, slot_scores, k, valid_mask=forward.valid)
-    valid = None
     if ragged:
         # generation reads the last position: shorter rows are padded on the left
-        width = max(totals)
-        shift = width - torch.tensor(totals, device=indices.device)
-        source = torch.arange(width, device=indices.device) - shift[:, None]
-        valid = source >= 0
-        indices = indices.gather(1, source.clamp(min=0)).masked_fill(~valid, 0)
-        compacted = gather_slots(hidden_states, indices)
+        kept = topk_compact(
+            hidden_states,
+            slot_scores,
+            torch.tensor(totals, device=hidden_states.device),
+            valid_mask=forward.valid,
+            max_length=max(totals),
+            padding_side="left",
+        )
+        valid, indices = kept.valid_mask, kept.indices.masked_fill(~kept.valid_mask, 0)
+    else:
+        kept = topk_compact(hidden_states, slot_scores, totals[0], valid_mask=forward.valid)
+        valid, indices = None, kept.indices
+    compacted = kept.hidden_states
     forward.valid = valid
     new_ordinal = ordinal.gather(1, indices)
     forward.ordinal = new_ordinal if valid is None else new_ordinal.masked_fill(~valid, -1)

@@ -158,7 +158,11 @@ def test_views_and_empty(backend: str, device: str) -> None:
         ({"tau": 0.0}, ValueError, r"tau=0.0 must be a number > 0"),
         ({"tau": float("nan")}, ValueError, r"tau=nan"),
         ({"uniform": torch.rand(2, 4)}, ValueError, r"uniform must be \[B, N\] = \(2, 5\)"),
-        ({"uniform": torch.rand(2, 5), "generator": torch.Generator()}, ValueError, r"both given; pass one"),
+        (
+            {"uniform": torch.rand(2, 5), "generator": torch.Generator()},
+            ValueError,
+            r"generator and uniform are given together; pass one",
+        ),
         ({"previous_mask": torch.ones(2, 5)}, TypeError, r"previous_mask has dtype float32"),
     ],
 )

@@ -90,6 +90,12 @@ def test_negative_nan_bits(backend: str, device: str) -> None:
     assert out.indices.tolist() == [[1, 3]]
 
 
+def test_a_nan_row_beside_a_row_of_ties(backend: str, device: str) -> None:
+    """Counting what reaches the K-th number finds the right total here: none of the first row, all of the second."""
+    out = run([[NAN, 1.0, 2.0, 3.0], [5.0, 5.0, 5.0, 5.0]], 2, backend, device)
+    assert out.indices.tolist() == [[2, 3], [0, 1]]
+
+
 VALUES = st.sampled_from([0.0, -0.0, 1.0, -1.0, 0.5, NAN, INF, -INF, 1e-45, -1e-45, 3.4e38, -3.4e38])
 
 
@@ -160,6 +166,55 @@ def test_ragged_k_is_clipped_unless_validated(backend: str, device: str) -> None
         run([[1.0, 2.0], [3.0, 4.0]], [-3, 9], backend, device, validate=True)
 
 
+def test_max_length(backend: str, device: str) -> None:
+    """The output length is the caller's; a larger k keeps the best that fit."""
+    scores = [[3.0, 1.0, 2.0, 0.0], [1.0, 2.0, 3.0, 4.0]]
+    out = run(scores, [1, 2], backend, device, max_length=3)
+    assert out.indices.tolist() == [[0, -1, -1], [2, 3, -1]]
+    assert run(scores, [1, 4], backend, device, max_length=2).indices.tolist() == [[0, -1], [2, 3]]
+    assert run(scores, [1, 4], backend, device, max_length=0).hidden_states.shape == (2, 0, 3)
+
+
+def test_left_padding(backend: str, device: str) -> None:
+    scores, rope = [[3.0, 1.0, 2.0], [1.0, 2.0, 3.0]], torch.arange(18, device=device).view(3, 2, 3) + 1
+    out = run(scores, [1, 3], backend, device, padding_side="left", position_ids=rope, return_inverse=True)
+    assert out.indices.tolist() == [[-1, -1, 0], [0, 1, 2]]
+    assert out.valid_mask.tolist() == [[False, False, True], [True] * 3]
+    assert out.hidden_states[0, :, 1].tolist() == [0.0, 0.0, 1.0]
+    assert out.position_ids is not None and out.inverse is not None
+    assert out.position_ids.tolist() == [[[0, 0, r], [r + 3, r + 4, r + 5]] for r in (1, 7, 13)]
+    assert out.inverse.tolist() == [[2, -1, -1], [0, 1, 2]]
+    valid = torch.tensor([[True, False, True], [False, False, True]], device=device)
+    by_validity = run(scores, 2, backend, device, padding_side="left", valid_mask=valid)
+    assert by_validity.indices.tolist() == [[0, 2], [-1, 2]]
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_inverse_scatters_back(side: str, backend: str, device: str) -> None:
+    scores = torch.randn(3, 20, device=device)
+    hidden = torch.randn(3, 20, 4, device=device)
+    k = torch.tensor([0, 7, 20], device=device)
+    out = topk_compact(hidden, scores, k, return_inverse=True, padding_side=side, backend=backend)
+    assert out.inverse is not None
+    assert out.inverse.dtype == torch.int64
+    back = out.hidden_states.gather(1, out.inverse.clamp(min=0)[:, :, None].expand(-1, -1, 4))
+    kept = (out.inverse >= 0)[:, :, None]
+    assert kept.sum().item() == 27
+    assert torch.equal(back * kept, hidden * kept)
+    assert run([[1.0, 2.0]], 1, backend, device).inverse is None
+    assert run([[1.0, 2.0]], 0, backend, device, return_inverse=True).inverse.tolist() == [[-1, -1]]  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.int32, torch.float64, torch.bfloat16])
+def test_hidden_states_of_any_dtype(dtype: torch.dtype, backend: str, device: str) -> None:
+    hidden = (torch.randn(2, 9, 5, device=device) * 3).to(dtype)
+    out = topk_compact(hidden, torch.randn(2, 9, device=device), torch.tensor([4, 2]), backend=backend)
+    assert out.hidden_states.dtype == dtype
+    for sample, count in enumerate((4, 2)):
+        assert torch.equal(out.hidden_states[sample, :count], hidden[sample, out.indices[sample, :count]])
+        assert not out.hidden_states[sample, count:].any()
+
+
 def test_zero_k_and_empty_batch(backend: str, device: str) -> None:
     out = run([[1.0, 2.0]], 0, backend, device)
     assert out.hidden_states.shape == (1, 0, 3)
@@ -198,7 +253,7 @@ def test_non_contiguous(backend: str, device: str) -> None:
         hidden.contiguous(), scores.contiguous(), 3, position_ids=positions.contiguous(), backend="reference"
     )
     out = topk_compact(hidden, scores, 3, position_ids=positions, valid_mask=valid, backend=backend)
-    assert all(torch.equal(a, b) for a, b in zip(out, plain, strict=True))  # type: ignore[arg-type]
+    assert all(torch.equal(a, b) for a, b in zip(out, plain, strict=True) if a is not None)  # type: ignore[arg-type]
 
 
 @pytest.mark.usefixtures("poisoned_memory")
@@ -231,6 +286,14 @@ def test_triton_writes_every_element(device: str) -> None:
         ({"scores": torch.zeros(2, 4, device="meta")}, ValueError, r"scores is on meta"),
         ({"position_ids": torch.zeros(2, 2, 4)}, ValueError, r"position_ids must be.*\[3, B, N\].*\(2, 2, 4\)"),
         ({"position_ids": torch.zeros(2, 4)}, TypeError, r"position_ids has dtype float32.*long"),
+        ({"padding_side": "both"}, ValueError, r"padding_side='both' is unknown; use 'right' or 'left'"),
+        ({"max_length": 3}, ValueError, r"max_length=3 is for a tensor k, the int k=2 is the length"),
+        ({"k": torch.tensor([1, 2]), "max_length": 5}, ValueError, r"max_length=5 is outside 0..N=4"),
+        (
+            {"k": torch.tensor([1, 3]), "max_length": 2, "validate": True},
+            ValueError,
+            r"k=\[1, 3\] has values above max_length=2; raise max_length",
+        ),
         ({"valid_mask": torch.ones(2, 4)}, TypeError, r"valid_mask has dtype float32.*True = eligible"),
         ({"scores": torch.tensor([[NAN, 0, 0, 0]] * 2), "validate": True}, ValueError, r"scores has 2 NaN"),
         ({"scores": torch.full((2, 4), INF), "validate": True}, ValueError, r"force in \[4, 4\].*k=2"),

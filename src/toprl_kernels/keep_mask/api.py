@@ -1,4 +1,4 @@
-"""The public functions: contract, checks, noise, dispatch."""
+"""The public functions: contract, checks, seed, dispatch."""
 
 from __future__ import annotations
 
@@ -10,11 +10,13 @@ from torch import Tensor
 
 from toprl_kernels import _checks as check
 from toprl_kernels.backend import choose
-from toprl_kernels.keep_mask.eager import keep_mask_eager
+from toprl_kernels.keep_mask.eager import draw_uniform
+from toprl_kernels.keep_mask.library import forward_op
 from toprl_kernels.keep_mask.reference import keep_mask_reference
 
 OP = "sample_keep_mask"
 OP_LOG_PROB = "keep_mask_log_prob"
+MAX_SEED = 2**63 - 1
 
 
 class KeepMaskSample(NamedTuple):
@@ -28,8 +30,10 @@ class KeepMaskSample(NamedTuple):
 def sample_keep_mask(
     logits: Tensor,
     *,
+    seed: int | Tensor | None = None,
     generator: torch.Generator | None = None,
     uniform: Tensor | None = None,
+    token_ids: Tensor | None = None,
     tau: float = 1.0,
     previous_mask: Tensor | None = None,
     backend: str | None = None,
@@ -40,10 +44,15 @@ def sample_keep_mask(
     sigmoid(logit_keep - logit_drop) whatever tau is. Its gradient is that of the relaxed sample
     sigmoid((difference + noise) / tau) (straight-through).
 
+    The noise of a token is a function of the seed and of the token's number alone (Philox4x32-10): the same on every
+    device and backend, and unchanged when compaction has moved the token. It is a multiple of 2^-24 in (0, 1).
+
     Args:
         logits: [B, N, 2], floating, index 0 = keep, 1 = drop, finite. Sixteen-bit logits are widened first.
-        generator: source of the noise, on the device of the logits. Default: PyTorch's generator.
-        uniform: the noise itself, u in (0, 1), [B, N], instead of a generator.
+        seed: an int, or an int64 tensor [1] on the device of the logits, which is not waited for.
+        generator: draws the seed instead; on the device of the logits. Default: PyTorch's generator.
+        uniform: the noise itself, u in (0, 1), [B, N], instead of a seed.
+        token_ids: [B, N] int64, the number of each token, all different. Default: b * N + n.
         tau: temperature of the gradient, > 0.
         previous_mask: [B, N] bool, False = dropped at an earlier stage: mask, log-probability, entropy and gradient
             are 0 there.
@@ -53,7 +62,7 @@ def sample_keep_mask(
         KeepMaskSample(keep_mask, log_prob, entropy), each [B, N].
 
     Raises:
-        TypeError, ValueError: arguments that do not fit together, tau <= 0, both generator and uniform given.
+        TypeError, ValueError: arguments that do not fit together, tau <= 0, more than one source of noise.
         RuntimeError: backend="triton" cannot run (no CUDA device, triton missing, float64).
 
     Example:
@@ -64,20 +73,44 @@ def sample_keep_mask(
         tensor([[1., 0.]])
     """
     _validate(OP, logits, previous_mask)
-    if not (isinstance(tau, int | float) and math.isfinite(tau) and tau > 0):
+    if not (isinstance(tau, int | float) and 0 < tau < math.inf):
         raise ValueError(f"{OP}: tau={tau!r} must be a number > 0; use a small one such as 0.05 for a sharp gradient")
-    if generator is not None and uniform is not None:
-        raise ValueError(f"{OP}: generator and uniform are both given; pass one of them")
-    dtype = torch.promote_types(logits.dtype, torch.float32)
-    if uniform is None:
-        uniform = torch.rand(logits.shape[:-1], generator=generator, dtype=dtype, device=logits.device)
-        uniform = uniform.clamp(min=2.0**-25)  # rand may return exactly 0, whose logarithm is -inf
-    else:
+    given = [
+        name for name, value in (("seed", seed), ("generator", generator), ("uniform", uniform)) if value is not None
+    ]
+    if len(given) > 1:
+        raise ValueError(f"{OP}: {' and '.join(given)} are given together; pass one of them")
+    if uniform is not None:
         check.require_shape(OP, "uniform", uniform, tuple(logits.shape[:-1]), "[B, N]")
         check.require_dtype(OP, "uniform", uniform, check.FLOATS)
         check.require_device(OP, "uniform", uniform, logits.device)
-        uniform = uniform.detach().to(dtype)
-    return KeepMaskSample(*_run(OP, logits, uniform, None, float(tau), previous_mask, backend))
+        uniform = uniform.detach().to(torch.promote_types(logits.dtype, torch.float32))
+        if token_ids is not None:
+            raise ValueError(f"{OP}: token_ids has no use with uniform; leave one of them out")
+        drawn = None
+    else:
+        drawn = _seed(seed, generator, logits.device)
+    if token_ids is not None:
+        check.require_shape(OP, "token_ids", token_ids, tuple(logits.shape[:-1]), "[B, N]")
+        check.require_dtype(OP, "token_ids", token_ids, (torch.int64,), "use token_ids.long()")
+        check.require_device(OP, "token_ids", token_ids, logits.device)
+    return KeepMaskSample(*_run(OP, logits, uniform, None, drawn, token_ids, float(tau), previous_mask, backend))
+
+
+def _seed(seed: int | Tensor | None, generator: torch.Generator | None, device: torch.device) -> Tensor:
+    """int64 [1] on the device, without waiting for it."""
+    if isinstance(seed, Tensor):
+        check.require_shape(OP, "seed", seed, (1,), "[1]")
+        check.require_dtype(OP, "seed", seed, (torch.int64,), "use seed.long()")
+        check.require_device(OP, "seed", seed, device)
+        return seed
+    if seed is None:
+        return torch.randint(0, MAX_SEED, (1,), generator=generator, dtype=torch.int64, device=device)
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise TypeError(f"{OP}: seed must be an int or an int64 tensor [1], got {seed!r} of type {type(seed).__name__}")
+    if not -MAX_SEED - 1 <= seed <= MAX_SEED:
+        raise ValueError(f"{OP}: seed={seed} does not fit in an int64; use seed % 2**63")
+    return torch.full((1,), seed, dtype=torch.int64, device=device)
 
 
 def keep_mask_log_prob(
@@ -108,7 +141,7 @@ def keep_mask_log_prob(
     check.require_dtype(OP_LOG_PROB, "keep_mask", keep_mask, (torch.bool, *check.FLOATS), "use keep_mask.bool()")
     check.require_device(OP_LOG_PROB, "keep_mask", keep_mask, logits.device)
     given = keep_mask.detach() > 0.5 if keep_mask.dtype != torch.bool else keep_mask
-    _, log_prob, entropy = _run(OP_LOG_PROB, logits, None, given, 1.0, previous_mask, backend)
+    _, log_prob, entropy = _run(OP_LOG_PROB, logits, None, given, None, None, 1.0, previous_mask, backend)
     return log_prob, entropy
 
 
@@ -117,22 +150,22 @@ def _run(
     logits: Tensor,
     uniform: Tensor | None,
     given: Tensor | None,
+    seed: Tensor | None,
+    token_ids: Tensor | None,
     tau: float,
     previous_mask: Tensor | None,
     backend: str | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     obstacle = None
     if logits.dtype == torch.float64:
         obstacle = "logits has dtype float64, the kernels take float16, bfloat16, float32"
-    choice = choose(op, backend, logits.device, obstacle)
-    if choice.name == "triton":
-        from toprl_kernels.keep_mask.triton import keep_mask_triton as implementation
-    elif choice.name == "reference":
-        implementation = keep_mask_reference
-    else:
-        implementation = keep_mask_eager
-    return implementation(logits, uniform=uniform, given=given, tau=tau, previous_mask=previous_mask)
+    choice = choose(op, backend, logits.device, obstacle, dtype=logits.dtype)
+    if choice.name != "reference":
+        return forward_op(logits, uniform, given, seed, token_ids, previous_mask, tau, choice.name)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    if seed is not None:
+        uniform = draw_uniform(logits.shape[:-1], seed, token_ids).to(logits.dtype)
+    return keep_mask_reference(logits, uniform=uniform, given=given, tau=tau, previous_mask=previous_mask)
 
 
 def _validate(op: str, logits: Tensor, previous_mask: Tensor | None) -> None:

@@ -1,48 +1,67 @@
-"""Keep-mask sampling in one launch, and its backward in one launch. The noise comes from PyTorch's generator."""
+"""Keep-mask sampling in one launch, and its backward in one launch that draws the same noise again."""
 
 from __future__ import annotations
-
-from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from toprl_kernels._triton_common import ceil_div
 
 BLOCK = 512
+# where the noise or the decision comes from
+GIVEN, UNIFORM, SEED = (tl.constexpr(number) for number in range(3))
 
 
 @triton.jit
-def load_margin(logits_ptr, uniform_ptr, offsets, mask, SAMPLE: tl.constexpr):
-    """Logit difference and, when sampling, the difference plus logistic noise."""
+def token_uniform(seed, tokens):
+    """Bit for bit :func:`toprl_kernels.keep_mask.random.token_uniform`."""
+    low = (tokens & 0xFFFFFFFF).to(tl.uint32)
+    high = ((tokens >> 32) & 0xFFFFFFFF).to(tl.uint32)
+    word, _, _, _ = tl.philox(seed, low, high, low * 0, low * 0)
+    return ((word >> 9).to(tl.float32) + 0.5) * 1.1920928955078125e-07  # 2^-23
+
+
+@triton.jit
+def load_decision(
+    logits_ptr, uniform_ptr, given_ptr, seed_ptr, token_ids_ptr, offsets, mask,
+    SOURCE: tl.constexpr, HAS_TOKEN_IDS: tl.constexpr,
+):  # fmt: skip
+    """Logit difference, the difference plus logistic noise (as it is for a given mask), and whether to keep."""
     keep = tl.load(logits_ptr + offsets * 2, mask=mask, other=0.0).to(tl.float32)
     drop = tl.load(logits_ptr + offsets * 2 + 1, mask=mask, other=0.0).to(tl.float32)
     delta = keep - drop
-    margin = delta
-    if SAMPLE:
-        u = tl.load(uniform_ptr + offsets, mask=mask, other=0.5)
+    if SOURCE == GIVEN:
+        margin = delta
+        hard = tl.load(given_ptr + offsets, mask=mask, other=0) != 0
+    else:
+        if SOURCE == SEED:
+            tokens = offsets
+            if HAS_TOKEN_IDS:
+                tokens = tl.load(token_ids_ptr + offsets, mask=mask, other=0)
+            u = token_uniform(tl.load(seed_ptr), tokens)
+        else:
+            u = tl.load(uniform_ptr + offsets, mask=mask, other=0.5)
         # 1 - u is exact for u >= 1/2; below, log1p keeps the digits that 1 - u would round away
         small = -u * (1.0 + u * (0.5 + u * (0.333333343 + u * 0.25)))
         log_rest = tl.where(u < 0.01, small, tl.log(1.0 - u))
         margin = delta + (tl.log(u) - log_rest)
-    return delta, margin
+        hard = margin > 0
+    return delta, margin, hard
 
 
 @triton.jit
 def keep_mask_fwd_kernel(
-    logits_ptr, uniform_ptr, given_ptr, previous_ptr, keep_ptr, log_prob_ptr, entropy_ptr, total,
-    SAMPLE: tl.constexpr, HAS_PREVIOUS: tl.constexpr, BLOCK_T: tl.constexpr,
+    logits_ptr, uniform_ptr, given_ptr, seed_ptr, token_ids_ptr, previous_ptr, keep_ptr, log_prob_ptr, entropy_ptr,
+    total,
+    SOURCE: tl.constexpr, HAS_TOKEN_IDS: tl.constexpr, HAS_PREVIOUS: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
     offsets = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
     mask = offsets < total
-    delta, margin = load_margin(logits_ptr, uniform_ptr, offsets, mask, SAMPLE)
-    if SAMPLE:
-        hard = margin > 0
-    else:
-        hard = tl.load(given_ptr + offsets, mask=mask, other=0) != 0
+    delta, _, hard = load_decision(
+        logits_ptr, uniform_ptr, given_ptr, seed_ptr, token_ids_ptr, offsets, mask, SOURCE, HAS_TOKEN_IDS
+    )
     magnitude = tl.abs(delta)
     tail = tl.exp(-magnitude)
     # log(1 + tail); for a tail under 1e-3 the series keeps what 1 + tail rounds away
@@ -50,40 +69,42 @@ def keep_mask_fwd_kernel(
     agrees = hard == (delta > 0)
     log_prob = tl.where(agrees, 0.0, -magnitude) - log_total
     entropy = log_total + magnitude * (tail / (1.0 + tail))
-    keep = hard.to(tl.float32)
+    keep = hard
     if HAS_PREVIOUS:
         previous = tl.load(previous_ptr + offsets, mask=mask, other=0) != 0
-        keep = tl.where(previous, keep, 0.0)
+        keep = keep & previous
         log_prob = tl.where(previous, log_prob, 0.0)
         entropy = tl.where(previous, entropy, 0.0)
-    tl.store(keep_ptr + offsets, keep, mask=mask)
+    if SOURCE != GIVEN:
+        tl.store(keep_ptr + offsets, keep.to(tl.float32), mask=mask)
     tl.store(log_prob_ptr + offsets, log_prob, mask=mask)
     tl.store(entropy_ptr + offsets, entropy, mask=mask)
 
 
 @triton.jit
 def keep_mask_bwd_kernel(
-    logits_ptr, uniform_ptr, given_ptr, previous_ptr, grad_keep_ptr, grad_log_prob_ptr, grad_entropy_ptr, grad_ptr,
+    logits_ptr, uniform_ptr, given_ptr, seed_ptr, token_ids_ptr, previous_ptr,
+    grad_keep_ptr, grad_log_prob_ptr, grad_entropy_ptr, grad_ptr,
     total, tau,
-    SAMPLE: tl.constexpr, HAS_PREVIOUS: tl.constexpr, BLOCK_T: tl.constexpr,
+    SOURCE: tl.constexpr, HAS_TOKEN_IDS: tl.constexpr, HAS_PREVIOUS: tl.constexpr,
+    GRAD_KEEP: tl.constexpr, GRAD_LOG_PROB: tl.constexpr, GRAD_ENTROPY: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
     offsets = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
     mask = offsets < total
-    delta, margin = load_margin(logits_ptr, uniform_ptr, offsets, mask, SAMPLE)
-    magnitude = tl.abs(delta)
-    tail = tl.exp(-magnitude)
+    delta, margin, hard = load_decision(
+        logits_ptr, uniform_ptr, given_ptr, seed_ptr, token_ids_ptr, offsets, mask, SOURCE, HAS_TOKEN_IDS
+    )
+    tail = tl.exp(-tl.abs(delta))
     larger = 1.0 / (1.0 + tail)
     smaller = tail * larger
     p_keep = tl.where(delta > 0, larger, smaller)
     p_drop = tl.where(delta > 0, smaller, larger)
-    if SAMPLE:
-        hard = margin > 0
-    else:
-        hard = tl.load(given_ptr + offsets, mask=mask, other=0) != 0
-    # d log p: 1 - p of what was chosen;  d H = -delta p (1 - p);  straight-through: d sigmoid(margin / tau)
-    grad = tl.load(grad_log_prob_ptr + offsets, mask=mask, other=0.0) * tl.where(hard, p_drop, -p_keep)
-    grad -= tl.load(grad_entropy_ptr + offsets, mask=mask, other=0.0) * delta * p_keep * p_drop
-    if SAMPLE:
+    grad = tl.zeros([BLOCK_T], tl.float32)
+    if GRAD_LOG_PROB:  # d log p = 1 - p of what was chosen
+        grad += tl.load(grad_log_prob_ptr + offsets, mask=mask, other=0.0) * tl.where(hard, p_drop, -p_keep)
+    if GRAD_ENTROPY:  # dH = -delta p (1 - p)
+        grad -= tl.load(grad_entropy_ptr + offsets, mask=mask, other=0.0) * delta * p_keep * p_drop
+    if GRAD_KEEP:  # straight through: d sigmoid(margin / tau)
         soft_tail = tl.exp(-tl.abs(margin) / tau)
         slope = soft_tail / ((1.0 + soft_tail) * (1.0 + soft_tail)) / tau
         grad += tl.load(grad_keep_ptr + offsets, mask=mask, other=0.0) * slope
@@ -94,62 +115,65 @@ def keep_mask_bwd_kernel(
     tl.store(grad_ptr + offsets * 2 + 1, (-grad).to(grad_ptr.dtype.element_ty), mask=mask)
 
 
+def _source(given: Tensor | None, seed: Tensor | None) -> tl.constexpr:
+    return GIVEN if given is not None else SEED if seed is not None else UNIFORM
+
+
+def _pointers(logits: Tensor, *optional: Tensor | None) -> list[Tensor]:
+    """What a kernel gets: dense tensors, masks as bytes, the logits in place of what is absent and not read."""
+    dense = [logits if tensor is None else tensor.contiguous() for tensor in optional]
+    return [tensor.view(torch.uint8) if tensor.dtype == torch.bool else tensor for tensor in dense]
+
+
 def keep_mask_triton(
     logits: Tensor,
-    *,
     uniform: Tensor | None,
     given: Tensor | None,
-    tau: float,
+    seed: Tensor | None,
+    token_ids: Tensor | None,
     previous_mask: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Same contract as :func:`keep_mask_eager`."""
-    outputs: tuple[Tensor, Tensor, Tensor] = _KeepMask.apply(logits, uniform, given, tau, previous_mask)
-    return outputs
+    logits = logits.contiguous()
+    shape = logits.shape[:-1]
+    keep = torch.empty(shape if given is None else (0,), dtype=torch.float32, device=logits.device)
+    log_prob, entropy = (torch.empty(shape, dtype=torch.float32, device=logits.device) for _ in range(2))
+    total = log_prob.numel()
+    if total:
+        with torch.cuda.device_of(logits):
+            keep_mask_fwd_kernel[(ceil_div(total, BLOCK),)](
+                logits, *_pointers(logits, uniform, given, seed, token_ids, previous_mask),
+                keep, log_prob, entropy, total,
+                SOURCE=_source(given, seed), HAS_TOKEN_IDS=token_ids is not None,
+                HAS_PREVIOUS=previous_mask is not None, BLOCK_T=BLOCK, num_warps=4, enable_fp_fusion=True,
+            )  # fmt: skip
+    return keep, log_prob, entropy
 
 
-def _bytes(mask: Tensor | None, unused: Tensor) -> Tensor:
-    return unused if mask is None else mask.contiguous().view(torch.uint8)
-
-
-class _KeepMask(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        logits: Tensor,
-        uniform: Tensor | None,
-        given: Tensor | None,
-        tau: float,
-        previous_mask: Tensor | None,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        logits = logits.contiguous()
-        noise = logits if uniform is None else uniform.contiguous()
-        chosen, previous = _bytes(given, logits), _bytes(previous_mask, logits)
-        keep, log_prob, entropy = (
-            torch.empty(logits.shape[:-1], dtype=torch.float32, device=logits.device) for _ in range(3)
-        )
-        total = keep.numel()
-        if total:
-            with torch.cuda.device_of(logits):
-                keep_mask_fwd_kernel[(ceil_div(total, BLOCK),)](
-                    logits, noise, chosen, previous, keep, log_prob, entropy, total,
-                    SAMPLE=uniform is not None, HAS_PREVIOUS=previous_mask is not None, BLOCK_T=BLOCK, num_warps=4,
-                )  # fmt: skip
-        ctx.save_for_backward(logits, noise, chosen, previous)
-        ctx.sample, ctx.has_previous, ctx.tau = uniform is not None, previous_mask is not None, tau
-        return keep, log_prob, entropy
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_keep: Tensor, grad_log_prob: Tensor, grad_entropy: Tensor) -> tuple[Tensor | None, ...]:
-        logits, noise, chosen, previous = ctx.saved_tensors
-        grad = torch.empty_like(logits)
-        total = grad_keep.numel()
-        if total:
-            with torch.cuda.device_of(logits):
-                keep_mask_bwd_kernel[(ceil_div(total, BLOCK),)](
-                    logits, noise, chosen, previous,
-                    grad_keep.contiguous(), grad_log_prob.contiguous(), grad_entropy.contiguous(), grad,
-                    total, float(ctx.tau),
-                    SAMPLE=ctx.sample, HAS_PREVIOUS=ctx.has_previous, BLOCK_T=BLOCK, num_warps=4,
-                )  # fmt: skip
-        return grad, None, None, None, None
+def keep_mask_backward_triton(
+    logits: Tensor,
+    grad_keep_mask: Tensor | None,
+    grad_log_prob: Tensor | None,
+    grad_entropy: Tensor | None,
+    uniform: Tensor | None,
+    given: Tensor | None,
+    seed: Tensor | None,
+    token_ids: Tensor | None,
+    previous_mask: Tensor | None,
+    tau: float,
+) -> Tensor:
+    """Same contract as :func:`keep_mask_backward_eager`."""
+    logits = logits.contiguous()
+    grad = torch.empty_like(logits)
+    total = logits.numel() // 2
+    if total:
+        with torch.cuda.device_of(logits):
+            keep_mask_bwd_kernel[(ceil_div(total, BLOCK),)](
+                logits, *_pointers(logits, uniform, given, seed, token_ids, previous_mask),
+                *_pointers(logits, grad_keep_mask, grad_log_prob, grad_entropy), grad, total, tau,
+                SOURCE=_source(given, seed), HAS_TOKEN_IDS=token_ids is not None,
+                HAS_PREVIOUS=previous_mask is not None,
+                GRAD_KEEP=grad_keep_mask is not None and given is None, GRAD_LOG_PROB=grad_log_prob is not None,
+                GRAD_ENTROPY=grad_entropy is not None, BLOCK_T=BLOCK, num_warps=4, enable_fp_fusion=True,
+            )  # fmt: skip
+    return grad

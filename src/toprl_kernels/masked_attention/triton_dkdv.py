@@ -70,7 +70,7 @@ def key_block_step(
     return dk, dv, dm
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_heads", "num_queries", "num_keys"])
 def masked_attention_bwd_dkdv_kernel(
     q_ptr, k_ptr, v_ptr, do_ptr, dk_ptr, dv_ptr, dm_ptr, row_ptr, token_ptr,
     stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn,

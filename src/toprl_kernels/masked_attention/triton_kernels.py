@@ -9,6 +9,9 @@ whatever the pattern, and the visible part of the list is a prefix of it for eve
 keys is that of the gradient by the mask, which is not 0 at m_j = 0. Padding keys have m = 0; rows past the last query
 read as 0.
 
+Lengths and the number of heads are not specialised: no code depends on their being 1 or a multiple of 16, and every
+new length would compile again.
+
 Per-token vectors come from ``masked_attention_tokens_kernel`` as one int32 buffer [B, 5, token_stride] (floats by their
 bits), per-row vectors from the prepare kernel as one float32 buffer [4, B * H, row_stride]; both are padded so that
 whole blocks can be loaded unmasked.
@@ -52,7 +55,7 @@ def load_float(ptr):
     return tl.load(ptr).to(tl.float32, bitcast=True)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])
 def masked_attention_tokens_kernel(
     mask_ptr, valid_ptr, token_ptr, stride_mb, stride_mn, stride_vb, stride_vn, num_tokens, token_stride,
     HAS_PADDING: tl.constexpr, BLOCK_T: tl.constexpr,
@@ -138,7 +141,7 @@ def visible_range(kept_ptr, first_token, last_token, num_keys, BLOCK_N: tl.const
     return full // BLOCK_N * BLOCK_N, end
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_heads", "num_queries", "num_keys"])
 def masked_attention_fwd_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, token_ptr,
     stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn,
@@ -213,7 +216,7 @@ def online_softmax(s, v, acc, row_max, row_sum):
     return acc, new_max, row_sum
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_heads", "num_queries", "num_keys"])
 def masked_attention_bwd_prepare_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, do_ptr, lse_ptr, row_ptr, token_ptr,
     stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn,
@@ -251,7 +254,7 @@ def masked_attention_bwd_prepare_kernel(
     tl.store(vector + SELF_GRAD * plane_stride, weight * (dp_self - delta))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_heads", "num_queries", "num_keys"])
 def masked_attention_bwd_dq_kernel(
     q_ptr, k_ptr, v_ptr, do_ptr, dq_ptr, row_ptr, token_ptr,
     stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn,

@@ -7,12 +7,12 @@ from torch import Tensor
 
 from toprl_kernels import _checks as check
 from toprl_kernels.backend import choose
-from toprl_kernels.topk_compact.eager import topk_compact_eager
+from toprl_kernels.topk_compact.library import forward_op
 from toprl_kernels.topk_compact.output import TopkCompactOutput
 from toprl_kernels.topk_compact.reference import topk_compact_reference
 
 OP = "topk_compact"
-MAX_TRITON_TOKENS = 16384
+MAX_TRITON_TOKENS = 65536
 
 
 def topk_compact(
@@ -22,6 +22,9 @@ def topk_compact(
     *,
     position_ids: Tensor | None = None,
     valid_mask: Tensor | None = None,
+    max_length: int | None = None,
+    padding_side: str = "right",
+    return_inverse: bool = False,
     validate: bool = False,
     backend: str | None = None,
 ) -> TopkCompactOutput:
@@ -34,58 +37,66 @@ def topk_compact(
         hidden_states: [B, N, d], any dtype.
         scores: [B, N], floating. No gradient goes to them.
         k: tokens to keep. An int gives every sample k and needs no synchronisation with the GPU. An integer tensor
-            [B] gives each sample its own number; the output length max(k) then costs one synchronisation, and values
-            outside 0..N are clipped to it unless ``validate``.
+            [B] gives each sample its own number; values outside 0..K are clipped to it unless ``validate``.
         position_ids: [B, N], or [3, B, N] for multimodal rotary embeddings; integer. Gathered alongside.
         valid_mask: [B, N] bool, True = eligible. A sample with fewer than k eligible tokens keeps those it has.
-        validate: also check values, which waits for the GPU: NaN scores, tensor k outside 0..N, more than k tokens
-            forced in by +inf.
+        max_length: output length K of a tensor k. By default it is max(k), which waits for the device that k is on;
+            with it nothing waits, so that CUDA graphs and torch.compile work with k on the device.
+        padding_side: "right" or "left", where a sample that keeps fewer than K tokens is padded. Generation reads the
+            last position and wants "left".
+        return_inverse: also return where each token went, to scatter results back.
+        validate: also check values, which waits for the GPU: NaN scores, tensor k outside 0..N or above max_length,
+            more than k tokens forced in by +inf.
         backend: None, "auto", "eager", "triton" or "reference"; see :mod:`toprl_kernels.backend`.
 
     Returns:
-        TopkCompactOutput with hidden_states [B, K, d], indices [B, K] (int64, ascending), valid_mask [B, K] and
-        position_ids [B, K] / [3, B, K] / None. K = k, or max(k) for a tensor. A sample that keeps fewer than K tokens
-        is padded at the end: hidden state 0, index -1, valid_mask False, position 0.
+        TopkCompactOutput with hidden_states [B, K, d], indices [B, K] (int64, ascending), valid_mask [B, K],
+        position_ids [B, K] / [3, B, K] / None and inverse [B, N] (int64, output slot or -1) / None. K = k, or
+        max_length or max(k) for a tensor. Padding has hidden state 0, index -1, valid_mask False, position 0.
 
     Raises:
         TypeError: wrong dtypes; a bool k.
-        ValueError: wrong shapes or devices; int k outside 0..N; under ``validate`` the conditions listed there. When
-            more than k tokens are forced in and ``validate`` is off, the first k of them are kept.
-        RuntimeError: backend="triton" cannot run (no CUDA device, triton missing, float64 scores, N > 16384).
+        ValueError: wrong shapes or devices; int k or max_length outside 0..N; max_length with an int k; an unknown
+            padding_side; under ``validate`` the conditions listed there. When more than k tokens are forced in and
+            ``validate`` is off, the first k of them are kept.
+        RuntimeError: backend="triton" cannot run (no CUDA device, triton missing, float64 scores, complex hidden
+            states, N > 65536).
 
     Example:
         >>> import torch
         >>> from toprl_kernels import topk_compact
         >>> hidden = torch.arange(4.0).view(1, 4, 1)
-        >>> out = topk_compact(hidden, torch.tensor([[0.1, 0.9, 0.9, 0.3]]), 2)
-        >>> out.indices.tolist(), out.hidden_states.flatten().tolist()
-        ([[1, 2]], [1.0, 2.0])
+        >>> out = topk_compact(hidden, torch.tensor([[0.1, 0.9, 0.9, 0.3]]), 2, return_inverse=True)
+        >>> out.indices.tolist(), out.hidden_states.flatten().tolist(), out.inverse.tolist()
+        ([[1, 2]], [1.0, 2.0], [[-1, 0, 1, -1]])
     """
     _validate_layout(hidden_states, scores, position_ids, valid_mask)
-    k = _check_k(k, scores)
+    if padding_side not in ("right", "left"):
+        raise ValueError(f"{OP}: padding_side={padding_side!r} is unknown; use 'right' or 'left'")
+    length = _check_k(k, scores, max_length)
     if validate:
-        _validate_values(scores, k, valid_mask)
-    num_tokens = scores.shape[1]
-    length = k
-    if isinstance(k, Tensor):
-        k = k.clamp(0, num_tokens)
-        length = int(k.max()) if k.numel() else 0  # the one synchronisation of a ragged call
-    assert isinstance(length, int)
+        _validate_values(scores, k, valid_mask, length)
+    left = padding_side == "left"
+    counts = k.to(device=scores.device, dtype=torch.int64).clamp(0, length) if isinstance(k, Tensor) else None
 
-    choice = choose(OP, backend, scores.device, _obstacle(scores))
+    choice = choose(OP, backend, scores.device, _obstacle(hidden_states, scores))
     if choice.name == "reference":
-        counts = k.tolist() if isinstance(k, Tensor) else [k] * scores.shape[0]
-        return topk_compact_reference(
-            hidden_states, scores, counts, length, position_ids=position_ids, valid_mask=valid_mask
+        taken = [length] * scores.shape[0] if counts is None else counts.tolist()
+        out = topk_compact_reference(
+            hidden_states, scores, taken, length, position_ids=position_ids, valid_mask=valid_mask, left=left
         )
-    if choice.name == "triton":
-        from toprl_kernels.topk_compact.triton import topk_compact_triton as implementation
-    else:
-        implementation = topk_compact_eager
-    return implementation(hidden_states, scores, k, length, position_ids=position_ids, valid_mask=valid_mask)
+        return out if return_inverse else out._replace(inverse=None)
+    hidden, indices, kept, positions, inverse = forward_op(
+        hidden_states, scores.detach(), counts, length, valid_mask, position_ids, left, return_inverse, choice.name
+    )
+    return TopkCompactOutput(
+        hidden, indices, kept, None if position_ids is None else positions, inverse if return_inverse else None
+    )
 
 
-def _obstacle(scores: Tensor) -> str | None:
+def _obstacle(hidden_states: Tensor, scores: Tensor) -> str | None:
+    if hidden_states.dtype.is_complex:
+        return f"hidden_states has dtype {str(hidden_states.dtype).removeprefix('torch.')}, the kernels take real ones"
     if scores.dtype == torch.float64:
         return "scores has dtype float64, the kernels take float16, bfloat16, float32"
     if scores.shape[1] > MAX_TRITON_TOKENS:
@@ -116,29 +127,38 @@ def _validate_layout(
         check.require_device(OP, "valid_mask", valid_mask, hidden_states.device)
 
 
-def _check_k(k: int | Tensor, scores: Tensor) -> int | Tensor:
+def _check_k(k: int | Tensor, scores: Tensor, max_length: int | None) -> int:
+    """The output length K."""
     batch, num_tokens = scores.shape
     if isinstance(k, Tensor):
         check.require_shape(OP, "k", k, (batch,), "[B] (or pass an int)")
         check.require_dtype(OP, "k", k, check.INTEGERS, "use k.long()")
-        return k.to(device=scores.device, dtype=torch.int64)
+        if max_length is None:
+            return min(max(int(k.max()), 0), num_tokens) if batch else 0  # the one synchronisation of a ragged call
+        if not 0 <= max_length <= num_tokens:
+            raise ValueError(f"{OP}: max_length={max_length} is outside 0..N={num_tokens}; use min(max_length, N)")
+        return max_length
     if isinstance(k, bool) or not isinstance(k, int):
         raise TypeError(f"{OP}: k must be an int or an int64 tensor [B], got {k!r} of type {type(k).__name__}")
+    if max_length is not None:
+        raise ValueError(f"{OP}: max_length={max_length} is for a tensor k, the int k={k} is the length; leave it out")
     if not 0 <= k <= num_tokens:
         raise ValueError(f"{OP}: k={k} is outside 0..N={num_tokens}; use min(k, scores.shape[1])")
     return k
 
 
-def _validate_values(scores: Tensor, k: int | Tensor, valid_mask: Tensor | None) -> None:
+def _validate_values(scores: Tensor, k: int | Tensor, valid_mask: Tensor | None, length: int) -> None:
     eligible = torch.ones_like(scores, dtype=torch.bool) if valid_mask is None else valid_mask
     num_nan = int((scores.isnan() & eligible).sum())
     if num_nan:
         raise ValueError(f"{OP}: scores has {num_nan} NaN; replace them, or drop those tokens with valid_mask")
     num_tokens = scores.shape[1]
     if isinstance(k, Tensor):
-        outside = (k < 0) | (k > num_tokens)
-        if bool(outside.any()):
+        k = k.to(scores.device)
+        if bool(((k < 0) | (k > num_tokens)).any()):
             raise ValueError(f"{OP}: k={k.tolist()} has values outside 0..N={num_tokens}; use k.clamp(0, N)")
+        if bool((k > length).any()):
+            raise ValueError(f"{OP}: k={k.tolist()} has values above max_length={length}; raise max_length")
     forced = ((scores == torch.inf) & eligible).sum(dim=1)
     if bool((forced > k).any()):
         shown = k if isinstance(k, int) else k.tolist()

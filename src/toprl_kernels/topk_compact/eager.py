@@ -1,62 +1,127 @@
-"""topk_compact in plain PyTorch: scores to order-preserving integers, a stable sort, a gather."""
+"""topk_compact in plain PyTorch: selection to ascending indices, then rows gathered from the flattened batch."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from toprl_kernels.topk_compact.output import TopkCompactOutput
 
+def unique_keys(scores: Tensor, valid_mask: Tensor | None) -> Tensor:
+    """Distinct int64 [B, N] that rank as the rule says: invalid < NaN < -inf < ... < inf, then the lower index first.
 
-def ordered_keys(scores: Tensor, valid_mask: Tensor | None) -> Tensor:
-    """Integers that compare as the rule says: invalid < NaN < -inf < ... < -0.0 = 0.0 < ... < inf. [B, N].
-
-    A float's bits, read as a signed integer, already ascend for positive numbers; for negative ones the magnitude
-    bits are flipped.
+    The bits of a float32, read as an integer, ascend for positive numbers; for negative ones the magnitude bits are
+    flipped. They fill the upper half of the key, the token number counted from the end the lower half.
     """
-    if scores.dtype == torch.float64:
-        bits, highest = (scores + 0.0).view(torch.int64), 2**63 - 1  # + 0.0 turns -0.0 into 0.0
+    num_tokens = scores.shape[1]
+    countdown = torch.arange(num_tokens - 1, -1, -1, device=scores.device)
+    if scores.dtype == torch.float64:  # no room for the token number: rank by a stable sort
+        ranked = scores.masked_fill(scores.isnan(), -torch.inf)
+        order = (ranked + 0.0).argsort(dim=1, descending=True, stable=True)
+        is_number = ~scores.isnan().gather(1, order)
+        # stable again, so that NaN goes behind -inf and the rest stays where it is
+        order = order.gather(1, is_number.to(torch.uint8).argsort(dim=1, descending=True, stable=True))
+        keys = torch.empty_like(order).scatter_(1, order, countdown.expand_as(order))
     else:
-        bits, highest = (scores.float() + 0.0).view(torch.int32), 2**31 - 1
-    keys = torch.where(bits < 0, bits ^ highest, bits)
-    keys = keys.masked_fill(scores.isnan(), -highest)
+        bits = (scores.float() + 0.0).view(torch.int32)  # + 0.0 turns -0.0 into 0.0
+        bits = (bits >> 31).bitwise_and_(0x7FFFFFFF).bitwise_xor_(bits)
+        # Now -inf is -0x7F800001 and inf 0x7F800000, with NaN outside on both sides. Rotated so that inf is the
+        # largest int32, every NaN lies below -inf; one clamp makes them equal and leaves lower values free.
+        bits = bits.add_(0x7FFFFF).clamp_(min=-0x7F000003)
+        keys = torch.add(countdown, bits, alpha=2**32)
+    return keys if valid_mask is None else keys.masked_fill_(~valid_mask, -(2**63))
+
+
+def select_fixed(scores: Tensor, length: int) -> Tensor:
+    """The same number of tokens of every sample: ascending indices [B, K]."""
+    samples, num_tokens = scores.shape
+    if scores.device.type == "cpu" and samples and length:
+        # Nearly always the K-th largest number is untied, and comparing with it is the whole selection. (On a GPU
+        # the count below would wait for the device.)
+        if scores.element_size() < 4:
+            scores = scores.float()
+        threshold = scores.topk(length, dim=1, sorted=False).values.amin(dim=1, keepdim=True)
+        rows = (scores >= threshold).flatten().nonzero()
+        # a threshold of NaN, which topk ranks first, is reached by nothing
+        if rows.numel() == samples * length and (samples == 1 or not bool(threshold.isnan().any())):
+            rows = rows.view(samples, length)
+            return rows - torch.arange(samples)[:, None] * num_tokens if samples > 1 else rows
+    return unique_keys(scores, None).topk(length, dim=1, sorted=False).indices.sort(dim=1).values
+
+
+def select_ragged(scores: Tensor, taken: Tensor, length: int, valid_mask: Tensor | None, left: bool) -> Tensor:
+    """``taken`` [B, 1] tokens of each sample, at most those eligible: ascending indices [B, K], -1 in the padding."""
+    num_tokens = scores.shape[1]
+    order = unique_keys(scores, valid_mask).topk(length, dim=1).indices  # best first
     if valid_mask is not None:
-        keys = keys.masked_fill(~valid_mask, -highest - 1)
-    return keys
+        taken = taken.minimum(valid_mask.sum(dim=1, keepdim=True))
+    ranks = torch.arange(length, device=scores.device)
+    # the padding sorts before every token (left) or behind every token (right)
+    order = torch.where(ranks < taken, order, -1 if left else num_tokens).sort(dim=1).values
+    return order if left else order.masked_fill_(order == num_tokens, -1)
+
+
+def gather_rows(hidden_states: Tensor, indices: Tensor, padded: bool) -> Tensor:
+    """hidden_states[b, indices[b, r]], [B, K, d]; zero where the index is -1, which only ``padded`` indices have."""
+    samples, num_tokens, hidden_size = hidden_states.shape
+    safe = indices.clamp(min=0) if padded else indices
+    # index_select copies whole rows, where gather goes element by element
+    if samples == 1:
+        output = hidden_states[0].index_select(0, safe[0])[None]
+    else:
+        sample = torch.arange(samples, device=indices.device)[:, None]
+        if hidden_states.stride(0) == num_tokens * hidden_states.stride(1):
+            rows = (safe + sample * num_tokens).view(-1)
+            output = hidden_states.flatten(0, 1).index_select(0, rows).view(*indices.shape, hidden_size)
+        else:
+            output = hidden_states[sample, safe]
+    return output.masked_fill_((indices < 0)[:, :, None], 0) if padded else output
 
 
 def topk_compact_eager(
     hidden_states: Tensor,
     scores: Tensor,
-    k: int | Tensor,
+    k: Tensor | None,
     length: int,
-    *,
-    position_ids: Tensor | None,
     valid_mask: Tensor | None,
-) -> TopkCompactOutput:
-    """``k`` is an int, or an int64 tensor [B] on the device of the scores; ``length`` is K."""
-    num_tokens = scores.shape[1]
-    order = ordered_keys(scores, valid_mask).argsort(dim=1, descending=True, stable=True)[:, :length]  # [B, K]
-    ragged = isinstance(k, Tensor) or valid_mask is not None
-    if ragged:
-        taken: Tensor | int = k[:, None] if isinstance(k, Tensor) else k
-        if valid_mask is not None:
-            taken = valid_mask.sum(dim=1, keepdim=True).clamp(max=taken)  # [B, 1]
-        ranks = torch.arange(length, device=scores.device)
-        order = torch.where(ranks < taken, order, num_tokens)  # the tail sorts behind every token
-    order = order.sort(dim=1).values
-    is_token = order < num_tokens
-    safe = order.clamp(max=max(num_tokens - 1, 0)) if ragged else order
+    position_ids: Tensor | None,
+    left: bool,
+    inverse: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Hidden states, indices, valid mask, position ids and inverse map (the last two empty when not asked for).
 
-    samples, _, hidden_size = hidden_states.shape
-    rows = safe + torch.arange(samples, device=scores.device)[:, None] * num_tokens
-    # whole rows of the flattened batch: index_select copies them, gather would go element by element
-    hidden = hidden_states.reshape(-1, hidden_size).index_select(0, rows.flatten()).view(samples, length, hidden_size)
-    positions = None
+    ``k`` is an int64 tensor [B] with values 0..length, or None for ``length`` tokens of every sample.
+    """
+    samples, num_tokens = scores.shape
+    padded = k is not None or valid_mask is not None
+    if padded:
+        taken = torch.full((1, 1), length, device=scores.device) if k is None else k[:, None]
+        indices = select_ragged(scores, taken, length, valid_mask, left)
+    else:
+        indices = select_fixed(scores, length)
+    is_token = indices >= 0
+
+    positions = indices.new_empty(0)
     if position_ids is not None:
+        safe = indices.clamp(min=0) if padded else indices
         positions = position_ids.gather(-1, safe if position_ids.ndim == 2 else safe.expand(3, -1, -1))
-    if ragged:
-        hidden = hidden.masked_fill(~is_token[:, :, None], 0)
-        positions = None if positions is None else positions.masked_fill(~is_token, 0)
-        order = order.masked_fill(~is_token, -1)
-    return TopkCompactOutput(hidden, order, is_token, positions)
+        if padded:
+            positions.masked_fill_(~is_token, 0)
+    slots = indices.new_empty(0)
+    if inverse:
+        column = torch.where(is_token, indices, num_tokens) if padded else indices  # one column takes the padding
+        slots = indices.new_full((samples, num_tokens + 1), -1)
+        slots.scatter_(1, column, torch.arange(length, device=scores.device).expand_as(column))
+        slots = slots[:, :num_tokens].contiguous()
+    return gather_rows(hidden_states, indices, padded), indices, is_token, positions, slots
+
+
+def topk_compact_backward_eager(gradient: Tensor, indices: Tensor, num_tokens: int, padded: bool) -> Tensor:
+    """Transpose of :func:`gather_rows`: [B, N, d], zero where no index points; a sample's indices are unique."""
+    samples, _, hidden_size = gradient.shape
+    total = samples * num_tokens
+    rows = indices + torch.arange(samples, device=indices.device)[:, None] * num_tokens
+    if padded:
+        rows = torch.where(indices < 0, total, rows)  # one row behind the end takes the padding
+    output = gradient.new_zeros(total + padded, hidden_size)
+    output.index_copy_(0, rows.view(-1), gradient.reshape(-1, hidden_size))
+    return output[:total].view(samples, num_tokens, hidden_size)

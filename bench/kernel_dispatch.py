@@ -1,0 +1,114 @@
+"""What a call costs before the first kernel is launched: checks, choice of backend, the dispatcher, autograd.
+
+The implementation under an op is replaced by one that returns finished tensors, so what is left is that cost. It is
+CPU time on any machine, and a GPU cannot hide it when kernels are short.
+"""
+
+from __future__ import annotations
+
+import importlib
+import time
+from collections.abc import Callable
+from typing import Any
+from unittest import mock
+
+import torch
+
+from bench.kernel_measure import Row
+from toprl_kernels import actor_score, compact_cache, masked_attention, sample_keep_mask, topk_compact
+from toprl_kernels.testing import make_actor_weights, make_attention_inputs
+
+BAR_US = 10.0
+ROUNDS, CALLS = 15, 300
+
+
+def dispatch_table() -> list[Row]:
+    """One row per op: microseconds per call without and with a gradient, the smallest of several rounds."""
+    rows = []
+    for op, (function, call, leaves) in _calls().items():
+        module = importlib.import_module(f"toprl_kernels.{function.rpartition('.')[0]}")
+        name = function.rpartition(".")[2]
+        implementation = getattr(module, name)
+        row: Row = {"op": op}
+        for mode, needs_gradient in (("no_grad_us", False), ("grad_us", True)):
+            if needs_gradient and not leaves:
+                continue
+            for leaf in leaves:
+                leaf.requires_grad_(needs_gradient)
+            results: list[Any] = []
+
+            def record(*arguments: Any, real: Callable[..., Any] = implementation, to: list[Any] = results) -> Any:
+                to.append(real(*arguments))
+                return to[-1]
+
+            with mock.patch.object(module, name, record):
+                call()
+            finished = results[0]
+
+            def stub(*arguments: Any, finished: Any = finished) -> Any:
+                return _detached(finished)
+
+            with mock.patch.object(module, name, stub):
+                row[mode] = _microseconds(call) - _microseconds(stub)
+        row["bar_us"] = BAR_US
+        rows.append(row)
+    return rows
+
+
+def _detached(result: Any) -> Any:
+    """New tensor objects: the dispatcher marks those it gets as outputs of the op."""
+    if isinstance(result, torch.Tensor):
+        return result.detach()
+    if isinstance(result, tuple):
+        parts = [_detached(part) for part in result]
+        return type(result)(*parts) if hasattr(result, "_fields") else tuple(parts)
+    return result
+
+
+def _microseconds(call: Callable[[], object]) -> float:
+    best = float("inf")
+    for _ in range(ROUNDS):
+        begin = time.perf_counter()
+        for _ in range(CALLS):
+            call()
+        best = min(best, time.perf_counter() - begin)
+    return best / CALLS * 1e6
+
+
+def _calls() -> dict[str, tuple[str, Callable[[], object], list[torch.Tensor]]]:
+    """Op: the function that is replaced, the call, and the tensors that may need a gradient."""
+    x = make_attention_inputs(1, 2, 2, 8, 8, 16, mask="hard")
+    hidden, scores = torch.randn(1, 8, 16), torch.randn(1, 8)
+    keys, values = torch.randn(2, 1, 2, 8, 16).unbind(0)
+    keys, values = keys.clone(), values.clone()
+    indices = torch.arange(4)[None]
+    weights = make_actor_weights(16, 8)
+    seed = torch.zeros(1, dtype=torch.int64)
+    logits = torch.randn(1, 8, 2)
+    return {
+        "masked_attention": (
+            "masked_attention.library.masked_attention_forward_eager",
+            lambda: masked_attention(x.query, x.key, x.value, x.keep_mask, is_causal=True),
+            [x.query, x.key, x.value],
+        ),
+        "topk_compact": (
+            "topk_compact.library.topk_compact_eager",
+            lambda: topk_compact(hidden, scores, 4),
+            [hidden],
+        ),
+        "compact_cache": (
+            "compact_cache.library.compact_cache_eager",
+            lambda: compact_cache(keys, values, indices),
+            [keys, values],
+        ),
+        "actor_score": (
+            "actor_score.library.actor_score_eager",
+            lambda: actor_score(hidden, 0, weights),
+            list(weights),
+        ),
+        "sample_keep_mask": (
+            "keep_mask.library.keep_mask_eager",
+            lambda: sample_keep_mask(logits, seed=seed),
+            [logits],
+        ),
+    }

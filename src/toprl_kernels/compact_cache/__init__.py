@@ -1,0 +1,1 @@
+"""Gathering the kept tokens' keys and values of an existing cache."""
