@@ -16,7 +16,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
 
 NAMESPACE = "toprl_kernels"
 _LIBRARY = torch.library.Library(NAMESPACE, "DEF")
@@ -35,10 +34,8 @@ class RegisteredOp:
         """Positional arguments only, all of them, in the order of the schema."""
         if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
             return self.overload(*arguments)
-        if self.function is not None and torch.is_grad_enabled():
-            for argument in arguments:
-                if isinstance(argument, Tensor) and argument.requires_grad:
-                    return self.function.apply(*arguments)
+        if self.function is not None and torch.is_grad_enabled() and torch._C._any_requires_grad(*arguments):
+            return self.function.apply(*arguments)
         with _below_autograd():
             return self.overload(*arguments)
 

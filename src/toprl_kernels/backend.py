@@ -88,9 +88,8 @@ def choose(
     if backend is None:
         backend = os.environ.get(ENVIRONMENT_VARIABLE) or "auto"
     is_double = dtype == torch.float64
-    return _decide(
-        op, backend, from_environment, device, input_obstacle, is_double, definition_because, interpreting()
-    )
+    interpreted = backend == "triton" and interpreting()  # nobody else runs kernels on CPU tensors
+    return _decide(op, backend, from_environment, device, input_obstacle, is_double, definition_because, interpreted)
 
 
 # What torch.compiler.assume_constant_result sets: the arguments are constants of a trace. The decorator itself imports

@@ -13,6 +13,7 @@ from toprl_kernels.masked_attention import library
 from toprl_kernels.masked_attention.reference import masked_attention_reference
 
 OP = "masked_attention"
+MASKS = (torch.bool, *check.FLOATS)
 TINY = 2**16  # pairs over all heads; measured on a CPU
 MAX_HEAD_DIM = 256  # of the kernels; the other implementations take any
 
@@ -77,7 +78,8 @@ def masked_attention(
     if torch.is_autocast_enabled(query.device.type):  # as torch does for scaled_dot_product_attention
         dtype = torch.get_autocast_dtype(query.device.type)
         query, key, value = _autocast(query, dtype), _autocast(key, dtype), _autocast(value, dtype)
-    _validate(query, key, value, keep_mask, key_padding_mask)
+    if not _fits(query, key, value, keep_mask, key_padding_mask):
+        _explain_misfit(query, key, value, keep_mask, key_padding_mask)
     scale = 1.0 / math.sqrt(query.shape[3]) if scale is None else float(scale)
     choice = choose(
         OP, backend, query.device, _obstacle(query), dtype=query.dtype, definition_because=_tiny(query, keep_mask)
@@ -125,7 +127,44 @@ def _obstacle(query: Tensor) -> str | None:
     return None
 
 
-def _validate(query: Tensor, key: Tensor, value: Tensor, keep_mask: Tensor, key_padding_mask: Tensor | None) -> None:
+def _fits(query: Tensor, key: Tensor, value: Tensor, keep_mask: Tensor, key_padding_mask: Tensor | None) -> bool:
+    """Whether the arguments are as documented, in as few attribute reads as possible: this runs before every kernel."""
+    try:
+        batch, num_heads, num_queries, head_dim = query.shape
+        _, num_kv_heads, num_keys, _ = shape = key.shape
+        dtype, device, tokens = query.dtype, query.device, (batch, num_keys)
+        return (
+            value.shape == shape
+            and shape[0] == batch
+            and shape[3] == head_dim > 0
+            and num_queries <= num_keys
+            and num_kv_heads > 0
+            and num_heads % num_kv_heads == 0
+            and keep_mask.shape == tokens
+            and key.dtype == dtype
+            and value.dtype == dtype
+            and dtype in check.FLOATS
+            and keep_mask.dtype in MASKS
+            and key.device == device
+            and value.device == device
+            and keep_mask.device == device
+            and (
+                key_padding_mask is None
+                or (
+                    key_padding_mask.shape == tokens
+                    and key_padding_mask.dtype == torch.bool
+                    and key_padding_mask.device == device
+                )
+            )
+        )
+    except (AttributeError, ValueError):  # not a tensor, another number of dimensions
+        return False
+
+
+def _explain_misfit(
+    query: Tensor, key: Tensor, value: Tensor, keep_mask: Tensor, key_padding_mask: Tensor | None
+) -> None:
+    """Raise the error that names the argument."""
     check.require_ndim(OP, "query", query, 4, "[B, H, Nq, D]")
     check.require_ndim(OP, "key", key, 4, "[B, Hkv, N, D]")
     batch, num_heads, num_queries, head_dim = query.shape
@@ -149,9 +188,7 @@ def _validate(query: Tensor, key: Tensor, value: Tensor, keep_mask: Tensor, key_
         check.require_dtype(
             OP, name, tensor, (query.dtype,), f"query, key and value must agree: {name}.to(query.dtype)"
         )
-    check.require_dtype(
-        OP, "keep_mask", keep_mask, (torch.bool, *check.FLOATS), "use keep_mask.bool() for an integer mask"
-    )
+    check.require_dtype(OP, "keep_mask", keep_mask, MASKS, "use keep_mask.bool() for an integer mask")
     tensors = [("key", key), ("value", value), ("keep_mask", keep_mask)]
     if key_padding_mask is not None:
         check.require_shape(OP, "key_padding_mask", key_padding_mask, (batch, num_keys), "[B, N]")
@@ -159,3 +196,4 @@ def _validate(query: Tensor, key: Tensor, value: Tensor, keep_mask: Tensor, key_
         tensors.append(("key_padding_mask", key_padding_mask))
     for name, tensor in tensors:
         check.require_device(OP, name, tensor, query.device)
+    raise AssertionError(f"{OP}: arguments were refused for no stated reason")
