@@ -21,9 +21,13 @@ from typing import NamedTuple
 
 import torch
 
+from toprl_kernels.configs import describe, describe_choice
+
 BACKENDS = ("auto", "eager", "triton", "reference")
 ENVIRONMENT_VARIABLE = "TOPRL_KERNELS_BACKEND"
 OPS = ("masked_attention", "topk_compact", "compact_cache", "actor_score", "sample_keep_mask")
+MEASURED_OPS = ("actor_score",)  # Triton only where a measurement says that it is faster
+ON_CUDA = "CUDA tensors"
 
 
 class Choice(NamedTuple):
@@ -126,11 +130,13 @@ def _decide(
         return Choice("eager", f"the tensors are on {device}; Triton is chosen automatically on CUDA only")
     if obstacle is not None:
         return Choice("eager", f"Triton cannot take this call: {obstacle}")
-    return Choice("triton", "CUDA tensors")
+    return Choice("triton", ON_CUDA)
 
 
 def explain(device: torch.device | str | None = None) -> str:
     """One line per op saying which implementation would run for ordinary inputs on ``device``, and why.
+
+    The last line says where the kernels' launch configurations come from.
 
     Args:
         device: default is CUDA where there is one, else the CPU.
@@ -140,11 +146,17 @@ def explain(device: torch.device | str | None = None) -> str:
         masked_attention: eager (the tensors are on cpu; Triton is chosen automatically on CUDA only)
     """
     where = torch.device(device if device is not None else ("cuda" if torch.cuda.is_available() else "cpu"))
+    is_here = where.type != "cuda" or torch.cuda.is_available()
     lines = []
     for op in OPS:
         try:
             choice = choose(op, None, where)
+            if op in MEASURED_OPS and choice.reason == ON_CUDA and is_here:
+                choice = Choice(*describe_choice(op, where))
             lines.append(f"{op}: {choice.name} ({choice.reason})")
         except (RuntimeError, ValueError) as error:
             lines.append(f"{op}: error ({error})")
+    lines.append(
+        describe(where) if is_here else "launch configurations: no CUDA device here to read the architecture of"
+    )
     return "\n".join(lines)

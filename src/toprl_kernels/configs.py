@@ -1,9 +1,8 @@
-"""Launch configurations of the kernels: a pinned table, and the measurements that may replace its rows.
+"""Which launch configuration a kernel gets: a measured one where there is a file of measurements, else the pinned one.
 
-The table is keyed by kernel, architecture, element type and size bucket. Its rows were chosen by the compiler's
-resource report (no spills, no stack, shared memory within the limit; ``python -m toprl_kernels.report`` prints it).
 Nothing is tuned at run time. ``python -m toprl_kernels.tune`` times candidates on the GPU at hand and writes a file
-that :func:`select` prefers from then on; :func:`describe` says whether there is one.
+that :func:`select` prefers from then on; the same file says which implementation is faster where that has to be
+measured (:func:`faster`). :func:`describe` says whether there is one.
 
 Imports neither triton nor any op, so that every module may import it.
 """
@@ -22,102 +21,26 @@ from typing import Any, NamedTuple
 
 import torch
 
+from toprl_kernels.launch_table import (
+    ARCHITECTURES,
+    KERNELS,
+    KINDS,
+    SHARED_MEMORY,
+    LaunchConfig,
+    all_rows,
+    bucket,
+    kind_of,
+    pinned,
+    rows,
+)
 
-class LaunchConfig(NamedTuple):
-    """Block sizes over rows (``block_m``) and columns (``block_n``) of a kernel, warps and pipeline stages.
+__all__ = [
+    "ARCHITECTURES", "ENVIRONMENT_VARIABLE", "KERNELS", "KINDS", "SHARED_MEMORY", "LaunchConfig", "Measurements",
+    "Preference", "Times", "all_rows", "architecture_of", "bucket", "describe", "describe_choice", "faster", "forget",
+    "kind_of", "measured", "override", "pinned", "read", "rows", "select", "using", "write",
+]  # fmt: skip
 
-    Rows are queries or tokens; columns are keys, features or the inner dimension, as the comment at the kernel's rows
-    says. A block size that a kernel does not have is 0. ``splits`` programs share a row block, where a kernel can.
-    """
-
-    block_m: int
-    block_n: int
-    num_warps: int
-    num_stages: int
-    splits: int = 1
-
-
-C = LaunchConfig
-
-# Shared memory that one program may use, in bytes (CUDA C++ programming guide, technical specifications per compute
-# capability; LDS of CDNA 3). The compiler never checks it. sm_86 stands for 8.6, 8.9 and 12.x.
-SHARED_MEMORY = {
-    "sm_80": 163 * 1024,
-    "sm_86": 99 * 1024,
-    "sm_90": 227 * 1024,
-    "sm_100": 227 * 1024,
-    "gfx942": 64 * 1024,
-}
-ARCHITECTURES = tuple(SHARED_MEMORY)
 INTERPRETED_ARCHITECTURE = "sm_90"  # whose rows run on CPU tensors, that is, in the interpreter
-
-HALF, SINGLE, ANY = "16 bit", "32 bit", "any"
-_KINDS = {torch.float16: HALF, torch.bfloat16: HALF, torch.float32: SINGLE}
-NO_LIMIT = 1 << 62  # a row for every size
-
-Rows = dict[int, LaunchConfig]  # largest size of the bucket -> configuration
-_TABLE: dict[tuple[str, str, str], Rows] = {}  # (kernel, architecture, element type)
-
-
-def _pin(kernel: str, architectures: str, kind: str, rows: Rows) -> None:
-    for architecture in architectures.split():
-        assert architecture in SHARED_MEMORY and (kernel, architecture, kind) not in _TABLE
-        _TABLE[kernel, architecture, kind] = dict(sorted(rows.items()))
-
-
-ALL = " ".join(ARCHITECTURES)
-LARGE = "sm_80 sm_90 sm_100"
-SMALL = "sm_86 gfx942"
-
-# Sizes: head dim D (a bucket is the power of two it is padded to). block_m queries, block_n keys.
-_pin("masked_attention_fwd", LARGE, HALF, {64: C(128, 64, 8, 3), 128: C(128, 64, 8, 3), 256: C(64, 64, 8, 2)})
-_pin("masked_attention_fwd", SMALL, HALF, {64: C(128, 64, 8, 2), 128: C(64, 32, 4, 2), 256: C(32, 32, 4, 1)})
-_pin("masked_attention_fwd", ALL, SINGLE, {64: C(32, 32, 8, 1), 128: C(32, 32, 8, 1), 256: C(16, 16, 8, 1)})
-_pin("masked_attention_tokens", ALL, ANY, {NO_LIMIT: C(0, 2048, 4, 1)})
-_pin("masked_attention_bwd_prepare", ALL, HALF, {256: C(32, 0, 8, 1)})
-_pin("masked_attention_bwd_prepare", ALL, SINGLE, {256: C(32, 0, 8, 1)})
-_pin("masked_attention_bwd_dkdv", LARGE, HALF, {128: C(32, 64, 8, 2), 256: C(32, 32, 8, 2)})
-_pin("masked_attention_bwd_dkdv", SMALL, HALF, {128: C(32, 64, 8, 1), 256: C(32, 32, 8, 1)})
-_pin("masked_attention_bwd_dkdv", ALL, SINGLE, {128: C(32, 32, 8, 1), 256: C(32, 16, 8, 1)})
-_pin("masked_attention_bwd_dq", LARGE, HALF, {128: C(128, 64, 8, 3), 256: C(64, 32, 8, 2)})
-_pin("masked_attention_bwd_dq", SMALL, HALF, {128: C(64, 32, 4, 2), 256: C(32, 32, 4, 1)})
-_pin("masked_attention_bwd_dq", ALL, SINGLE, {128: C(32, 32, 8, 1), 256: C(16, 32, 8, 1)})
-
-# Sizes: number of tokens. block_n is the number of keys held in registers at once: all of them, or a chunk.
-_pin("topk_select", ALL, ANY, {1024: C(1, 1024, 4, 1), 2048: C(1, 2048, 8, 1), 4096: C(1, 4096, 16, 1)})
-_pin("topk_select_chunked", ALL, ANY, {NO_LIMIT: C(1, 4096, 16, 1)})
-# Sizes: hidden size. block_m rows, block_n dimensions (at most; smaller hidden sizes take less).
-_pin("topk_gather", ALL, ANY, {NO_LIMIT: C(8, 1024, 8, 1)})
-_pin("topk_scatter", ALL, ANY, {NO_LIMIT: C(8, 1024, 8, 1)})
-# Sizes: the larger head dim of keys and values. block_m rows, block_n dimensions.
-_pin(
-    "compact_cache",
-    ALL,
-    ANY,
-    {64: C(128, 64, 8, 1), 128: C(64, 128, 8, 1), 256: C(32, 256, 8, 1), NO_LIMIT: C(8, 0, 8, 1)},
-)
-_pin(
-    "compact_cache_bwd",
-    ALL,
-    ANY,
-    {64: C(128, 64, 8, 1), 128: C(64, 128, 8, 1), 256: C(32, 256, 8, 1), NO_LIMIT: C(8, 0, 8, 1)},
-)
-_pin("compact_cache_inplace", ALL, ANY, {NO_LIMIT: C(64, 64, 4, 1)})
-
-# Sizes: tokens of all samples. block_m tokens; block_n is the block of the inner dimension d1 (layer 1), of fc2's
-# outputs (layers 2 and 3). Few tokens: two programs share a row block, which halves what a program reads of W1 and
-# fills the chip; many tokens: h is read once.
-_pin("actor_layer1", LARGE, HALF, {8192: C(64, 64, 4, 3, splits=2), NO_LIMIT: C(64, 64, 8, 3)})
-_pin("actor_layer1", SMALL, HALF, {8192: C(64, 64, 4, 3, splits=2), NO_LIMIT: C(64, 64, 8, 2)})
-_pin("actor_layer1", ALL, SINGLE, {NO_LIMIT: C(32, 32, 8, 2, splits=4)})
-_pin("actor_layers23", ALL, HALF, {NO_LIMIT: C(64, 32, 8, 2)})
-_pin("actor_layers23", ALL, SINGLE, {NO_LIMIT: C(16, 16, 8, 1)})
-
-# Sizes: none. block_n tokens.
-_pin("keep_mask", ALL, ANY, {NO_LIMIT: C(0, 512, 4, 1)})
-
-KERNELS = tuple(dict.fromkeys(kernel for kernel, _, _ in _TABLE))
-
 
 _overrides: dict[str, LaunchConfig] = {}
 
@@ -162,47 +85,6 @@ def override(replacements: Mapping[str, LaunchConfig]) -> Iterator[None]:
     finally:
         _overrides.clear()
         _overrides.update(previous)
-
-
-def pinned(kernel: str, architecture: str, *, size: int, dtype: torch.dtype) -> LaunchConfig:
-    """The row of the table for an architecture named explicitly. Raises ValueError as :func:`select` does."""
-    return rows(kernel, architecture, dtype)[bucket(kernel, architecture, size=size, dtype=dtype)]
-
-
-def rows(kernel: str, architecture: str, dtype: torch.dtype) -> Rows:
-    """All buckets of a kernel."""
-    return _TABLE[kernel, architecture, kind_of(kernel, architecture, dtype)]
-
-
-def kind_of(kernel: str, architecture: str, dtype: torch.dtype) -> str:
-    """The element type under which the table knows ``dtype``: "16 bit", "32 bit" or "any"."""
-    if kernel not in KERNELS:
-        raise ValueError(f"configs: kernel={kernel!r} is unknown; use one of {', '.join(KERNELS)}")
-    if architecture not in SHARED_MEMORY:
-        raise ValueError(f"configs: architecture={architecture!r} is unknown; use one of {', '.join(ARCHITECTURES)}")
-    for kind in (_KINDS.get(dtype), ANY):
-        if kind is not None and (kernel, architecture, kind) in _TABLE:
-            return kind
-    raise ValueError(f"configs: {kernel} has no row for dtype={dtype}; use float16, bfloat16 or float32")
-
-
-def bucket(kernel: str, architecture: str, *, size: int, dtype: torch.dtype) -> int:
-    """The largest size of the bucket that ``size`` falls into."""
-    buckets = rows(kernel, architecture, dtype)
-    for largest in buckets:
-        if size <= largest:
-            return largest
-    raise ValueError(
-        f"configs: {kernel} has no row for size={size}, the largest is {max(buckets)}; use backend='eager'"
-    )
-
-
-def all_rows(architecture: str) -> Iterator[tuple[str, str, int, LaunchConfig]]:
-    """(kernel, element type, largest size, configuration) of every row of an architecture."""
-    for (kernel, row_architecture, kind), buckets in _TABLE.items():
-        if row_architecture == architecture:
-            for largest, config in buckets.items():
-                yield kernel, kind, largest, config
 
 
 def capability_of(device: torch.device) -> tuple[int, int]:
@@ -287,7 +169,7 @@ def faster(op: str, sizes: Bucket, dtype: torch.dtype, device: torch.device) -> 
     """
     if device.type != "cuda":
         return Preference("eager", f"the tensors are on {device}")
-    key = (op, _KINDS.get(dtype, "none"), size_bucket(sizes))
+    key = (op, KINDS.get(dtype, "none"), size_bucket(sizes))
     measurements = measured(device)
     times = measurements.times.get(key) if measurements is not None else None
     if times is None:
@@ -337,6 +219,22 @@ def measured(device: torch.device) -> Measurements | None:
     return read(path, capability, architecture_of(device))
 
 
+@contextlib.contextmanager
+def using(path: Path) -> Iterator[None]:
+    """Take the measurements from this file for a while."""
+    previous = os.environ.get(ENVIRONMENT_VARIABLE)
+    os.environ[ENVIRONMENT_VARIABLE] = str(path)
+    forget()
+    try:
+        yield
+    finally:
+        if previous is None:
+            del os.environ[ENVIRONMENT_VARIABLE]
+        else:
+            os.environ[ENVIRONMENT_VARIABLE] = previous
+        forget()
+
+
 def forget() -> None:
     """Read the file and the environment variable again at the next call."""
     for cached in (_select, architecture_of, faster, measured):
@@ -376,7 +274,7 @@ def read(path: Path, capability: str, architecture: str) -> Measurements:
     except (KeyError, TypeError, ValueError) as error:
         raise refuse(f"a row is malformed ({type(error).__name__}: {error})") from error
     for kernel, kind, size in configs:
-        if size not in _TABLE.get((kernel, architecture, kind), {}):
+        if (kernel, kind, size) not in {row[:3] for row in all_rows(architecture)}:
             raise refuse(f"it has a row for {kernel}, {kind}, size {size}, which this version of the package has not")
     return Measurements(device, configs, times)
 
@@ -401,8 +299,13 @@ def write(path: Path, capability: str, measurements: Measurements, **details: An
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=path.name, suffix=".tmp", delete=False) as file:
-        json.dump(content, file, indent=1)
-    os.replace(file.name, path)
+        try:
+            json.dump(content, file, indent=1)
+            file.flush()
+            os.replace(file.name, path)
+        except BaseException:
+            os.unlink(file.name)
+            raise
     forget()
 
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import os
+
 import torch
 from torch import Tensor
 
 from toprl_kernels import _checks as check
-from toprl_kernels.actor_score.eager import actor_score_eager
+from toprl_kernels.actor_score import library
 from toprl_kernels.actor_score.reference import actor_score_reference
 from toprl_kernels.actor_score.weights import ActorWeights
-from toprl_kernels.backend import choose
+from toprl_kernels.backend import ENVIRONMENT_VARIABLE, choose
 
 OP = "actor_score"
 MAX_WIDTH = 256  # of the kernels: fc3's accumulator stays in registers
@@ -31,8 +33,12 @@ def actor_score(
         z = [z[:d2/2], mean over the sample's valid tokens of z[d2/2:]]
         z = GELU(fc2 z);  z = GELU(fc3 z);  logits = head z
 
-    Differentiable in hidden_states and weights on the eager path. The kernels are forward only: when a gradient is
-    needed, the automatic choice is eager.
+    On CUDA the automatic choice takes the fused kernels only where they were measured to be faster on this kind of
+    GPU for this size (:func:`toprl_kernels.configs.faster`; ``python -m toprl_kernels.tune`` measures), else eager.
+    When a gradient is needed it is always eager, which keeps the activations for the backward; after a forward by the
+    kernels the backward recomputes them. The kernels fold LayerNorm into fc1 once per version of the weights.
+
+    Autocast changes nothing: all layers run in the dtype of the weights.
 
     Args:
         hidden_states: h, [B, N, d1], floating. Converted to the dtype of the weights, in which all layers run.
@@ -47,8 +53,10 @@ def actor_score(
 
     Raises:
         TypeError, ValueError: arguments that do not fit together; stage out of range; d2 odd.
-        RuntimeError: backend="triton" cannot run (no CUDA device, triton missing, float64, d2 > 256, or a gradient
-            is needed).
+        RuntimeError: backend="triton" cannot run (no CUDA device, triton missing, float64, d2 > 256).
+        NotImplementedError: under torch.vmap.
+
+    There is no second derivative outside of backend="reference".
 
     Example:
         >>> import torch
@@ -57,20 +65,31 @@ def actor_score(
         >>> actor_score(torch.randn(2, 5, 16), 0, make_actor_weights(16, 8)).shape
         torch.Size([2, 5, 2])
     """
-    _validate(hidden_states, stage, weights, valid_mask)
-    choice = choose(OP, backend, hidden_states.device, _obstacle(hidden_states, weights))
-    if choice.name == "triton":
-        from toprl_kernels.actor_score.triton import actor_score_triton as implementation
-    elif choice.name == "reference":
-        implementation = actor_score_reference
-    else:
-        implementation = actor_score_eager
-    return implementation(hidden_states, stage, weights, valid_mask=valid_mask)
+    if not _fits(hidden_states, stage, weights, valid_mask):
+        _explain_misfit(hidden_states, stage, weights, valid_mask)
+    choice = choose(
+        OP, backend, hidden_states.device, _obstacle(hidden_states, weights), dtype=weights.fc1_weight.dtype
+    )
+    if choice.name == "reference":
+        return actor_score_reference(hidden_states, stage, weights, valid_mask=valid_mask)
+    name = choice.name
+    needs_gradient = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (hidden_states, *weights))
+    if name == "triton" and _is_automatic(backend):
+        name = "eager" if needs_gradient else library.MEASURED
+    logits: Tensor = library.forward(hidden_states, valid_mask, *weights, stage, needs_gradient, name)[0]
+    return logits
+
+
+def _is_automatic(backend: str | None) -> bool:
+    """Whether nobody named an implementation."""
+    return (backend or os.environ.get(ENVIRONMENT_VARIABLE) or "auto") == "auto"
+
+
+# As in backend.py: a constant of a trace, although it reads the environment.
+_is_automatic._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _obstacle(hidden_states: Tensor, weights: ActorWeights) -> str | None:
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (hidden_states, *weights)):
-        return "a gradient is needed and the kernels are forward only (use backend='eager', or torch.no_grad())"
     for name, tensor in (("hidden_states", hidden_states), ("weights", weights.fc1_weight)):
         if tensor.dtype not in check.HALF_AND_SINGLE:
             return f"{name} has dtype {str(tensor.dtype).removeprefix('torch.')}, the kernels take 16 and 32 bit"
@@ -79,7 +98,40 @@ def _obstacle(hidden_states: Tensor, weights: ActorWeights) -> str | None:
     return None
 
 
-def _validate(hidden_states: Tensor, stage: int, weights: ActorWeights, valid_mask: Tensor | None) -> None:
+def _fits(hidden_states: Tensor, stage: int, weights: ActorWeights, valid_mask: Tensor | None) -> bool:
+    """Whether the arguments are as documented, in one pass over the weights: this runs before every kernel."""
+    try:
+        batch, num_tokens, d1 = hidden_states.shape
+        d2, device, dtype = weights.fc1_weight.shape[0], hidden_states.device, weights.fc1_weight.dtype
+        num_stages = weights.stage_bias.shape[0]
+        wide, square = (d2,), (d2, d2)
+        expected = ((d1,), (d1,), (num_stages, d2), (d2, d1), wide, square, wide, square, wide, (2, d2), (2,))
+        for tensor, shape in zip(weights, expected, strict=True):
+            if tensor.shape != shape or tensor.dtype != dtype or tensor.device != device:
+                return False
+        return (
+            isinstance(weights, ActorWeights)
+            and type(stage) is int
+            and 0 <= stage < num_stages
+            and d2 >= 2
+            and d2 % 2 == 0
+            and dtype in check.FLOATS
+            and hidden_states.dtype in check.FLOATS
+            and (
+                valid_mask is None
+                or (
+                    valid_mask.shape == (batch, num_tokens)
+                    and valid_mask.dtype == torch.bool
+                    and valid_mask.device == device
+                )
+            )
+        )
+    except (AttributeError, ValueError, IndexError):  # not a tensor, another number of dimensions
+        return False
+
+
+def _explain_misfit(hidden_states: Tensor, stage: int, weights: ActorWeights, valid_mask: Tensor | None) -> None:
+    """Raise the error that names the argument."""
     check.require_ndim(OP, "hidden_states", hidden_states, 3, "[B, N, d1]")
     check.require_dtype(OP, "hidden_states", hidden_states, check.FLOATS)
     if not isinstance(weights, ActorWeights):
@@ -110,3 +162,4 @@ def _validate(hidden_states: Tensor, stage: int, weights: ActorWeights, valid_ma
         check.require_shape(OP, "valid_mask", valid_mask, tuple(hidden_states.shape[:2]), "[B, N]")
         check.require_dtype(OP, "valid_mask", valid_mask, (torch.bool,), "use valid_mask.bool(), True = counts")
         check.require_device(OP, "valid_mask", valid_mask, hidden_states.device)
+    raise AssertionError(f"{OP}: arguments were refused for no stated reason")

@@ -68,7 +68,7 @@ def _is_repetition(kernel: str, head_dim: int, dtype: torch.dtype, mask: str) ->
     """Cases that have told nothing new: prepare has one row per dtype, and hard masks need less than soft ones."""
     if kernel == "masked_attention_bwd_prepare":
         return head_dim != 256
-    return mask == "hard" and (dtype == torch.float32 or head_dim == 64)
+    return mask == "hard" and (dtype == torch.float32 or head_dim != 128)
 
 
 def _work(kernel: str, head_dim: int, dtype: torch.dtype, config: LaunchConfig) -> Work:
