@@ -5,7 +5,7 @@ PIP    := $(BIN)/python -m pip install --disable-pip-version-check -q -c constra
 STAMP  := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint format bench clean
+.PHONY: help install demo test test-exhaustive lint format bench clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1|/' | column -t -s '|'
@@ -22,8 +22,12 @@ $(STAMP): pyproject.toml constraints.txt
 demo: $(STAMP) ## train with PPO on the embedded tiny LLaVA, evaluate, write runs/demo/report.html
 	$(BIN)/python training/demo.py --output_dir runs/demo
 
+# one process per core and one thread per process: most of the time is spent in Triton's sequential interpreter
 test: lint ## lint, format check, types and all tests
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile
+
+test-exhaustive: $(STAMP) ## hours: every combination of sizes and dtypes, and the kernels broken on purpose
+	$(BIN)/python -m pytest -m exhaustive -rP
 
 lint: $(STAMP) ## ruff (lint and format check) and mypy
 	$(BIN)/ruff check .

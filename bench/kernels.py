@@ -24,6 +24,7 @@ from bench.kernel_attention import bench_attention
 from bench.kernel_cache import bench_cache
 from bench.kernel_cases import Plan, dtype_name, plan_of
 from bench.kernel_compaction import bench_compaction
+from bench.kernel_dispatch import dispatch_table
 from bench.kernel_measure import Row, Settings, measure_peaks
 from bench.kernel_targets import memory_table, targets_table
 from bench.kernel_topk import bench_topk
@@ -52,6 +53,7 @@ def run(quick: bool, device: torch.device, report: Report) -> None:
             continue
         print(label, file=sys.stderr, flush=True)
         report.add(measure(settings))
+    report.add_table("dispatch", dispatch_table())
     report.add_table("memory", memory_table(report.rows, device))
     report.add_table("targets", targets_table(report.rows, device))
 

@@ -58,26 +58,35 @@ def _pin(kernel: str, architectures: str, kind: str, rows: Rows) -> None:
 ALL = " ".join(ARCHITECTURES)
 LARGE = "sm_80 sm_90 sm_100"
 SMALL = "sm_86 gfx942"
+NVIDIA = "sm_80 sm_86 sm_90 sm_100"
 
 # Sizes: head dim D (a bucket is the power of two it is padded to). block_m queries, block_n keys.
 _pin("masked_attention_fwd", "sm_90 sm_100", HALF, {128: C(128, 64, 8, 3), 256: C(64, 64, 8, 2)})
 _pin("masked_attention_fwd", "sm_80", HALF, {128: C(128, 64, 8, 3), 256: C(64, 32, 8, 2)})
-_pin("masked_attention_fwd", SMALL, HALF, {64: C(64, 64, 4, 2), 128: C(128, 32, 8, 2), 256: C(64, 32, 8, 1)})
+_pin("masked_attention_fwd", "sm_86", HALF, {64: C(64, 64, 4, 2), 128: C(128, 32, 8, 2), 256: C(64, 32, 8, 1)})
 _pin("masked_attention_bwd_prepare", ALL, HALF, {256: C(32, 0, 8, 1)})
 _pin("masked_attention_bwd_dkdv", "sm_90", HALF, {64: C(64, 128, 8, 2), 128: C(32, 64, 8, 2), 256: C(64, 32, 8, 1)})
 _pin("masked_attention_bwd_dkdv", "sm_100", HALF, {64: C(32, 64, 8, 2), 128: C(32, 64, 8, 1), 256: C(64, 32, 8, 1)})
 _pin("masked_attention_bwd_dkdv", "sm_80", HALF, {64: C(32, 64, 4, 2), 128: C(32, 64, 8, 2), 256: C(32, 32, 8, 1)})
-_pin("masked_attention_bwd_dkdv", SMALL, HALF, {64: C(32, 32, 4, 2), 128: C(32, 64, 8, 2), 256: C(32, 32, 8, 1)})
+_pin("masked_attention_bwd_dkdv", "sm_86", HALF, {64: C(32, 32, 4, 2), 128: C(32, 64, 8, 2), 256: C(32, 32, 8, 1)})
 _pin("masked_attention_bwd_dq", "sm_90 sm_100", HALF, {128: C(128, 64, 8, 3), 256: C(64, 32, 8, 2)})
 _pin("masked_attention_bwd_dq", "sm_80", HALF, {128: C(128, 32, 8, 3), 256: C(64, 32, 8, 2)})
-_pin("masked_attention_bwd_dq", SMALL, HALF, {64: C(128, 64, 8, 2), 128: C(128, 32, 8, 2), 256: C(32, 32, 8, 1)})
+_pin("masked_attention_bwd_dq", "sm_86", HALF, {64: C(128, 64, 8, 2), 128: C(128, 32, 8, 2), 256: C(32, 32, 8, 1)})
 # Full float32 products run on the FMA units and hold rows of both operands in registers: small tiles. From D = 128 on
 # two stages, not for the overlap: without, the loop-invariant operand is moved to registers as a whole, and spills.
-_pin("masked_attention_fwd", ALL, SINGLE, {64: C(32, 32, 8, 1), 256: C(16, 16, 8, 2)})
+_pin("masked_attention_fwd", LARGE, SINGLE, {64: C(32, 32, 8, 1), 256: C(16, 16, 8, 2)})
+_pin("masked_attention_fwd", "sm_86", SINGLE, {64: C(32, 32, 8, 1), 128: C(16, 16, 8, 2), 256: C(16, 16, 4, 2)})
 _pin("masked_attention_bwd_prepare", ALL, SINGLE, {256: C(32, 0, 8, 1)})
 _pin("masked_attention_bwd_dkdv", LARGE, SINGLE, {64: C(32, 32, 8, 2), 128: C(32, 32, 8, 1), 256: C(16, 16, 4, 1)})
-_pin("masked_attention_bwd_dkdv", SMALL, SINGLE, {64: C(16, 32, 8, 1), 128: C(32, 32, 8, 1), 256: C(16, 16, 4, 1)})
-_pin("masked_attention_bwd_dq", ALL, SINGLE, {64: C(32, 32, 8, 1), 256: C(16, 16, 8, 2)})
+_pin("masked_attention_bwd_dkdv", "sm_86", SINGLE, {64: C(16, 32, 8, 1), 128: C(32, 32, 8, 1), 256: C(16, 16, 4, 1)})
+_pin("masked_attention_bwd_dq", NVIDIA, SINGLE, {64: C(32, 32, 8, 1), 256: C(16, 16, 8, 2)})
+# A warp of AMD's has 64 threads; with four of them each thread may use 512 registers.
+_pin("masked_attention_fwd", "gfx942", HALF, {128: C(64, 32, 4, 2), 256: C(32, 32, 4, 1)})
+_pin("masked_attention_bwd_dkdv", "gfx942", HALF, {128: C(32, 64, 4, 1), 256: C(32, 32, 4, 1)})
+_pin("masked_attention_bwd_dq", "gfx942", HALF, {128: C(64, 32, 4, 2), 256: C(32, 32, 4, 1)})
+_pin("masked_attention_fwd", "gfx942", SINGLE, {128: C(32, 32, 4, 1), 256: C(16, 16, 4, 1)})
+_pin("masked_attention_bwd_dkdv", "gfx942", SINGLE, {64: C(32, 32, 4, 1), 128: C(16, 32, 4, 1), 256: C(16, 16, 4, 1)})
+_pin("masked_attention_bwd_dq", "gfx942", SINGLE, {128: C(32, 32, 4, 1), 256: C(16, 16, 4, 1)})
 # Sizes: none. block_n tokens.
 _pin("masked_attention_tokens", ALL, ANY, {NO_LIMIT: C(0, 2048, 4, 1)})
 

@@ -194,6 +194,21 @@ def test_a_replaced_weight_is_folded_again(folds: list[ActorWeights]) -> None:
     assert len(folds) == 2
 
 
+def test_a_converted_module_is_folded_again(folds: list[ActorWeights]) -> None:
+    """module.to(...) sets parameter.data: the same object, the same version, other memory and another type."""
+    hidden, weights, _ = inputs()
+    parameters = [torch.nn.Parameter(tensor) for tensor in weights]
+    with torch.no_grad():
+        assert_right(hidden, ActorWeights(*parameters))
+        for parameter in parameters:
+            parameter.data = parameter.data * 2
+        assert_right(hidden, ActorWeights(*parameters))
+        for parameter in parameters:
+            parameter.data = parameter.data.bfloat16()
+        assert actor_score(hidden, 0, ActorWeights(*parameters), backend="triton").dtype == torch.bfloat16
+    assert len(folds) == 3
+
+
 def test_weights_are_held_weakly() -> None:
     for _ in range(3):
         hidden, weights, _ = inputs()

@@ -160,8 +160,8 @@ def fold(weights: ActorWeights) -> FoldedWeights:
 
 
 class _FoldedEntry(NamedTuple):
-    sources: tuple[weakref.ref[Tensor], ...]
-    versions: tuple[int, ...]
+    sources: tuple[weakref.ref[Tensor], ...]  # held for their callbacks: an id must not outlive its tensor
+    state: tuple[tuple[int, int, torch.dtype], ...]
     folded: FoldedWeights
 
 
@@ -169,11 +169,11 @@ _folded: dict[tuple[int, ...], _FoldedEntry] = {}
 
 
 def folded_weights(weights: ActorWeights) -> FoldedWeights:
-    """:func:`fold`, remembered until one of the tensors is written to or freed.
+    """:func:`fold`, remembered until one of the tensors is written to, replaced or freed.
 
-    Known by identity and version counter, which every write through autograd's API bumps (optimizers,
-    ``load_state_dict``); a write through ``.data`` does not, so call :func:`forget_folded_weights` after one. Inference
-    tensors have no counter and CUDA graphs replay memory as it will be then: both fold anew.
+    Known by identity, memory and version counter, which every write through autograd's API bumps (optimizers,
+    ``load_state_dict``). A write into ``tensor.data`` does not: call :func:`forget_folded_weights` after one. Inference
+    tensors have no counter, and a CUDA graph replays memory as it will be then: both fold anew.
     """
     sources = (weights.fc1_weight, weights.fc1_bias, weights.norm_weight, weights.norm_bias, weights.stage_bias)
     if any(tensor.is_inference() for tensor in sources) or (
@@ -181,21 +181,16 @@ def folded_weights(weights: ActorWeights) -> FoldedWeights:
     ):
         return fold(weights)
     key = tuple(map(id, sources))
-    versions = tuple(tensor._version for tensor in sources)
+    state = tuple((tensor._version, tensor.data_ptr(), tensor.dtype) for tensor in sources)
     entry = _folded.get(key)
-    # an id may be taken over by a new tensor: the references say whether these are still the same ones
-    if (
-        entry is not None
-        and entry.versions == versions
-        and all(reference() is tensor for reference, tensor in zip(entry.sources, sources, strict=True))
-    ):
+    if entry is not None and entry.state == state:
         return entry.folded
     folded = fold(weights)
 
     def forget(_: object) -> None:
         _folded.pop(key, None)
 
-    _folded[key] = _FoldedEntry(tuple(weakref.ref(tensor, forget) for tensor in sources), versions, folded)
+    _folded[key] = _FoldedEntry(tuple(weakref.ref(tensor, forget) for tensor in sources), state, folded)
     return folded
 
 
