@@ -65,7 +65,7 @@ _pin("masked_attention_fwd", "sm_90 sm_100", HALF, {128: C(128, 64, 8, 3), 256: 
 _pin("masked_attention_fwd", "sm_80", HALF, {128: C(128, 64, 8, 3), 256: C(64, 32, 8, 2)})
 _pin("masked_attention_fwd", "sm_86", HALF, {64: C(64, 64, 4, 2), 128: C(128, 32, 8, 2), 256: C(64, 32, 8, 1)})
 _pin("masked_attention_bwd_prepare", ALL, HALF, {256: C(32, 0, 8, 1)})
-_pin("masked_attention_bwd_dkdv", "sm_90", HALF, {64: C(64, 128, 8, 2), 128: C(32, 64, 8, 2), 256: C(64, 32, 8, 1)})
+_pin("masked_attention_bwd_dkdv", "sm_90", HALF, {64: C(64, 64, 8, 2), 128: C(32, 64, 8, 2), 256: C(64, 32, 8, 1)})
 _pin("masked_attention_bwd_dkdv", "sm_100", HALF, {64: C(32, 64, 8, 2), 128: C(32, 64, 8, 1), 256: C(64, 32, 8, 1)})
 _pin("masked_attention_bwd_dkdv", "sm_80", HALF, {64: C(32, 64, 4, 2), 128: C(32, 64, 8, 2), 256: C(32, 32, 8, 1)})
 _pin("masked_attention_bwd_dkdv", "sm_86", HALF, {64: C(32, 32, 4, 2), 128: C(32, 64, 8, 2), 256: C(32, 32, 8, 1)})

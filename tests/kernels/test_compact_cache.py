@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from toprl_kernels import compact_cache, topk_compact
+from toprl_kernels import compact_cache, configs, topk_compact
 from toprl_kernels.compact_cache import triton as kernels
 from toprl_kernels.compact_cache.library import backward_op, forward_op, inplace_op
 
@@ -101,7 +101,8 @@ def test_dtypes(dtype: torch.dtype, backend: str, device: str) -> None:
 
 def test_inplace_moves_many_blocks(backend: str, device: str) -> None:
     """Longer than a block of the sweep, every shift from 0 up, and the tail beyond K untouched by the kernel."""
-    tokens = 3 * kernels.INPLACE_TILE // kernels.MAX_INPLACE_BLOCK_D + 5
+    tile = configs.select("compact_cache_inplace", size=1, dtype=torch.float32, device=torch.device("cpu")).block_n
+    tokens = 3 * tile // kernels.MAX_INPLACE_BLOCK_D + 5
     keys = torch.arange(tokens, dtype=torch.float32, device=device)[None, None, :, None].repeat(1, 2, 1, 64)
     values = -keys[..., :3].clone()
     indices = torch.tensor([[i for i in range(tokens) if i % 7]], device=device)

@@ -8,9 +8,8 @@ import triton.language as tl
 from torch import Tensor
 
 from toprl_kernels._triton_common import ceil_div, host_int, next_power_of_2
+from toprl_kernels.configs import select
 
-TILE = 8192  # elements that a program of the out-of-place kernels moves
-INPLACE_TILE = 4096
 MAX_INPLACE_BLOCK_D = 64  # columns move independently of each other; narrow blocks give more programs
 
 
@@ -124,17 +123,19 @@ def compact_cache_bwd_kernel(
         store_rows(source, target, index, rows, value_size, stride_vr, stride_vd, BLOCK_VD)
 
 
-def select_config(key_size: int, value_size: int) -> tuple[dict[str, int], int]:
-    """Constants and warps of the out-of-place kernels."""
+def select_config(kernel: str, key_size: int, value_size: int, device: torch.device) -> tuple[dict[str, int], int]:
+    """Constants and warps of the out-of-place kernels; a configuration's block_n is a program's number of elements."""
     block_kd, block_vd = next_power_of_2(key_size), next_power_of_2(value_size)
-    rows = max(1, TILE // max(block_kd, block_vd))
-    return dict(BLOCK_R=rows, BLOCK_KD=block_kd, BLOCK_VD=block_vd), 8
+    config = select(kernel, size=max(key_size, value_size), dtype=torch.float32, device=device)
+    rows = max(1, config.block_n // max(block_kd, block_vd))
+    return dict(BLOCK_R=rows, BLOCK_KD=block_kd, BLOCK_VD=block_vd), config.num_warps
 
 
-def select_inplace_config(key_size: int, value_size: int) -> tuple[dict[str, int], int]:
+def select_inplace_config(key_size: int, value_size: int, device: torch.device) -> tuple[dict[str, int], int]:
     """Constants and warps of the in-place kernel."""
     block_d = min(next_power_of_2(max(key_size, value_size)), MAX_INPLACE_BLOCK_D)
-    return dict(BLOCK_R=INPLACE_TILE // block_d, BLOCK_D=block_d), 4
+    config = select("compact_cache_inplace", size=max(key_size, value_size), dtype=torch.float32, device=device)
+    return dict(BLOCK_R=config.block_n // block_d, BLOCK_D=block_d), config.num_warps
 
 
 def compact_cache_triton(keys: Tensor, values: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
@@ -144,7 +145,7 @@ def compact_cache_triton(keys: Tensor, values: Tensor, indices: Tensor) -> tuple
     out_keys = keys.new_empty(samples, heads, length, key_size)
     out_values = values.new_empty(samples, heads, length, value_size)
     if samples and heads and length:
-        constants, num_warps = select_config(key_size, value_size)
+        constants, num_warps = select_config("compact_cache", key_size, value_size, keys.device)
         with torch.cuda.device_of(keys):
             compact_cache_kernel[(samples * heads, ceil_div(length, constants["BLOCK_R"]), 2)](
                 keys, values, indices.contiguous(), out_keys, out_values, *keys.stride(), *values.stride(),
@@ -158,7 +159,7 @@ def compact_cache_inplace_triton(keys: Tensor, values: Tensor, indices: Tensor) 
     samples, heads, _, key_size = keys.shape
     length, value_size = indices.shape[1], values.shape[3]
     if samples and heads and length:
-        constants, num_warps = select_inplace_config(key_size, value_size)
+        constants, num_warps = select_inplace_config(key_size, value_size, keys.device)
         with torch.cuda.device_of(keys):
             compact_cache_inplace_kernel[
                 (samples * heads, ceil_div(max(key_size, value_size), constants["BLOCK_D"]), 2)
@@ -183,7 +184,7 @@ def compact_cache_backward_triton(
         samples, heads, length, _ = given[0].shape
         left = given[0] if grad_keys is None else grad_keys
         right = given[0] if grad_values is None else grad_values
-        constants, num_warps = select_config(left.shape[3], right.shape[3])
+        constants, num_warps = select_config("compact_cache_bwd", left.shape[3], right.shape[3], left.device)
         with torch.cuda.device_of(left):
             compact_cache_bwd_kernel[(samples * heads, ceil_div(length, constants["BLOCK_R"]))](
                 left, right, indices.contiguous(), *outputs, *left.stride(), *right.stride(),

@@ -8,8 +8,8 @@ import triton.language as tl
 from torch import Tensor
 
 from toprl_kernels._triton_common import ceil_div
+from toprl_kernels.configs import select
 
-BLOCK = 512
 # where the noise or the decision comes from
 GIVEN, UNIFORM, SEED = (tl.constexpr(number) for number in range(3))
 
@@ -140,12 +140,14 @@ def keep_mask_triton(
     log_prob, entropy = (torch.empty(shape, dtype=torch.float32, device=logits.device) for _ in range(2))
     total = log_prob.numel()
     if total:
+        config = select("keep_mask", size=total, dtype=torch.float32, device=logits.device)
         with torch.cuda.device_of(logits):
-            keep_mask_fwd_kernel[(ceil_div(total, BLOCK),)](
+            keep_mask_fwd_kernel[(ceil_div(total, config.block_n),)](
                 logits, *_pointers(logits, uniform, given, seed, token_ids, previous_mask),
                 keep, log_prob, entropy, total,
                 SOURCE=_source(given, seed), HAS_TOKEN_IDS=token_ids is not None,
-                HAS_PREVIOUS=previous_mask is not None, BLOCK_T=BLOCK, num_warps=4, enable_fp_fusion=True,
+                HAS_PREVIOUS=previous_mask is not None, BLOCK_T=config.block_n,
+                num_warps=config.num_warps, enable_fp_fusion=True,
             )  # fmt: skip
     return keep, log_prob, entropy
 
@@ -167,13 +169,15 @@ def keep_mask_backward_triton(
     grad = torch.empty_like(logits)
     total = logits.numel() // 2
     if total:
+        config = select("keep_mask", size=total, dtype=torch.float32, device=logits.device)
         with torch.cuda.device_of(logits):
-            keep_mask_bwd_kernel[(ceil_div(total, BLOCK),)](
+            keep_mask_bwd_kernel[(ceil_div(total, config.block_n),)](
                 logits, *_pointers(logits, uniform, given, seed, token_ids, previous_mask),
                 *_pointers(logits, grad_keep_mask, grad_log_prob, grad_entropy), grad, total, tau,
                 SOURCE=_source(given, seed), HAS_TOKEN_IDS=token_ids is not None,
                 HAS_PREVIOUS=previous_mask is not None,
                 GRAD_KEEP=grad_keep_mask is not None and given is None, GRAD_LOG_PROB=grad_log_prob is not None,
-                GRAD_ENTROPY=grad_entropy is not None, BLOCK_T=BLOCK, num_warps=4, enable_fp_fusion=True,
+                GRAD_ENTROPY=grad_entropy is not None, BLOCK_T=config.block_n,
+                num_warps=config.num_warps, enable_fp_fusion=True,
             )  # fmt: skip
     return grad

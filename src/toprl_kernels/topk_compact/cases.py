@@ -18,7 +18,7 @@ BATCH, KEPT, HIDDEN_SIZE = 8, 192, 4096
 def cases(select: Select) -> Iterator[Case]:
     """Selection with every option on, in each size bucket; the gather of 16-bit rows and its gradient."""
     pointers = {"_": "i64", "scores_ptr": "fp32", "valid_ptr": "u8", "out_valid_ptr": "u8"}
-    options: dict[str, Any] = dict(RAGGED=True, HAS_VALID=True, POSITION_ROWS=3, LEFT=False, INVERSE=True)
+    options: dict[str, Any] = dict(RAGGED=True, HAS_VALID=True, POSITION_ROWS=3, LEFT=True, INVERSE=True)
     for tokens in (*IN_REGISTERS, CHUNKED):
         if tokens == CHUNKED:
             name, function = "topk_select_chunked", kernels.topk_select_chunked_kernel

@@ -13,12 +13,11 @@ import triton.language as tl
 from torch import Tensor
 
 from toprl_kernels._triton_common import ceil_div, host_int, next_power_of_2
+from toprl_kernels.configs import select
 
 MAX_TOKENS = 65536  # three counts share an int64 in fields of 20 bits
 MAX_REGISTER_TOKENS = 4096  # above, the keys would spill
 CHUNK = 4096
-ROWS_PER_PROGRAM = 8
-MAX_BLOCK_D = 1024
 
 
 @triton.jit
@@ -216,16 +215,22 @@ def topk_scatter_kernel(
     tl.store(out_ptr + (sample * num_tokens + index)[:, None] * hidden_size + dims[None, :], tile, mask=mask)
 
 
-def select_config(num_tokens: int) -> tuple[bool, int, int]:
+def select_config(num_tokens: int, device: torch.device) -> tuple[bool, int, int]:
     """Whether the selection runs in chunks, its block size and its warps."""
-    if num_tokens > MAX_REGISTER_TOKENS:
-        return True, CHUNK, 16
-    return False, next_power_of_2(num_tokens, 16), 4 if num_tokens <= 1024 else 8
+    chunked = num_tokens > MAX_REGISTER_TOKENS
+    kernel = "topk_select_chunked" if chunked else "topk_select"
+    config = select(kernel, size=num_tokens, dtype=torch.float32, device=device)
+    return chunked, config.block_n if chunked else next_power_of_2(num_tokens, 16), config.num_warps
 
 
-def _row_grid(samples: int, length: int, hidden_size: int) -> tuple[tuple[int, int, int], int]:
-    block_d = min(next_power_of_2(hidden_size), MAX_BLOCK_D)
-    return (ceil_div(length, ROWS_PER_PROGRAM), ceil_div(hidden_size, block_d), samples), block_d
+def _row_grid(
+    kernel: str, samples: int, length: int, hidden_size: int, device: torch.device
+) -> tuple[tuple[int, int, int], dict[str, int]]:
+    """Grid and constants of a kernel that moves rows."""
+    config = select(kernel, size=hidden_size, dtype=torch.float32, device=device)
+    block_d = min(next_power_of_2(hidden_size), config.block_n)
+    grid = (ceil_div(length, config.block_m), ceil_div(hidden_size, block_d), samples)
+    return grid, dict(BLOCK_R=config.block_m, BLOCK_D=block_d, num_warps=config.num_warps)
 
 
 def _launchable(tensor: Tensor) -> Tensor:
@@ -239,11 +244,11 @@ def gather_rows(hidden_states: Tensor, indices: Tensor) -> Tensor:
     length = indices.shape[1]
     output = hidden_states.new_empty(samples, length, hidden_size)
     if output.numel():
-        grid, block_d = _row_grid(samples, length, hidden_size)
+        grid, constants = _row_grid("topk_gather", samples, length, hidden_size, output.device)
         with torch.cuda.device_of(output):
             topk_gather_kernel[grid](
                 _launchable(hidden_states), indices, _launchable(output), *hidden_states.stride(),
-                length, hidden_size, BLOCK_R=ROWS_PER_PROGRAM, BLOCK_D=block_d, num_warps=8, enable_fp_fusion=True,
+                length, hidden_size, **constants, enable_fp_fusion=True,
             )  # fmt: skip
     return output
 
@@ -270,7 +275,7 @@ def topk_compact_triton(
     if samples and num_tokens and (length or inverse):
         positions = position_ids if position_ids is None or position_ids.ndim == 3 else position_ids[None]
         valid = scores if valid_mask is None else valid_mask.view(torch.uint8)
-        chunked, block, num_warps = select_config(num_tokens)
+        chunked, block, num_warps = select_config(num_tokens, scores.device)
         kernel = topk_select_chunked_kernel if chunked else topk_select_kernel
         with torch.cuda.device_of(scores):
             kernel[(samples,)](
@@ -290,10 +295,10 @@ def topk_compact_backward_triton(gradient: Tensor, indices: Tensor, num_tokens: 
     samples, length, hidden_size = gradient.shape
     output = gradient.new_zeros(samples, num_tokens, hidden_size)
     if gradient.numel():
-        grid, block_d = _row_grid(samples, length, hidden_size)
+        grid, constants = _row_grid("topk_scatter", samples, length, hidden_size, output.device)
         with torch.cuda.device_of(output):
             topk_scatter_kernel[grid](
                 gradient, indices.contiguous(), output, *gradient.stride(), length, num_tokens, hidden_size,
-                BLOCK_R=ROWS_PER_PROGRAM, BLOCK_D=block_d, num_warps=8, enable_fp_fusion=True,
+                **constants, enable_fp_fusion=True,
             )  # fmt: skip
     return output
