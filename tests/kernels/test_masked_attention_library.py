@@ -7,6 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from toprl_kernels import masked_attention
 from toprl_kernels.masked_attention import library
@@ -61,7 +62,7 @@ def gradients(function: Callable[..., Tensor], x: AttentionInputs, backend: str)
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_compiles_whole_with_dynamic_shapes(backend: str) -> None:
-    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(step, fullgraph=True, dynamic=True, backend=counter)
     for length, seed in ((12, 0), (21, 1), (40, 2)):
         x = inputs(length, seed)

@@ -136,21 +136,20 @@ def masked_attention_forward_eager(
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     """Output [B, H, Nq, D] and natural log-sum-exp [B, H, Nq] (+inf for padding rows)."""
+    query, key, value = dense_rows(query), dense_rows(key), dense_rows(value)
+    if is_ordinary(query, key, keep_mask, key_padding_mask, is_causal):
+        output, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            query, key, value, is_causal=is_causal, scale=scale
+        )
+        return output.contiguous(), lse.contiguous()
     dtype = torch.promote_types(query.dtype, torch.float32)
     batch, num_heads, num_queries, _ = query.shape
     num_keys = key.shape[2]
     mask = mask_values(keep_mask, key_padding_mask, dtype)
-    query, key, value = dense_rows(query), dense_rows(key), dense_rows(value)
     if is_small(query, key):
         output, lse = attend(query, key, value, small_bias(mask, num_queries, is_causal), scale)
         return _zero_padding(output, lse, key_padding_mask)
     kept = gather_kept(key, value, mask)
-    if is_causal and num_queries == num_keys and not kept.gathered and kept.bias is None and query.device.type == "cpu":
-        output, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            query, key, value, is_causal=True, scale=scale
-        )
-        return output.contiguous(), lse.contiguous()
-
     output = torch.zeros(query.shape, dtype=query.dtype, device=query.device)
     lse = torch.full((batch, num_heads, num_queries), -torch.inf, dtype=dtype, device=query.device)
     for rows, length, bias in row_blocks(kept, num_queries, num_keys, is_causal, dtype):
@@ -181,6 +180,19 @@ def _zero_padding(output: Tensor, lse: Tensor, key_padding_mask: Tensor | None) 
         output = output.masked_fill(is_padding[..., None], 0.0)
         lse = lse.masked_fill(is_padding, torch.inf)
     return output.contiguous(), lse.contiguous()
+
+
+def is_ordinary(
+    query: Tensor, key: Tensor, keep_mask: Tensor, key_padding_mask: Tensor | None, is_causal: bool
+) -> bool:
+    """Whether a bool mask keeps everything, and torch's own causality (row i sees columns up to i) is meant."""
+    return (
+        query.device.type == "cpu"
+        and keep_mask.dtype == torch.bool
+        and key_padding_mask is None
+        and (not is_causal or query.shape[2] == key.shape[2])
+        and bool(keep_mask.all())
+    )
 
 
 def is_small(query: Tensor, key: Tensor) -> bool:

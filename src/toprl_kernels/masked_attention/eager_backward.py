@@ -13,6 +13,7 @@ from toprl_kernels.masked_attention.eager import (
     fold,
     gather_kept,
     grouped_scores,
+    is_ordinary,
     is_small,
     mask_values,
     own_rows,
@@ -48,6 +49,11 @@ def masked_attention_backward_eager(
         grad_output = grad_output.masked_fill(~key_padding_mask[:, None, offset:, None], 0.0)
     grad_output = dense_rows(grad_output)
     query, key, value = dense_rows(query), dense_rows(key), dense_rows(value)
+    if is_ordinary(query, key, keep_mask, key_padding_mask, is_causal):
+        gradients = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            grad_output, query, key, value, output, lse, 0.0, is_causal, scale=scale
+        )
+        return (*_wanted(gradients, (query, key, value), needs), None)
     mask = mask_values(keep_mask, key_padding_mask, dtype)
     if needs[3]:
         delta = (grad_output.to(dtype) * output.to(dtype)).sum(dim=-1)  # D_i [B, H, Nq]
