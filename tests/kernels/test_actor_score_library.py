@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from toprl_kernels import ActorWeights, actor_score, configs
 from toprl_kernels.actor_score import library
@@ -72,7 +73,7 @@ def gradients(function: Callable[..., Tensor], tokens: int, backend: str) -> lis
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_compiles_whole_with_dynamic_shapes(backend: str) -> None:
-    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(step, fullgraph=True, dynamic=True, backend=counter)
     for tokens in (7, 12, 33):
         for got, want in zip(gradients(compiled, tokens, backend), gradients(step, tokens, backend), strict=True):
