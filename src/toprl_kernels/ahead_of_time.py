@@ -14,7 +14,6 @@ import hashlib
 import importlib
 import json
 import multiprocessing
-import os
 import re
 import subprocess
 import tempfile
@@ -26,6 +25,8 @@ from typing import Any
 
 import torch
 
+from toprl_kernels import configs
+from toprl_kernels.backend import interpreting, triton_installed
 from toprl_kernels.configs import LaunchConfig
 
 OPS_WITH_KERNELS = ("masked_attention", "topk_compact", "compact_cache", "actor_score", "keep_mask")
@@ -129,14 +130,13 @@ def compile_cases(
 
 def require_compiler() -> None:
     """Raise RuntimeError where kernels cannot be compiled."""
-    try:
-        import triton
-    except ImportError as error:
-        raise RuntimeError("compiling the kernels needs triton (pip install triton, Linux only)") from error
-    if os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes"):
+    if not triton_installed():
+        raise RuntimeError("compiling the kernels needs triton (pip install triton, Linux only)")
+    if interpreting():
         raise RuntimeError("TRITON_INTERPRET is set: interpreted kernels cannot be compiled; unset it and start again")
     if not (_tools() / "cuobjdump").exists():
-        raise RuntimeError(f"triton {triton.__version__} ships no cuobjdump to read the binaries with; install a wheel")
+        version = configs.triton_version()
+        raise RuntimeError(f"triton {version} ships no cuobjdump to read the binaries with; install a wheel")
 
 
 def _compiled(cases: Sequence[Case], architecture: str, jobs: int) -> Iterator[Resources]:

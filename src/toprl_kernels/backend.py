@@ -27,7 +27,6 @@ BACKENDS = ("auto", "eager", "triton", "reference")
 ENVIRONMENT_VARIABLE = "TOPRL_KERNELS_BACKEND"
 OPS = ("masked_attention", "topk_compact", "compact_cache", "actor_score", "sample_keep_mask")
 MEASURED_OPS = ("actor_score",)  # Triton only where a measurement says that it is faster
-ON_CUDA = "CUDA tensors"
 
 
 class Choice(NamedTuple):
@@ -35,6 +34,7 @@ class Choice(NamedTuple):
 
     name: str
     reason: str
+    is_automatic: bool = False  # nobody named an implementation
 
 
 @functools.cache
@@ -101,7 +101,7 @@ def choose(
 choose._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-@functools.cache
+@functools.lru_cache(maxsize=1024)  # obstacles quote sizes, of which a long run may see many
 def _decide(
     op: str,
     backend: str,
@@ -123,14 +123,14 @@ def _decide(
             raise RuntimeError(f"{op}: backend='triton' from {asked_by} cannot run: {obstacle}")
         return Choice("triton", f"asked for by {asked_by}")
     if is_double:
-        return Choice("reference", "float64 goes to the definition")
+        return Choice("reference", "float64 goes to the definition", True)
     if device.type != "cuda" and definition_because is not None:
-        return Choice("reference", definition_because)
+        return Choice("reference", definition_because, True)
     if device.type != "cuda":
-        return Choice("eager", f"the tensors are on {device}; Triton is chosen automatically on CUDA only")
+        return Choice("eager", f"the tensors are on {device}; Triton is chosen automatically on CUDA only", True)
     if obstacle is not None:
-        return Choice("eager", f"Triton cannot take this call: {obstacle}")
-    return Choice("triton", ON_CUDA)
+        return Choice("eager", f"Triton cannot take this call: {obstacle}", True)
+    return Choice("triton", "CUDA tensors", True)
 
 
 def explain(device: torch.device | str | None = None) -> str:
@@ -151,7 +151,7 @@ def explain(device: torch.device | str | None = None) -> str:
     for op in OPS:
         try:
             choice = choose(op, None, where)
-            if op in MEASURED_OPS and choice.reason == ON_CUDA and is_here:
+            if op in MEASURED_OPS and choice.name == "triton" and choice.is_automatic and is_here:
                 choice = Choice(*describe_choice(op, where))
             lines.append(f"{op}: {choice.name} ({choice.reason})")
         except (RuntimeError, ValueError) as error:

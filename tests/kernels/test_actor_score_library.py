@@ -287,7 +287,8 @@ def test_automatic_choice_on_cuda(
         seen.append(str(arguments[-1]))
         return [None]
 
-    monkeypatch.setattr(api, "choose", lambda *arguments, **options: Choice("triton", "CUDA tensors"))
+    chosen = Choice("triton", "as on CUDA", is_automatic=backend != "triton")
+    monkeypatch.setattr(api, "choose", lambda *arguments, **options: chosen)
     monkeypatch.setattr(api.library, "forward", forward)
     hidden, weights, _ = inputs()
     actor_score(hidden.requires_grad_(needs_gradient), 0, weights, backend=backend)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-
 import torch
 from torch import Tensor
 
@@ -11,7 +9,7 @@ from toprl_kernels import _checks as check
 from toprl_kernels.actor_score import library
 from toprl_kernels.actor_score.reference import actor_score_reference
 from toprl_kernels.actor_score.weights import ActorWeights
-from toprl_kernels.backend import ENVIRONMENT_VARIABLE, choose
+from toprl_kernels.backend import choose
 
 OP = "actor_score"
 MAX_WIDTH = 256  # of the kernels: fc3's accumulator stays in registers
@@ -74,19 +72,10 @@ def actor_score(
         return actor_score_reference(hidden_states, stage, weights, valid_mask=valid_mask)
     name = choice.name
     needs_gradient = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (hidden_states, *weights))
-    if name == "triton" and _is_automatic(backend):
+    if name == "triton" and choice.is_automatic:
         name = "eager" if needs_gradient else library.MEASURED
     logits: Tensor = library.forward(hidden_states, valid_mask, *weights, stage, needs_gradient, name)[0]
     return logits
-
-
-def _is_automatic(backend: str | None) -> bool:
-    """Whether nobody named an implementation."""
-    return (backend or os.environ.get(ENVIRONMENT_VARIABLE) or "auto") == "auto"
-
-
-# As in backend.py: a constant of a trace, although it reads the environment.
-_is_automatic._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _obstacle(hidden_states: Tensor, weights: ActorWeights) -> str | None:

@@ -13,73 +13,30 @@ from toprl_kernels.keep_mask.eager import keep_mask_backward_eager, keep_mask_ea
 Outputs = tuple[Tensor, Tensor, Tensor]
 
 
-def _forward(
-    logits: Tensor,
-    uniform: Tensor | None,
-    given: Tensor | None,
-    seed: Tensor | None,
-    token_ids: Tensor | None,
-    previous_mask: Tensor | None,
-    tau: float,
-    backend: str,
-) -> Outputs:
+def _forward(*arguments: Any) -> Outputs:
+    *inputs, _, backend = arguments  # tau is for the backward
+    implementation = keep_mask_eager
     if backend == "triton":
-        from toprl_kernels.keep_mask.triton import keep_mask_triton
-
-        return keep_mask_triton(logits, uniform, given, seed, token_ids, previous_mask)
-    return keep_mask_eager(logits, uniform, given, seed, token_ids, previous_mask)
+        from toprl_kernels.keep_mask.triton import keep_mask_triton as implementation
+    return implementation(*inputs)
 
 
-def _forward_fake(
-    logits: Tensor,
-    uniform: Tensor | None,
-    given: Tensor | None,
-    seed: Tensor | None,
-    token_ids: Tensor | None,
-    previous_mask: Tensor | None,
-    tau: float,
-    backend: str,
-) -> Outputs:
+def _forward_fake(logits: Tensor, uniform: Tensor | None, given: Tensor | None, *arguments: Any) -> Outputs:
     dtype = torch.promote_types(logits.dtype, torch.float32)
     log_prob = logits.new_empty(logits.shape[:-1], dtype=dtype)
     keep = logits.new_empty(logits.shape[:-1] if given is None else 0, dtype=dtype)
     return keep, log_prob, torch.empty_like(log_prob)
 
 
-def _backward_implementation(
-    logits: Tensor,
-    grad_keep_mask: Tensor | None,
-    grad_log_prob: Tensor | None,
-    grad_entropy: Tensor | None,
-    uniform: Tensor | None,
-    given: Tensor | None,
-    seed: Tensor | None,
-    token_ids: Tensor | None,
-    previous_mask: Tensor | None,
-    tau: float,
-    backend: str,
-) -> Tensor:
+def _backward_implementation(*arguments: Any) -> Tensor:
+    *inputs, backend = arguments
     implementation = keep_mask_backward_eager
     if backend == "triton":
         from toprl_kernels.keep_mask.triton import keep_mask_backward_triton as implementation
-    return implementation(
-        logits, grad_keep_mask, grad_log_prob, grad_entropy, uniform, given, seed, token_ids, previous_mask, tau
-    )
+    return implementation(*inputs)
 
 
-def _backward_fake(
-    logits: Tensor,
-    grad_keep_mask: Tensor | None,
-    grad_log_prob: Tensor | None,
-    grad_entropy: Tensor | None,
-    uniform: Tensor | None,
-    given: Tensor | None,
-    seed: Tensor | None,
-    token_ids: Tensor | None,
-    previous_mask: Tensor | None,
-    tau: float,
-    backend: str,
-) -> Tensor:
+def _backward_fake(logits: Tensor, *arguments: Any) -> Tensor:
     return logits.new_empty(logits.shape)
 
 

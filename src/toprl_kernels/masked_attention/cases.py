@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from toprl_kernels._triton_common import next_power_of_2
 from toprl_kernels.ahead_of_time import TYPES, Case, Select, Work
 from toprl_kernels.configs import LaunchConfig
 from toprl_kernels.masked_attention import triton as kernels
@@ -47,7 +48,7 @@ def cases(select: Select) -> Iterator[Case]:
                 if kernel == "masked_attention_bwd_prepare" and mask == "hard":
                     continue  # the same program for both
                 constants: dict[str, Any] = dict(
-                    GROUPS=GROUPS, HEAD_DIM=head_dim, BLOCK_D=max(16, 1 << (head_dim - 1).bit_length()),
+                    GROUPS=GROUPS, HEAD_DIM=head_dim, BLOCK_D=next_power_of_2(head_dim, 16),
                     BLOCK_M=config.block_m, BLOCK_N=config.block_n, CAUSAL=True, SOFT=mask == "soft", HAS_PADDING=True,
                     NEED_DK=True, NEED_DV=True, NEED_DM=need_dm, BOUNDED=need_dm,
                 )  # fmt: skip

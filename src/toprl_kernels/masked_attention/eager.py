@@ -211,7 +211,7 @@ def small_bias(mask: Tensor, num_queries: int, is_causal: bool) -> Tensor:
 
 
 def dense_rows(tensor: Tensor) -> Tensor:
-    """The CPU kernel wants a dense head dimension."""
+    """Any strides but those of the head dimension, which torch's CPU kernel and the Triton kernels want dense."""
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 

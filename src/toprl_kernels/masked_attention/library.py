@@ -12,22 +12,13 @@ from toprl_kernels.masked_attention.eager import masked_attention_forward_eager
 from toprl_kernels.masked_attention.eager_backward import masked_attention_backward_eager
 
 
-def _forward(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    keep_mask: Tensor,
-    key_padding_mask: Tensor | None,
-    is_causal: bool,
-    scale: float,
-    bounded_mask_grad: bool,
-    backend: str,
-) -> tuple[Tensor, Tensor]:
+def _forward(*arguments: Any) -> tuple[Tensor, Tensor]:
+    *inputs, _, backend = arguments  # the mask gradient's kind is for the backward
     if backend == "triton":
         from toprl_kernels.masked_attention.triton import masked_attention_forward_triton as run
     else:
         run = masked_attention_forward_eager
-    return run(query, key, value, keep_mask, key_padding_mask, is_causal, scale)
+    return run(*inputs)
 
 
 def _forward_fake(query: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
@@ -35,30 +26,14 @@ def _forward_fake(query: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
     return query.new_empty(query.shape), query.new_empty(query.shape[:3], dtype=lse_dtype)
 
 
-def _backward(
-    grad_output: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    keep_mask: Tensor,
-    key_padding_mask: Tensor | None,
-    output: Tensor,
-    lse: Tensor,
-    is_causal: bool,
-    scale: float,
-    bounded_mask_grad: bool,
-    needs: list[bool],
-    backend: str,
-) -> tuple[Tensor, ...]:
+def _backward(*arguments: Any) -> tuple[Tensor, ...]:
+    *inputs, backend = arguments
     if backend == "triton":
         from toprl_kernels.masked_attention.triton import masked_attention_backward_triton as run
     else:
         run = masked_attention_backward_eager
-    gradients = run(
-        grad_output, query, key, value, keep_mask, key_padding_mask, output, lse, is_causal, scale,
-        bounded_mask_grad, needs,
-    )  # fmt: skip
-    return tuple(query.new_empty(0) if gradient is None else gradient for gradient in gradients)
+    query = inputs[1]
+    return tuple(query.new_empty(0) if gradient is None else gradient for gradient in run(*inputs))
 
 
 def _backward_fake(

@@ -10,8 +10,10 @@ from torch import Tensor
 
 from toprl_kernels._triton_common import ceil_div, next_power_of_2
 from toprl_kernels.configs import LaunchConfig, select
+from toprl_kernels.masked_attention.eager import dense_rows
 from toprl_kernels.masked_attention.triton_dkdv import masked_attention_bwd_dkdv_kernel
 from toprl_kernels.masked_attention.triton_kernels import (
+    TOKEN_ROWS,
     masked_attention_bwd_dq_kernel,
     masked_attention_bwd_prepare_kernel,
     masked_attention_fwd_kernel,
@@ -20,8 +22,7 @@ from toprl_kernels.masked_attention.triton_kernels import (
 
 LOG2_E = math.log2(math.e)
 MAX_BLOCK = 128  # every block size divides it; the padding of the vectors relies on it
-TOKEN_ROWS = 5  # see triton_kernels.py
-ROW_PLANES = 4
+ROW_PLANES = 4  # of the row buffer, see triton_kernels.py
 
 
 def select_config(kernel: str, head_dim: int, query: Tensor) -> LaunchConfig:
@@ -34,7 +35,7 @@ def token_buffer(keep_mask: Tensor, key_padding_mask: Tensor | None) -> Tensor:
     batch, num_tokens = keep_mask.shape
     # blocks of keys end at most at the next multiple of MAX_BLOCK, blocks of queries start up to N - 1 tokens in
     token_stride = (ceil_div(num_tokens, MAX_BLOCK) + 1) * MAX_BLOCK
-    buffer = torch.empty(batch, TOKEN_ROWS, token_stride, dtype=torch.int32, device=keep_mask.device)
+    buffer = torch.empty(batch, TOKEN_ROWS.value, token_stride, dtype=torch.int32, device=keep_mask.device)
     mask = keep_mask.view(torch.uint8) if keep_mask.dtype == torch.bool else keep_mask
     valid = mask if key_padding_mask is None else key_padding_mask.view(torch.uint8)
     config = select("masked_attention_tokens", size=num_tokens, dtype=torch.float32, device=buffer.device)
@@ -44,11 +45,6 @@ def token_buffer(keep_mask: Tensor, key_padding_mask: Tensor | None) -> Tensor:
         num_warps=config.num_warps, num_stages=config.num_stages, enable_fp_fusion=True,
     )  # fmt: skip
     return buffer
-
-
-def _rows(tensor: Tensor) -> Tensor:
-    """The kernels take any strides but want the head dimension dense."""
-    return tensor if tensor.stride(3) == 1 else tensor.contiguous()
 
 
 def _common(query: Tensor, key: Tensor) -> dict[str, Any]:
@@ -71,7 +67,7 @@ def masked_attention_forward_triton(
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     """Output [B, H, Nq, D] and base-2 log-sum-exp [B, H, Nq] of scale * log2(e) * q.k."""
-    query, key, value = _rows(query), _rows(key), _rows(value)
+    query, key, value = dense_rows(query), dense_rows(key), dense_rows(value)
     batch, num_heads, num_queries, head_dim = query.shape
     output = torch.empty(query.shape, dtype=query.dtype, device=query.device)
     lse = torch.empty(query.shape[:3], dtype=torch.float32, device=query.device)
@@ -104,7 +100,8 @@ def masked_attention_backward_triton(
     needs: list[bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """Gradients by query, key, value and keep_mask; None where ``needs`` says no."""
-    query, key, value, grad_output = _rows(query), _rows(key), _rows(value), _rows(grad_output)
+    query, key, value = dense_rows(query), dense_rows(key), dense_rows(value)
+    grad_output = dense_rows(grad_output)
     needs_query, needs_key, needs_value, needs_mask = needs
     batch, num_heads, num_queries, head_dim = query.shape
     num_kv_heads, num_keys = key.shape[1:3]

@@ -13,21 +13,12 @@ from toprl_kernels.topk_compact.eager import topk_compact_backward_eager, topk_c
 Outputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
-def _forward(
-    hidden_states: Tensor,
-    scores: Tensor,
-    k: Tensor | None,
-    length: int,
-    valid_mask: Tensor | None,
-    position_ids: Tensor | None,
-    left: bool,
-    inverse: bool,
-    backend: str,
-) -> Outputs:
+def _forward(*arguments: Any) -> Outputs:
+    *inputs, backend = arguments
     implementation = topk_compact_eager
     if backend == "triton":
         from toprl_kernels.topk_compact.triton import topk_compact_triton as implementation
-    return implementation(hidden_states, scores, k, length, valid_mask, position_ids, left, inverse)
+    return implementation(*inputs)
 
 
 def _forward_fake(
