@@ -19,11 +19,20 @@ from toprl_kernels import actor_score, compact_cache, masked_attention, sample_k
 from toprl_kernels.testing import make_actor_weights, make_attention_inputs
 
 BAR_US = 10.0
-ROUNDS, CALLS = 15, 300
+PASSES, ROUNDS, CALLS = 4, 20, 100  # spread out: a shared machine is slow for seconds at a time
 
 
 def dispatch_table() -> list[Row]:
     """One row per op: microseconds per call without and with a gradient, the smallest of several rounds."""
+    best: dict[str, Row] = {}
+    for _ in range(PASSES):
+        for row in _one_pass():
+            known = best.setdefault(str(row["op"]), row)
+            known.update({key: min(known[key], value) for key, value in row.items() if key.endswith("_us")})
+    return list(best.values())
+
+
+def _one_pass() -> list[Row]:
     rows = []
     for op, (function, call, leaves) in _calls().items():
         module = importlib.import_module(f"toprl_kernels.{function.rpartition('.')[0]}")
@@ -50,6 +59,8 @@ def dispatch_table() -> list[Row]:
 
             with mock.patch.object(module, name, stub):
                 row[mode] = _microseconds(call) - _microseconds(stub)
+        for leaf in leaves:
+            leaf.requires_grad_(False)  # ops share inputs
         row["bar_us"] = BAR_US
         rows.append(row)
     return rows

@@ -51,6 +51,15 @@ class RegisteredOp:
             return self.function.apply(*arguments)
         return self.implementation(*arguments)
 
+    @staticmethod
+    def needs_gradient(*tensors: torch.Tensor) -> bool:
+        """Whether autograd will record a call with these tensors."""
+        if not torch.is_grad_enabled():
+            return False
+        if torch.compiler.is_compiling():  # does not know the quick form
+            return any(tensor.requires_grad for tensor in tensors)
+        return bool(torch._C._any_requires_grad(*tensors))
+
 
 def register(
     schema: str,

@@ -39,21 +39,23 @@ def inputs(tokens: int = 7, d2: int = 8) -> tuple[Tensor, ActorWeights, Tensor]:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("keep", [False, True])
-def test_opcheck_forward(backend: str, keep: bool) -> None:
+@pytest.mark.parametrize("is_training", [False, True])
+def test_opcheck_forward(backend: str, is_training: bool) -> None:
     hidden, weights, valid = inputs()
-    leaves = [tensor.requires_grad_(keep) for tensor in weights]
+    leaves = [tensor.requires_grad_(is_training) for tensor in weights]
+    op = library.training_op if is_training else library.logits_op
     for mask in (valid, None):
-        torch.library.opcheck(library.forward.overload, (hidden, mask, *leaves, 1, keep, backend))
+        torch.library.opcheck(op.overload, (hidden, mask, *leaves, 1, backend))
 
 
 @pytest.mark.parametrize("is_kept", [False, True])
 @pytest.mark.parametrize("needs", [[True] * 12, [True] + [False] * 11, [False] * 3 + [True] + [False] * 8])
 def test_opcheck_backward(is_kept: bool, needs: list[bool]) -> None:
     hidden, weights, valid = inputs()
-    logits, *kept = library.forward(hidden, valid, *weights, 1, is_kept, "eager")
+    logits, *kept = library.training_op(hidden, valid, *weights, 1, "eager")
+    kept = kept if is_kept else [torch.empty(0) for _ in kept]
     arguments = (torch.randn_like(logits), hidden, valid, *weights, *kept, 1, is_kept, needs)
-    torch.library.opcheck(library.backward.overload, arguments)
+    torch.library.opcheck(library.backward_op.overload, arguments)
 
 
 def step(hidden: Tensor, weights: ActorWeights, valid: Tensor | None, backend: str) -> Tensor:
@@ -104,7 +106,7 @@ def test_vmap_is_refused(needs_gradient: bool) -> None:
     hidden, weights, _ = inputs()
     if needs_gradient:
         weights[3].requires_grad_()
-    with pytest.raises(NotImplementedError, match=r"actor_score: torch.vmap is not supported.*flatten"):
+    with pytest.raises(NotImplementedError, match=r"actor_score\w*: torch.vmap is not supported.*flatten"):
         torch.vmap(lambda x: actor_score(x, 0, weights))(hidden[None])
 
 
@@ -266,7 +268,7 @@ def test_measured_choice(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, ran: l
     pretend_cuda(monkeypatch, tmp_path / "m.json", {bucket(7): Times(1.0, 2.0), bucket(20): Times(2.0, 1.0)})
     for tokens in (7, 8, 20, 100):
         hidden, weights, valid = inputs(tokens)
-        library.forward(hidden, valid, *weights, 0, False, library.MEASURED)
+        library.logits_op(hidden, valid, *weights, 0, library.MEASURED)
     assert ran == ["triton", "triton", "eager", "eager"]
 
 
@@ -278,18 +280,19 @@ def test_automatic_choice_on_cuda(
     monkeypatch: pytest.MonkeyPatch, backend: str | None, needs_gradient: bool, passed: str
 ) -> None:
     """Where choose() says Triton, the automatic choice measures and a gradient takes the eager path."""
+    from toprl_kernels._library import RegisteredOp
     from toprl_kernels.actor_score import api
     from toprl_kernels.backend import Choice
 
     seen: list[str] = []
 
-    def forward(*arguments: object) -> list[None]:
+    def record(op: RegisteredOp, *arguments: object) -> list[None]:
         seen.append(str(arguments[-1]))
         return [None]
 
     chosen = Choice("triton", "as on CUDA", is_automatic=backend != "triton")
     monkeypatch.setattr(api, "choose", lambda *arguments, **options: chosen)
-    monkeypatch.setattr(api.library, "forward", forward)
+    monkeypatch.setattr(RegisteredOp, "__call__", record)
     hidden, weights, _ = inputs()
     actor_score(hidden.requires_grad_(needs_gradient), 0, weights, backend=backend)
     assert seen == [passed]

@@ -70,21 +70,35 @@ def actor_score(
     )
     if choice.name == "reference":
         return actor_score_reference(hidden_states, stage, weights, valid_mask=valid_mask)
-    name = choice.name
-    needs_gradient = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (hidden_states, *weights))
-    if name == "triton" and choice.is_automatic:
-        name = "eager" if needs_gradient else library.MEASURED
-    logits: Tensor = library.forward(hidden_states, valid_mask, *weights, stage, needs_gradient, name)[0]
+    is_measured = choice.is_automatic and choice.name == "triton"
+    logits: Tensor
+    if library.training_op.needs_gradient(hidden_states, *weights):
+        name = "eager" if is_measured else choice.name
+        logits = library.training_op(hidden_states, valid_mask, *weights, stage, name)[0]
+    else:
+        name = library.MEASURED if is_measured else choice.name
+        logits = library.logits_op(hidden_states, valid_mask, *weights, stage, name)
     return logits
 
 
 def _obstacle(hidden_states: Tensor, weights: ActorWeights) -> str | None:
-    for name, tensor in (("hidden_states", hidden_states), ("weights", weights.fc1_weight)):
-        if tensor.dtype not in check.HALF_AND_SINGLE:
-            return f"{name} has dtype {str(tensor.dtype).removeprefix('torch.')}, the kernels take 16 and 32 bit"
+    if hidden_states.dtype not in check.HALF_AND_SINGLE:
+        return _double("hidden_states", hidden_states)
+    if weights.fc1_weight.dtype not in check.HALF_AND_SINGLE:
+        return _double("weights", weights.fc1_weight)
     if weights.fc1_weight.shape[0] > MAX_WIDTH:
         return f"width d2={weights.fc1_weight.shape[0]}, the kernels take d2 <= {MAX_WIDTH}"
     return None
+
+
+def _double(name: str, tensor: Tensor) -> str:
+    return f"{name} has dtype {str(tensor.dtype).removeprefix('torch.')}, the kernels take 16 and 32 bit"
+
+
+def _expected_shapes(d1: int, d2: int, num_stages: int) -> tuple[tuple[int, ...], ...]:
+    """Of the fields of ActorWeights."""
+    wide, square = (d2,), (d2, d2)
+    return (d1,), (d1,), (num_stages, d2), (d2, d1), wide, square, wide, square, wide, (2, d2), (2,)
 
 
 def _fits(hidden_states: Tensor, stage: int, weights: ActorWeights, valid_mask: Tensor | None) -> bool:
@@ -93,10 +107,8 @@ def _fits(hidden_states: Tensor, stage: int, weights: ActorWeights, valid_mask: 
         batch, num_tokens, d1 = hidden_states.shape
         d2, device, dtype = weights.fc1_weight.shape[0], hidden_states.device, weights.fc1_weight.dtype
         num_stages = weights.stage_bias.shape[0]
-        wide, square = (d2,), (d2, d2)
-        expected = ((d1,), (d1,), (num_stages, d2), (d2, d1), wide, square, wide, square, wide, (2, d2), (2,))
-        for tensor, shape in zip(weights, expected, strict=True):
-            if tensor.shape != shape or tensor.dtype != dtype or tensor.device != device:
+        for tensor, shape in zip(weights, _expected_shapes(d1, d2, num_stages), strict=True):
+            if tensor.shape != shape or tensor.dtype is not dtype or tensor.device != device:
                 return False
         return (
             isinstance(weights, ActorWeights)
@@ -132,9 +144,7 @@ def _explain_misfit(hidden_states: Tensor, stage: int, weights: ActorWeights, va
     num_stages = weights.stage_bias.shape[0]
     if d2 < 2 or d2 % 2:
         raise ValueError(f"{OP}: weights.fc1_weight has d2={d2} rows; d2 must be even (one half local, one half mean)")
-    shapes: tuple[tuple[int, ...], ...] = (
-        (d1,), (d1,), (num_stages, d2), (d2, d1), (d2,), (d2, d2), (d2,), (d2, d2), (d2,), (2, d2), (2,),
-    )  # fmt: skip
+    shapes = _expected_shapes(d1, d2, num_stages)
     dtype = weights.fc1_weight.dtype
     for name, tensor, shape in zip(ActorWeights._fields, weights, shapes, strict=True):
         check.require_shape(OP, f"weights.{name}", tensor, shape, f"for d1={d1}, d2={d2}, T={num_stages}")

@@ -1,4 +1,4 @@
-"""torch.library registration of actor_score: the forward and its explicit backward."""
+"""torch.library registration of actor_score: without a gradient, with one, and the explicit backward."""
 
 from __future__ import annotations
 
@@ -17,8 +17,14 @@ _WEIGHTS = ", ".join(f"Tensor {name}" for name in ActorWeights._fields)
 _NUM_WEIGHTS = len(ActorWeights._fields)
 
 
-def _forward(hidden_states: Tensor, valid_mask: Tensor | None, *arguments: Any) -> tuple[Tensor, ...]:
-    weights, (stage, keep, backend) = ActorWeights(*arguments[:_NUM_WEIGHTS]), arguments[_NUM_WEIGHTS:]
+def _logits(hidden_states: Tensor, valid_mask: Tensor | None, *arguments: Any) -> Tensor:
+    return _run(hidden_states, valid_mask, arguments, False)[0]
+
+
+def _run(
+    hidden_states: Tensor, valid_mask: Tensor | None, arguments: tuple[Any, ...], keep: bool
+) -> tuple[Tensor, Activations | None]:
+    weights, (stage, backend) = ActorWeights._make(arguments[:_NUM_WEIGHTS]), arguments[_NUM_WEIGHTS:]
     if backend == MEASURED:
         batch, num_tokens, d1 = hidden_states.shape
         like = weights.fc1_weight
@@ -26,24 +32,31 @@ def _forward(hidden_states: Tensor, valid_mask: Tensor | None, *arguments: Any) 
     if backend == "triton":
         from toprl_kernels.actor_score.triton import actor_score_triton
 
-        logits = actor_score_triton(hidden_states, valid_mask, weights, stage)
-        return logits, *(logits.new_empty(0) for _ in range(3))
-    logits, activations = actor_score_eager(hidden_states, valid_mask, weights, stage, keep)
+        return actor_score_triton(hidden_states, valid_mask, weights, stage), None
+    return actor_score_eager(hidden_states, valid_mask, weights, stage, keep)
+
+
+def _logits_fake(hidden_states: Tensor, valid_mask: Tensor | None, *arguments: Any) -> Tensor:
+    like = ActorWeights._make(arguments[:_NUM_WEIGHTS]).fc1_weight
+    return like.new_empty(*hidden_states.shape[:2], 2)
+
+
+def _forward(hidden_states: Tensor, valid_mask: Tensor | None, *arguments: Any) -> tuple[Tensor, ...]:
+    logits, activations = _run(hidden_states, valid_mask, arguments, True)
     return logits, *(activations or (logits.new_empty(0) for _ in range(3)))
 
 
 def _forward_fake(hidden_states: Tensor, valid_mask: Tensor | None, *arguments: Any) -> tuple[Tensor, ...]:
-    weights, (_, keep, backend) = ActorWeights(*arguments[:_NUM_WEIGHTS]), arguments[_NUM_WEIGHTS:]
-    like = weights.fc1_weight
-    batch, num_tokens = hidden_states.shape[:2]
-    kept = (batch, num_tokens, like.shape[0]) if keep and backend == "eager" else (0,)
-    return like.new_empty(batch, num_tokens, 2), *(like.new_empty(kept) for _ in range(3))
+    logits = _logits_fake(hidden_states, valid_mask, *arguments)
+    width = arguments[ActorWeights._fields.index("fc1_weight")].shape[0]
+    kept = (*logits.shape[:2], width) if arguments[-1] == "eager" else (0,)
+    return logits, *(logits.new_empty(kept) for _ in range(3))
 
 
 def _backward(
     grad_logits: Tensor, hidden_states: Tensor, valid_mask: Tensor | None, *arguments: Any
 ) -> tuple[Tensor, ...]:
-    weights, (*kept, stage, is_kept, needs) = ActorWeights(*arguments[:_NUM_WEIGHTS]), arguments[_NUM_WEIGHTS:]
+    weights, (*kept, stage, is_kept, needs) = ActorWeights._make(arguments[:_NUM_WEIGHTS]), arguments[_NUM_WEIGHTS:]
     activations = Activations(*kept) if is_kept else None
     if activations is None:  # the kernels keep nothing
         _, activations = actor_score_eager(hidden_states, valid_mask, weights, stage, True)
@@ -63,8 +76,8 @@ def _backward_fake(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *tensors, ctx.stage, keep, backend = inputs
-    ctx.is_kept = keep and backend == "eager"
+    *tensors, ctx.stage, backend = inputs
+    ctx.is_kept = backend == "eager"
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*tensors, *output[1:])
@@ -73,13 +86,13 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 def _autograd(ctx: Any, grad_logits: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
     needs = [ctx.needs_input_grad[0], *ctx.needs_input_grad[2 : 2 + _NUM_WEIGHTS]]
     if grad_logits is None or not any(needs):
-        return (None,) * (len(INPUTS) + 4)
-    gradients = backward(grad_logits, *ctx.saved_tensors, ctx.stage, ctx.is_kept, needs)
+        return (None,) * (len(INPUTS) + 3)
+    gradients = backward_op(grad_logits, *ctx.saved_tensors, ctx.stage, ctx.is_kept, needs)
     by_hidden, *by_weights = (gradient if needed else None for gradient, needed in zip(gradients, needs, strict=True))
-    return by_hidden, None, *by_weights, None, None, None
+    return by_hidden, None, *by_weights, None, None
 
 
-backward = register(
+backward_op = register(
     f"actor_score_backward(Tensor grad_logits, Tensor hidden_states, Tensor? valid_mask, {_WEIGHTS}, "
     "Tensor first, Tensor second, Tensor third, int stage, bool is_kept, bool[] needs) -> ("
     + ", ".join(["Tensor"] * len(INPUTS))
@@ -88,10 +101,13 @@ backward = register(
     _backward_fake,
 )
 
-# Returns the logits and the activations that the backward starts from (empty unless the eager path is to keep them).
-forward = register(
-    f"actor_score(Tensor hidden_states, Tensor? valid_mask, {_WEIGHTS}, int stage, bool keep, str backend) "
-    "-> (Tensor, Tensor, Tensor, Tensor)",
+_SIGNATURE = f"(Tensor hidden_states, Tensor? valid_mask, {_WEIGHTS}, int stage, str backend)"
+
+logits_op = register(f"actor_score{_SIGNATURE} -> Tensor", _logits, _logits_fake)
+
+# Returns the logits and the activations that the backward starts from (empty where the kernels ran).
+training_op = register(
+    f"actor_score_training{_SIGNATURE} -> (Tensor, Tensor, Tensor, Tensor)",
     _forward,
     _forward_fake,
     setup_context=_setup_context,
