@@ -5,7 +5,7 @@ PIP    := $(BIN)/python -m pip install --disable-pip-version-check -q -c constra
 STAMP  := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-exhaustive lint format bench clean
+.PHONY: help install demo test test-exhaustive feature-matrix lint format bench clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1|/' | column -t -s '|'
@@ -28,6 +28,9 @@ test: lint ## lint, format check, types and all tests
 
 test-exhaustive: $(STAMP) ## hours: every combination of sizes and dtypes, and the kernels broken on purpose
 	$(BIN)/python -m pytest -m exhaustive -rP
+
+feature-matrix: $(STAMP) ## run the tests of the model families and store what works for which
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile tests/models --write-features
 
 lint: $(STAMP) ## ruff (lint and format check) and mypy
 	$(BIN)/ruff check .

@@ -6,13 +6,64 @@ The variable has to be set before the first import of triton, and torch may impo
 from __future__ import annotations
 
 import os
+from collections.abc import Generator
+from typing import Any
 
 import pytest
 import torch
 
+from tests.models.features import Matrix
+
+MATRIX = pytest.StashKey[Matrix]()
 HAS_CUDA = torch.cuda.is_available()
 if not HAS_CUDA:
     os.environ["TRITON_INTERPRET"] = "1"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--write-features", action="store_true", help="store the family x feature matrix of this run")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[MATRIX] = Matrix()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    report = yield
+    marker = item.get_closest_marker("feature")
+    if marker is not None and (report.when == "call" or report.outcome != "passed"):
+        reason = report.longrepr[2].removeprefix("Skipped: ") if isinstance(report.longrepr, tuple) else ""
+        family = item.callspec.params["family"]  # type: ignore[attr-defined]
+        report.user_properties.append(("feature", (marker.args[0], family, report.outcome, reason)))
+    return report
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Collect the matrix in the one process that sees all reports; a complete one must be the stored one."""
+    terminal = session.config.pluginmanager.get_plugin("terminalreporter")
+    if terminal is None:  # a worker
+        return
+    matrix = session.config.stash[MATRIX]
+    for report in (report for reports in terminal.stats.values() for report in reports):
+        for name, value in getattr(report, "user_properties", ()):
+            if name == "feature":
+                matrix.add(*value)
+    if session.config.getoption("--write-features"):
+        matrix.store()
+    elif matrix.is_complete() and matrix.table() != matrix.stored() and not HAS_CUDA:
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+        matrix.is_outdated = True
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    matrix = config.stash[MATRIX]
+    if lines := matrix.lines():
+        terminalreporter.section("families and features")
+        terminalreporter.write("\n".join(lines) + "\n")
+    if matrix.is_outdated:
+        terminalreporter.write_line("FAILED: the stored matrix is another one; store this one: make feature-matrix")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -15,23 +16,97 @@ class Family:
     """Where the pruner finds what it needs in one class of models.
 
     Attributes:
-        model_class: name of the transformers class.
+        model_class: name of the transformers class (subclasses are covered by it).
+        title: the family's name, for tables.
+        visual_rule: one sentence: which tokens count as visual and may be dropped, which of the image's never are.
         visual_ids: config attributes that hold the placeholder ids; a token with such an id is a visual token.
-        min_stage: first layer that may prune. Layer 0 never may: transformers reads the cache's length from it.
+        min_stage: first layer that may prune, or a function of the model that says so. Layer 0 never may: transformers
+            reads the cache's length from it.
+        limits: one sentence about what does not work, "" for nothing.
     """
 
     model_class: str
-    visual_ids: tuple[str, ...] = ("image_token_id",)
-    min_stage: int = 1
+    title: str
+    visual_rule: str
+    visual_ids: tuple[str, ...] = ("image_token_id", "video_token_id")
+    min_stage: int | Callable[[PreTrainedModel], int] = 1
+    limits: str = ""
+
+
+def _behind_deepstack(model: PreTrainedModel) -> int:
+    """Features of the vision tower are added to all visual slots behind each of the first layers."""
+    return max(1, len(model.config.vision_config.deepstack_visual_indexes))
 
 
 FAMILIES: dict[str, Family] = {
     family.model_class: family
     for family in (
-        # every placeholder is one CLIP patch; nothing is interleaved between the patches
-        Family("LlavaForConditionalGeneration"),
+        Family(
+            "LlavaForConditionalGeneration",
+            "LLaVA-1.5",
+            "Every placeholder is one patch of the image, 576 of 336 x 336 pixels; nothing lies between the patches.",
+        ),
+        Family(
+            "LlavaNextForConditionalGeneration",
+            "LLaVA-NeXT",
+            "Patches of the overview and of all tiles, and the newline feature behind each row of the tiles: it sits in "
+            "an image slot and may be dropped like a patch.",
+        ),
+        Family(
+            "VideoLlavaForConditionalGeneration",
+            "Video-LLaVA",
+            "Patches of images, and of every frame of a video with the class token of each frame.",
+        ),
+        Family(
+            "LlavaOnevisionForConditionalGeneration",
+            "LLaVA-OneVision",
+            "Patches of overview and tiles (a single tile where a prompt has several images), pooled patches of video "
+            "frames, and the newline features, which sit in visual slots and may be dropped like patches.",
+        ),
+        Family(
+            "Qwen2_5_VLForConditionalGeneration",
+            "Qwen2.5-VL",
+            "Merged 2 x 2 patches of images and video frames, in raster order: the vision tower undoes its windows. "
+            "<|vision_start|> and <|vision_end|> are text and always stay.",
+        ),
+        Family(
+            "InternVLForConditionalGeneration",
+            "InternVL3",
+            "All 256 tokens of every tile, thumbnail included; frames of a video are images. <img> and </img> are text "
+            "and always stay.",
+        ),
+        Family(
+            "Qwen3VLForConditionalGeneration",
+            "Qwen3-VL",
+            "Merged 2 x 2 patches of images and video frames. <|vision_start|>, <|vision_end|> and the time stamps "
+            "between frames are text and always stay.",
+            min_stage=_behind_deepstack,
+            limits="Stages start behind the layers to which deepstack features are added (3 in the released models).",
+        ),
     )
 }
+
+
+def register_family(family: Family) -> None:
+    """Support another class of models, if it is built like the others.
+
+    The class must have a ``base_model`` that takes ``input_ids`` and ``pixel_values*``, and a ``get_decoder()`` whose
+    ``layers`` are called with ``attention_mask``, ``position_embeddings`` and ``past_key_values``, as those of
+    transformers are. Run a keep-all schedule against the unattached model before you trust it.
+
+    Args:
+        family: the row; it replaces an earlier one of the same ``model_class``.
+
+    Raises:
+        TypeError: ``family`` is not a Family.
+
+    Example:
+        >>> from toprl_models import Family, register_family
+        >>> register_family(Family("SmolVLMForConditionalGeneration", "SmolVLM", "All tokens of every tile."))
+    """
+    if not isinstance(family, Family):
+        raise TypeError(f"family is a {type(family).__name__}; pass a toprl_models.Family")
+    FAMILIES[family.model_class] = family
 
 
 def family_of(model: PreTrainedModel) -> Family:
@@ -43,19 +118,34 @@ def family_of(model: PreTrainedModel) -> Family:
     for cls in type(model).__mro__:
         if cls.__name__ in FAMILIES:
             return FAMILIES[cls.__name__]
-    hint = ""
+    hint = "A class that is built alike can be added with toprl_models.register_family(Family(...))."
     if type(model).__name__.startswith("Peft"):
-        hint = " A PEFT model: pass model.get_base_model()."
+        hint = "A PEFT model: pass model.get_base_model()."
     raise TypeError(
-        f"model is a {type(model).__name__}, which is not supported; supported: {', '.join(sorted(FAMILIES))}.{hint}"
+        f"model is a {type(model).__name__}, which is not supported; supported: {', '.join(sorted(FAMILIES))}. {hint}"
     )
+
+
+def min_stage_of(model: PreTrainedModel, family: Family) -> int:
+    """First layer of ``model`` that may prune."""
+    return family.min_stage(model) if callable(family.min_stage) else family.min_stage
 
 
 def visual_token_ids(model: PreTrainedModel, family: Family) -> tuple[int, ...]:
-    """Token ids that stand for visual tokens in ``input_ids``."""
-    return tuple(
+    """Token ids that stand for visual tokens in ``input_ids``.
+
+    Raises:
+        ValueError: the model's config has none of the family's attributes.
+    """
+    ids = tuple(
         getattr(model.config, name) for name in family.visual_ids if getattr(model.config, name, None) is not None
     )
+    if not ids:
+        raise ValueError(
+            f"model: config of {type(model).__name__} has none of {', '.join(family.visual_ids)}; name the attribute "
+            "that holds the placeholder id in Family(visual_ids=...)"
+        )
+    return ids
 
 
 def decoder_of(model: PreTrainedModel) -> nn.Module:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from toprl_models import masking
 from toprl_models.attention import LayerView, gather_slots, prefill_mask, rebuild_mask
-from toprl_models.families import decoder_of, family_of, visual_token_ids
+from toprl_models.families import decoder_of, family_of, min_stage_of, visual_token_ids
 from toprl_models.policy import Policy
 from toprl_models.schedule import Schedule
 from toprl_models.stages import (
@@ -332,7 +332,11 @@ def attach(model: PreTrainedModel, policy: Policy, *, schedule: Schedule, mode: 
     if decoder in _ATTACHED:
         raise RuntimeError("model is attached already; call .detach() on its Pruner (or leave its with block) first")
     schedule.check_layers(len(decoder.layers))  # type: ignore[arg-type]
-    if schedule.layers[0] < family.min_stage:
-        raise ValueError(f"schedule: first stage at layer {schedule.layers[0]}, must be at least {family.min_stage}")
+    first = min_stage_of(model, family)
+    if schedule.layers[0] < first:
+        raise ValueError(
+            f"schedule: first stage at layer {schedule.layers[0]}, but {type(model).__name__} can prune before layer "
+            f"{first} at the earliest"
+        )
     policy.check(model, schedule)
     return Pruner(model, policy, schedule, mode)

@@ -1,0 +1,140 @@
+"""The family x feature matrix: which test is evidence for which feature, and where a feature does not apply.
+
+``@feature(name)`` parametrises a test over the families (argument ``family``) and marks it as evidence; the matrix is
+printed at the end of a run, and ``--write-features`` stores it for ``python -m toprl_models.check`` and README.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.models.tiny_families import FAMILY_NAMES, TINY
+
+MATRIX_FILE = Path(__file__).resolve().parents[2] / "src/toprl_models/feature_matrix.json"
+
+# in the order of the printed table
+FEATURES = (
+    # inputs
+    "images",
+    "videos",
+    "left-padded batch with text-only rows",
+    "right-padded forward",
+    # schedules
+    "keep-all = unattached, bitwise",
+    "compact = mask (Eqs. 6-7)",
+    "stage before the first possible and the last layer",
+    "drop-all and keep-one",
+    "cache lengths as scheduled",
+    # attention
+    "eager",
+    "sdpa",
+    "flex_attention",
+    "flash_attention_2, stand-in",
+    "flash_attention_2, real",
+    # caches
+    "DynamicCache",
+    "StaticCache",
+    "quantised cache",
+    "offloaded cache",
+    "use_cache=False",
+    "copied cache",
+    # decoding
+    "greedy",
+    "sampling with a seed",
+    "beam search",
+    "num_return_sequences",
+    "assisted decoding",
+    "prompt lookup",
+    "prefill in chunks",
+    "second turn on the pruned cache",
+    # outputs and training
+    "logits_to_keep",
+    "labels and loss",
+    "output_hidden_states",
+    "output_attentions",
+    "gradient of the keep mask",
+    "gradient checkpointing",
+    "torch.compile of the decode step",
+    "bfloat16",
+    "reused vision features",
+    # model handling
+    "save_pretrained, deepcopy, pickle, to()",
+    "PEFT",
+    "accelerate hooks",
+    "8-bit weights",
+)
+
+# why a feature does not apply, by (feature, family)
+NOT_APPLICABLE: dict[tuple[str, str], str] = {
+    ("videos", name): "the model takes no videos" for name, tiny in TINY.items() if tiny.video is None
+}
+
+
+def feature(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Decorator of a test with an argument ``family``: it shows that ``name`` works for that family."""
+    assert name in FEATURES, f"{name!r} is not in FEATURES"
+    families = [family for family in FAMILY_NAMES if (name, family) not in NOT_APPLICABLE]
+
+    def mark(function: Callable[..., Any]) -> Callable[..., Any]:
+        return pytest.mark.feature(name)(pytest.mark.parametrize("family", families)(function))
+
+    return mark
+
+
+class Matrix:
+    """Outcomes as they come in, from this process or from xdist's workers."""
+
+    def __init__(self) -> None:
+        self.outcomes: dict[tuple[str, str], str] = {}
+        self.is_outdated = False
+
+    def add(self, name: str, family: str, outcome: str, reason: str = "") -> None:
+        """One test's outcome; the worst of a cell's tests counts."""
+        value = {"passed": "pass", "failed": "FAIL", "skipped": f"not run: {reason}"}[outcome]
+        rank = ("pass", "not run", "FAIL")
+        known = self.outcomes.get((name, family), "pass")
+        worst = max(known, value, key=lambda one: rank.index(one.split(":")[0]))
+        self.outcomes[name, family] = worst
+
+    def table(self) -> dict[str, dict[str, str]]:
+        """{feature: {family: "pass" | "FAIL" | "not run: why" | "n/a: why"}}; only what was seen or does not apply."""
+        table: dict[str, dict[str, str]] = {}
+        for name in FEATURES:
+            for family in FAMILY_NAMES:
+                if (name, family) in NOT_APPLICABLE:
+                    table.setdefault(name, {})[family] = f"n/a: {NOT_APPLICABLE[name, family]}"
+                elif (name, family) in self.outcomes:
+                    table.setdefault(name, {})[family] = self.outcomes[name, family]
+        return table
+
+    def is_complete(self) -> bool:
+        return all(len(self.table().get(name, {})) == len(FAMILY_NAMES) for name in FEATURES)
+
+    def lines(self) -> list[str]:
+        """The table as text, then the reasons."""
+        table = {name: row for name, row in self.table().items() if any((name, f) in self.outcomes for f in row)}
+        if not table:
+            return []
+        width = max(map(len, table))
+        lines = [" " * width + "  " + "  ".join(FAMILY_NAMES)]
+        reasons: dict[str, None] = {}
+        for name, row in table.items():
+            cells = []
+            for family in FAMILY_NAMES:
+                word, _, reason = row.get(family, "").partition(": ")
+                cells.append((word or "-").ljust(len(family)))
+                if reason:
+                    reasons[f"{name}, {word}: {reason}"] = None
+            lines.append(f"{name.ljust(width)}  {'  '.join(cells)}".rstrip())
+        return [*lines, *reasons]
+
+    def stored(self) -> dict[str, dict[str, str]]:
+        return json.loads(MATRIX_FILE.read_text()) if MATRIX_FILE.exists() else {}
+
+    def store(self) -> None:
+        MATRIX_FILE.write_text(json.dumps(self.table(), indent=1, ensure_ascii=False) + "\n")
