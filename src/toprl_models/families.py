@@ -49,7 +49,7 @@ FAMILIES: dict[str, Family] = {
         Family(
             "LlavaNextForConditionalGeneration",
             "LLaVA-NeXT",
-            "Patches of the overview and of all tiles, and the newline feature behind each row of the tiles: it sits in "
+            "Patches of the overview and of all tiles, and the newline feature behind each row of tiles: it sits in "
             "an image slot and may be dropped like a patch.",
         ),
         Family(
