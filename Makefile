@@ -16,7 +16,7 @@ install: $(STAMP) ## create .venv and install the package with everything the ot
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) torch
-	$(PIP) -e '.[models,train,viz,demo,dev]'
+	$(PIP) -e '.[models,train,viz,eval,demo,dev]'
 	@touch $(STAMP)
 
 demo: $(STAMP) ## train with PPO on the embedded tiny LLaVA, evaluate, write runs/demo/report.html
@@ -30,7 +30,8 @@ test-exhaustive: $(STAMP) ## hours: every combination of sizes and dtypes, and t
 	$(BIN)/python -m pytest -m exhaustive -rP
 
 feature-matrix: $(STAMP) ## run the tests of the model families and store what works for which
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile tests/models --write-features
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile tests/models --ignore tests/models/test_check.py --write-features
+	$(BIN)/python -m toprl_models.check --markdown > docs/families.md
 
 lint: $(STAMP) ## ruff (lint and format check) and mypy
 	$(BIN)/ruff check .

@@ -49,11 +49,12 @@ from transformers import (
 
 from toprl_kernels import flops
 from toprl_models import FastV, Policy, Pruner, PyramidDrop, Schedule, StageContext, TopRLPolicy, attach
+from toprl_models.schedule import stage_layers_for
 
 IMAGE_ID = 1
 FIRST_WORD_ID = 4  # below it: padding, image placeholder, begin and end of sequence
 PATCH_SIZE = 14
-PAPER_LAYERS, PAPER_STAGES, FASTV_STAGE = 32, (2, 8, 16), 2
+FASTV_STAGE = 2
 WARM_UP_ROUNDS = 2
 # Largest difference, per element of the normalised last states, that rounding may explain in float32
 TOLERANCE = 1e-3
@@ -86,11 +87,7 @@ class Case:
 
     @property
     def stage_layers(self) -> tuple[int, ...]:
-        """The paper's stages [2, 8, 16] of 32 layers, scaled to this depth; strictly ascending, at least 1."""
-        layers: list[int] = []
-        for layer in PAPER_STAGES:
-            layers.append(max(layers[-1] + 1 if layers else 1, round(layer * self.num_layers / PAPER_LAYERS)))
-        return tuple(layers)
+        return stage_layers_for(self.num_layers)
 
     def schedule(self, layers: tuple[int, ...]) -> Schedule:
         return Schedule.for_budget(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -72,8 +73,8 @@ FAMILIES: dict[str, Family] = {
         Family(
             "InternVLForConditionalGeneration",
             "InternVL3",
-            "All 256 tokens of every tile, thumbnail included; frames of a video are images. <img> and </img> are text "
-            "and always stay.",
+            "All 256 tokens of every tile, thumbnail included; frames of a video are images. The marks around them are "
+            "text and always stay.",
         ),
         Family(
             "Qwen3VLForConditionalGeneration",
@@ -92,7 +93,11 @@ def register_family(family: Family) -> None:
 
     The class must have a ``base_model`` that takes ``input_ids`` and ``pixel_values*``, and a ``get_decoder()`` whose
     ``layers`` are called with ``attention_mask``, ``position_embeddings`` and ``past_key_values``, as those of
-    transformers are. Run a keep-all schedule against the unattached model before you trust it.
+    transformers are; nothing is added to visual tokens between layers (else set ``min_stage`` behind it).
+    SmolVLM and Idefics3 are tested so, in both modes. Gemma 3, whose image tokens see each other, works in compact
+    mode with "sdpa" and "eager"; what would be wrong is refused: mask mode, "flex_attention", images on a filled cache.
+
+    Before you trust a new row, compare a keep-all schedule with the unattached model, and compact mode with mask mode.
 
     Args:
         family: the row; it replaces an earlier one of the same ``model_class``.
@@ -146,6 +151,17 @@ def visual_token_ids(model: PreTrainedModel, family: Family) -> tuple[int, ...]:
             "that holds the placeholder id in Family(visual_ids=...)"
         )
     return ids
+
+
+def video_token_ids(model: PreTrainedModel, family: Family) -> tuple[int, ...]:
+    """Those of ``visual_token_ids`` that stand for videos only, if the model takes these in arguments of their own."""
+    if "pixel_values_videos" not in inspect.signature(model.base_model.forward).parameters:
+        return ()
+    kinds: dict[int, set[bool]] = {}
+    for name in family.visual_ids:
+        if (one := getattr(model.config, name, None)) is not None:
+            kinds.setdefault(one, set()).add("video" in name)
+    return tuple(one for one, is_video in kinds.items() if is_video == {True})
 
 
 def decoder_of(model: PreTrainedModel) -> nn.Module:

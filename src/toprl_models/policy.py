@@ -215,7 +215,8 @@ class TopRLPolicy(nn.Module, Policy, PyTorchModelHubMixin):
             )
         if self.base_model is not None and self.base_model != found:
             raise ValueError(f"policy: trained for {self.base_model}, but the model is {found}")
-        if self.head.weight.device != model.device:
+        # offloaded weights are on "meta" until their layer runs
+        if model.device.type != "meta" and self.head.weight.device != model.device:
             raise ValueError(
                 f"policy is on {self.head.weight.device}, the model on {model.device}; use policy.to(model.device)"
             )

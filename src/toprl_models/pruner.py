@@ -8,27 +8,42 @@ give the same numbers on surviving tokens, and no model code or class is patched
 from __future__ import annotations
 
 import contextlib
+import threading
 import weakref
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, Literal
 
-import torch
 from torch import Tensor, nn
 
 from toprl_models import masking
-from toprl_models.attention import LayerView, gather_slots, prefill_mask, rebuild_mask
-from toprl_models.families import decoder_of, family_of, min_stage_of, visual_token_ids
+from toprl_models.attention import (
+    LayerView,
+    gather_tables,
+    is_static_step,
+    prefill_mask,
+    rebuild_mask,
+    refuse_views_ahead,
+    static_step_mask,
+)
+from toprl_models.caches import CacheState, cache_state, extend_mask
+from toprl_models.families import decoder_of, family_of, min_stage_of
+from toprl_models.guards import (
+    OneForward,
+    refuse_checkpointing,
+    refuse_packed,
+    refuse_several_devices,
+    refuse_window,
+    sliding_window,
+)
+from toprl_models.outputs import Survivors, scatter_all, scatter_back, without_dropped
 from toprl_models.policy import Policy
+from toprl_models.prompts import Prompt, VisualIds, begin, drafted_tokens, read_prompt
 from toprl_models.schedule import Schedule
 from toprl_models.stages import (
-    CacheState,
     ForwardPass,
     Segment,
     StageTrace,
-    Visual,
-    cache_state,
     composed_indices,
-    extend_mask,
     run_stage,
 )
 
@@ -40,18 +55,28 @@ Mode = Literal["compact", "mask"]
 _ATTACHED: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 
+class _PerThread(threading.local):
+    """What is remembered before and after the base model's forward pass, when other threads may come between."""
+
+    drafted: int = 0  # of the pass that begins
+    survivors: Survivors | None = None  # of the last pass, for its loss
+
+
 class Pruner:
     """Prunes the visual tokens of one model until detached; made by ``attach``."""
 
     def __init__(self, model: PreTrainedModel, policy: Policy, schedule: Schedule, mode: Mode) -> None:
         self.model, self.policy, self.schedule, self.mode = model, policy, schedule, mode
         family = family_of(model)
-        self._ids = torch.tensor(visual_token_ids(model, family))
+        self._ids = VisualIds.of(model, family)
         self._decoder = decoder_of(model)
         self._layers: nn.ModuleList = self._decoder.layers  # type: ignore[assignment]
         self._stage_at = {layer: stage for stage, layer in enumerate(schedule.layers)}
         self._forward: ForwardPass | None = None
-        self._pending: tuple[Tensor | None, Tensor | None] | None = None  # visual and valid masks of this pass
+        self._pending: Prompt | None = None
+        self._mine = _PerThread()
+        self._running = OneForward()
+        self._window = sliding_window(self._decoder.config)
         self._enabled = True
         self._handles: list[Any] = []
         self._attention: str | None = None
@@ -63,6 +88,7 @@ class Pruner:
     def _hook(self) -> None:
         add, base = self._handles.append, self.model.base_model
         _ATTACHED.add(self._decoder)
+        add(self.model.register_forward_pre_hook(self._before_top, with_kwargs=True))
         add(base.register_forward_pre_hook(self._before_model, with_kwargs=True))
         add(base.register_forward_hook(self._after_model, always_call=True))
         add(self._decoder.register_forward_pre_hook(self._before_decoder, with_kwargs=True))
@@ -71,19 +97,31 @@ class Pruner:
         for index in range(first, len(self._layers)):
             hook = _LayerHook(self, index)
             add(self._layers[index].register_forward_pre_hook(hook, with_kwargs=True))
+        # transformers' own place for another loss: model.forward() asks the instance before the class
+        self._model_loss, self._own_loss = self.model.loss_function, vars(self.model).get("_loss_function")
+        self.model.loss_function = self._loss
         if self.mode == "mask":
             self._attention = masking.install(self.model)
 
     def detach(self) -> None:
-        """Remove every hook and restore the attention implementation; safe to call twice."""
+        """Remove every hook and restore the attention implementation; safe to call twice.
+
+        Raises:
+            RuntimeError: another thread is in the middle of a forward pass.
+        """
+        self._running.check()
         for handle in self._handles:
             handle.remove()
+        if self._handles and vars(self.model).get("_loss_function") == self._loss:
+            del self.model._loss_function
+            if self._own_loss is not None:
+                self.model.loss_function = self._own_loss
         self._handles.clear()
         if self._attention is not None:
             masking.restore(self.model, self._attention)
             self._attention = None
         _ATTACHED.discard(self._decoder)
-        self._forward = self._pending = None
+        self._forward = self._pending = self._mine.survivors = None
 
     @property
     def attached(self) -> bool:
@@ -98,6 +136,7 @@ class Pruner:
     @contextlib.contextmanager
     def disabled(self) -> Iterator[None]:
         """Within this context the model behaves as if it was not attached; caches of pruned prompts do not mix in."""
+        self._running.check()
         was, self._enabled = self._enabled, False
         attention = self._attention
         if attention is not None:
@@ -109,67 +148,57 @@ class Pruner:
             if attention is not None:
                 masking.install(self.model)
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """A copy of the model would share or duplicate the pruner's state without being attached."""
+        raise RuntimeError(
+            "a model cannot be copied or pickled while a Pruner is attached: detach() first and attach to the copy, or "
+            "save model.state_dict() or model.save_pretrained(folder)"
+        )
+
     # -- hooks ---------------------------------------------------------------------------------------------------
 
+    def _before_top(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        self._mine.drafted = drafted_tokens(kwargs)
+
     def _before_model(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        """Find the visual tokens - only if images came along: a *generated* token may carry the image id."""
+        drafted, self._mine.drafted = self._mine.drafted, 0
+        self._mine.survivors = None
+        self._running.enter(module)
         self._pending = self._forward = None
         if not self._enabled:
             return
-        images = any(v is not None for k, v in kwargs.items() if k.startswith("pixel_values"))
-        images = images or bool(kwargs.get("mm_encoder_outputs"))
-        input_ids = args[0] if args else kwargs.get("input_ids")
-        if not images and (input_ids is None or input_ids.shape[1] == 1):
-            return
-        if input_ids is None:
-            raise ValueError(
-                "input_ids is None: the pruner finds visual tokens by their placeholder ids; pass input_ids, not "
-                "inputs_embeds, together with images"
-            )
-        visual = torch.isin(input_ids, self._ids.to(input_ids.device)) if images else None
-        mask = kwargs.get("attention_mask")
-        if isinstance(mask, dict):
-            raise TypeError("attention_mask is a dict of prepared masks; pass the 2-D padding mask")
-        valid = mask[:, -input_ids.shape[1] :].bool() if mask is not None and mask.ndim == 2 else None
-        self._pending = (visual, valid)
+        self._pending = read_prompt(self._ids, args, kwargs, drafted, self.model.get_input_embeddings())
 
     def _before_decoder(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         if not self._enabled:
             return
-        pending, self._pending = self._pending, None
-        if pending is None:
-            self._forward = ForwardPass(prunes=False)
-            return
-        visual, valid = pending
-        if visual is None:
-            self._forward = ForwardPass(prunes=False, valid=None if valid is None or bool(valid.all()) else valid)
-            return
-        everything = torch.ones_like(visual) if valid is None else valid
-        visual = visual & everything
-        # the one host synchronisation of a prefill whose stages keep fixed counts
-        counts = torch.stack([visual.sum(1), everything.sum(1)]).tolist()
-        num_visual, num_valid = tuple(counts[0]), tuple(counts[1])
-        if not any(num_visual):
-            self._forward = ForwardPass(prunes=False)
-            self.trace = []
-            return
-        ordinal = torch.where(visual, visual.cumsum(1) - 1, -1)
-        self._forward = ForwardPass(
-            prunes=True,
-            length=visual.shape[1],
-            ordinal=ordinal,
-            visual=Visual.of(ordinal, num_visual),
-            num_visual=num_visual,
-            num_text=tuple(n - v for n, v in zip(num_valid, num_visual, strict=True)),
-            valid=None if min(num_valid) == visual.shape[1] else valid,
-        )
+        self._running.check()
+        prompt, self._pending = self._pending, None
+        if self._window is not None:
+            self._check_window(prompt, kwargs)
+        self._forward = begin(prompt)
+        if self._forward.prunes:
+            refuse_checkpointing(self._layers, self.mode)
+
+    def _check_window(self, prompt: Prompt | None, kwargs: dict[str, Any]) -> None:
+        cache = kwargs.get("past_key_values")
+        prunes = prompt is not None and prompt.visual is not None
+        if prunes or self.mode == "mask" or hasattr(cache, "_toprl_state"):
+            assert self._window is not None
+            past = cache.get_seq_length() if cache is not None else 0
+            refuse_window(self._window, int(past) + kwargs["inputs_embeds"].shape[1])
 
     def _before_layer(
         self, index: int, number: int, args: tuple, kwargs: dict[str, Any]
     ) -> tuple[tuple, dict[str, Any]] | None:
         forward = self._forward
         if forward is None:
-            return None
+            if not self._enabled:
+                return None
+            raise RuntimeError(
+                "the layer ran outside of the model's forward pass, where the pruner knows nothing of the prompt: "
+                "detach() first; for gradient checkpointing use the model's own, model.gradient_checkpointing_enable()"
+            )
         hidden_states = args[0] if args else kwargs["hidden_states"]
         changed = dict(kwargs)
         if forward.prunes:
@@ -177,8 +206,8 @@ class Pruner:
                 hidden_states = self._at_stage(forward, number, hidden_states, kwargs)
             if self.policy.attention_from == "previous" and index + 1 in self._stage_at:
                 forward.layer_input = hidden_states
-                if forward.position_embeddings is None:
-                    forward.position_embeddings = kwargs.get("position_embeddings")
+                if not number or self.mode == "mask":  # otherwise _shorten sets them
+                    forward.position_embeddings = kwargs["position_embeddings"]
         if number:
             cache = kwargs.get("past_key_values")
             if self.mode == "mask":
@@ -196,32 +225,43 @@ class Pruner:
         if forward is None or not forward.prunes:
             return None
         self.trace = forward.trace
-        if self.mode == "mask":
+        survivors = self._mine.survivors = Survivors.of(forward)
+        if self.mode == "mask" or survivors is None:
             return None
-        composed = composed_indices(forward, len(self.schedule))
-        if composed is None:
-            return None
-        states, valid, length = output.last_hidden_state, forward.valid, forward.length
-        if valid is not None:
-            states = states.masked_fill(~valid[..., None], 0)
-            # padding slots all point at slot 0: send them to one slot too many, cut off below
-            composed = composed.masked_fill(~valid, length)
-        full = states.new_zeros(len(states), length + 1, states.shape[-1])
-        full = full.scatter(1, composed[..., None].expand_as(states), states)
-        output["last_hidden_state"] = full[:, :length]
+        output["last_hidden_state"] = scatter_back(output.last_hidden_state, survivors.slots, forward.length)
+        if output.get("hidden_states"):
+            num_layers = self.model.config.get_text_config().num_hidden_layers
+            output["hidden_states"] = scatter_all(output.hidden_states, forward, self.schedule.layers, num_layers)
         return output
 
     def _after_model(self, module: nn.Module, args: tuple, output: Any) -> None:
-        self._forward = self._pending = None
+        if self._running.leave():
+            self._forward = self._pending = None
+
+    def _loss(self, logits: Tensor, labels: Tensor | None, *args: Any, **kwargs: Any) -> Tensor:
+        """The model's own loss, where labels that concern dropped tokens are ignored."""
+        survivors = self._mine.survivors
+        if survivors is not None:
+            dropped = survivors.dropped()
+            labels = without_dropped(dropped, labels)
+            if "shift_labels" in kwargs:
+                kwargs["shift_labels"] = without_dropped(dropped, kwargs["shift_labels"], shifted=True)
+        return self._model_loss(logits, labels, *args, **kwargs)
 
     # -- stages --------------------------------------------------------------------------------------------------
 
     def _at_stage(self, forward: ForwardPass, number: int, hidden_states: Tensor, kwargs: dict[str, Any]) -> Tensor:
-        if number in forward.segments:  # gradient checkpointing runs the hook again: same decision, same gather
-            indices = forward.segments[number].indices
-            return hidden_states if indices is None else gather_slots(hidden_states, indices)
-        if forward.position_embeddings is None:
-            forward.position_embeddings = kwargs["position_embeddings"]
+        if number == 1 and "flash" in (self._attention or self.model.config.get_text_config()._attn_implementation):
+            refuse_packed(kwargs)
+        if not any(forward.num_visual):  # images, but all their tokens are padding: a stage that drops nothing
+            forward.segments[number] = Segment(valid=forward.valid)
+            return hidden_states
+        if self.policy.attention_from == "current":
+            before, own = forward.segments.get(number - 1), kwargs["position_embeddings"]
+            if before is None or before.own is None:
+                forward.position_embeddings = own
+            elif before.own[1] is not own:  # another kind of layer than the one before
+                forward.position_embeddings = gather_tables(own, composed_indices(forward, number - 1))
         run_stage(forward, number, hidden_states, self.policy, self.schedule, self._layers, self.mode)
         segment = forward.segments[number]
         compacted, segment.compacted = segment.compacted, None
@@ -236,34 +276,47 @@ class Pruner:
         if not forward.prunes and state is None:
             return  # this cache was filled without pruning: the model's own mask fits
         segment = forward.segments.setdefault(number, Segment(valid=forward.valid))
-        if not segment.ready:
-            segment.ready = True
+        own = (kwargs.get("attention_mask"), kwargs["position_embeddings"])
+        if state is not None and not forward.prunes and is_static_step(self._decoder.config, hidden_states, cache):
+            if segment.own is None or segment.own[0] is not own[0]:
+                segment.attention_mask = static_step_mask(
+                    self._decoder.config, hidden_states, state.masks.get(number), LayerView(cache, index)
+                )
+            segment.own, segment.position_embeddings = own, own[1]
+        # made once per stage, and again where a model has several kinds of layers
+        if segment.own is None or segment.own[0] is not own[0] or segment.own[1] is not own[1]:
+            segment.own = own
             past = cache.get_seq_length(index) if cache is not None else 0
             composed = composed_indices(forward, number)
-            if composed is None:
-                segment.position_embeddings = kwargs["position_embeddings"]
-            else:
-                tables = kwargs["position_embeddings"]
-                segment.position_embeddings = tuple(gather_slots(table, composed) for table in tables)
-            forward.position_embeddings = segment.position_embeddings
+            segment.position_embeddings = gather_tables(own[1], composed)
             if forward.prunes and cache is not None:
+                if state is None and forward.past_valid is not None:  # earlier turns had no images, but padding
+                    numbers = range(1, len(self.schedule) + 1)
+                    cache_state(cache).masks.update(dict.fromkeys(numbers, forward.past_valid))
                 state = cache_state(cache)
+                if composed is not None:
+                    state.settled = forward.settled
             stored = state.masks.get(number) if state is not None and past else None
             valid = extend_mask(stored, segment.valid, past, hidden_states)
-            original = kwargs.get("attention_mask")
+            original = own[0]
             if original is None and valid is None:
                 segment.attention_mask = None
             elif forward.prunes and not past and composed is None:
                 segment.attention_mask = original
-            elif forward.prunes and not past and isinstance(original, Tensor) and original.ndim == 4:
+            elif composed is not None and not past and isinstance(original, Tensor) and original.ndim == 4:
                 segment.attention_mask = prefill_mask(original, composed, segment.valid)
             else:
                 view = None if cache is None else LayerView(cache, index)
+                if forward.prunes and forward.rebuilt_from is not original:
+                    seen = forward.length if cache is None else int(cache.get_seq_length())  # layer 0 has run
+                    refuse_views_ahead(original, seen - forward.length, forward.length)
+                    forward.rebuilt_from = original
                 segment.attention_mask = rebuild_mask(self._decoder.config, hidden_states, valid, view)
-            if state is not None and (forward.prunes or segment.valid is not None):
-                state.masks.pop(number, None)
+            if state is not None and (forward.prunes or segment.valid is not None or not past):
+                state.masks.pop(number, None)  # not past: the cache was reset
                 if valid is not None:
                     state.masks[number] = valid
+        forward.position_embeddings = segment.position_embeddings
         kwargs["attention_mask"] = segment.attention_mask
         kwargs["position_embeddings"] = segment.position_embeddings
         # positions with gaps would be read as packed sequences by the flash path
@@ -278,7 +331,9 @@ class Pruner:
             segment.ready = True
             past = cache.get_seq_length(index) if cache is not None else 0
             state: CacheState | None = getattr(cache, "_toprl_state", None)
-            stored = state.masks.get(number) if state is not None and past else None
+            if state is not None and not past:  # the cache was reset
+                state.masks.pop(number, None)
+            stored = state.masks.get(number) if state is not None else None
             segment.attention_mask = extend_mask(stored, segment.keep_mask, past, hidden_states)
             if forward.prunes and cache is not None and segment.attention_mask is not None:
                 cache_state(cache).masks[number] = segment.attention_mask.detach()
@@ -312,9 +367,13 @@ def attach(model: PreTrainedModel, policy: Policy, *, schedule: Schedule, mode: 
     Returns:
         The ``Pruner``; a context manager that detaches on leaving. A prompt without visual tokens is not pruned.
 
+    A stage decides on the visual tokens of one forward pass. Images of a later turn on the same cache, or of a later
+    chunk (``prefill_chunk_size``, which may cut no image), are pruned by themselves, by the same schedule.
+
     Raises:
         TypeError: unsupported model class; ``policy`` is not a Policy, ``schedule`` not a Schedule.
-        ValueError: unknown mode, a stage outside the decoder, a policy that does not fit the model.
+        ValueError: unknown mode, a stage outside the decoder, a policy that does not fit the model, a model that is
+            spread over several devices.
         RuntimeError: the model is attached already.
 
     Example:
@@ -331,6 +390,7 @@ def attach(model: PreTrainedModel, policy: Policy, *, schedule: Schedule, mode: 
     decoder = decoder_of(model)
     if decoder in _ATTACHED:
         raise RuntimeError("model is attached already; call .detach() on its Pruner (or leave its with block) first")
+    refuse_several_devices(model)
     schedule.check_layers(len(decoder.layers))  # type: ignore[arg-type]
     first = min_stage_of(model, family)
     if schedule.layers[0] < first:

@@ -9,6 +9,25 @@ from dataclasses import dataclass
 from toprl_kernels import flops
 
 Keep = int | float
+PAPER_LAYERS, PAPER_STAGES = 32, (2, 8, 16)
+
+
+def stage_layers_for(num_layers: int, first: int = 1) -> tuple[int, ...]:
+    """The paper's stages before layers 2, 8 and 16 of 32, scaled to another depth; ascending, none before ``first``.
+
+    Raises:
+        ValueError: the decoder is too shallow for three stages.
+
+    Example:
+        >>> stage_layers_for(28)
+        (2, 7, 14)
+    """
+    layers: list[int] = []
+    for layer in PAPER_STAGES:
+        layers.append(max(layers[-1] + 1 if layers else first, round(layer * num_layers / PAPER_LAYERS)))
+    if layers[-1] >= num_layers:
+        raise ValueError(f"num_layers={num_layers} is too few for stages before layers {tuple(layers)}")
+    return tuple(layers)
 
 
 @dataclass(frozen=True)

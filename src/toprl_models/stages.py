@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -63,7 +64,8 @@ class Segment:
     position_embeddings: Any = None
     keep_mask: Tensor | None = None  # mask mode: [B, N] over the tokens of this pass
     compacted: Tensor | None = None  # the gathered states, until the stage's layer takes them
-    ready: bool = False  # attention_mask and position_embeddings are made at the segment's first layer
+    own: tuple[Any, Any] | None = None  # compact mode: the model's mask and tables that they were made from
+    ready: bool = False  # mask mode: attention_mask is made at the segment's first layer
 
 
 @dataclass
@@ -72,6 +74,10 @@ class ForwardPass:
 
     prunes: bool
     length: int = 0  # tokens of this pass
+    drafted: int = 0  # last tokens of this pass that are a draft, not the prompt
+    settled: int = 0  # length of layer 0's cache up to the last visual token of this pass
+    ends_visual: tuple[bool, ...] = ()  # samples whose prompt ends in a visual token
+    past_valid: Tensor | None = None  # bool [B, past] of the tokens in the cache before this pass
     ordinal: Tensor | None = None  # [B, n] of the current segment
     visual: Visual | None = None
     num_visual: tuple[int, ...] = ()
@@ -79,24 +85,9 @@ class ForwardPass:
     valid: Tensor | None = None  # [B, n] of the current segment
     position_embeddings: Any = None  # of the current segment
     layer_input: Tensor | None = None  # what went into the layer before the next stage
+    rebuilt_from: Any = None  # the model's mask that was found to be causal
     segments: dict[int, Segment] = field(default_factory=dict)
     trace: list[StageTrace] = field(default_factory=list)
-
-
-@dataclass
-class CacheState:
-    """Kept with the cache object: per segment, validity (compact) or keep mask (mask) of the tokens seen so far.
-
-    A segment that is absent, and every token behind the stored ones, counts as valid.
-    """
-
-    masks: dict[int, Tensor] = field(default_factory=dict)
-
-
-def cache_state(cache: Any) -> CacheState:
-    if not hasattr(cache, "_toprl_state"):
-        cache._toprl_state = CacheState()
-    return cache._toprl_state
 
 
 def composed_indices(forward: ForwardPass, number: int) -> Tensor | None:
@@ -109,20 +100,18 @@ def composed_indices(forward: ForwardPass, number: int) -> Tensor | None:
     return composed
 
 
-def extend_mask(stored: Tensor | None, new: Tensor | None, past: int, hidden_states: Tensor) -> Tensor | None:
-    """Mask over ``past`` cached tokens and those of this pass; tokens that neither mask covers count as 1."""
-    if not past:
-        return new
-    if stored is None and new is None:
-        return None
-    some = new if new is not None else stored
-    assert some is not None
-    known = 0 if stored is None else min(past, stored.shape[1])  # decoding may have been rolled back
-    batch, length = hidden_states.shape[:2]
-    ones = torch.ones(batch, past - known + length, dtype=some.dtype, device=some.device)
-    parts = [] if stored is None else [stored[:, :known].to(some.dtype)]
-    parts += [ones] if new is None else [ones[:, : past - known], new]
-    return torch.cat(parts, 1)
+def on_device(numbers: Sequence[int], device: torch.device) -> Tensor:
+    """int64 ``[n]``; the host does not wait for the device, as it does in ``torch.tensor(numbers, device=device)``."""
+    return torch.tensor(numbers).to(device, non_blocking=True)
+
+
+def last_slots(valid: Tensor | None, like: Tensor, drafted: int = 0) -> Tensor:
+    """int64 ``[B]``: slot of each sample's last prompt token in ``like`` [B, N, ...]; a draft stands behind it."""
+    batch, length = like.shape[:2]
+    end = length - 1 - drafted
+    if valid is None:
+        return torch.full((batch,), end, device=like.device)
+    return (length - 1 - valid.flip(1).to(torch.int8).argmax(1)).clamp(max=end)
 
 
 def stage_context(
@@ -131,11 +120,7 @@ def stage_context(
     """What the policy gets to see at ``stage``."""
     visual, valid = forward.visual, forward.valid
     assert visual is not None
-    length = hidden_states.shape[1]
-    if valid is None:
-        last = torch.full((len(hidden_states),), length - 1, device=hidden_states.device)
-    else:
-        last = length - 1 - valid.flip(1).to(torch.int8).argmax(1)
+    last = last_slots(valid, hidden_states, forward.drafted)
     layer = schedule.layers[stage]
 
     def last_attention() -> Tensor:
@@ -175,6 +160,17 @@ def check_decision(policy: Policy, decision: Decision, context: StageContext) ->
             raise ValueError(f"policy {type(policy).__name__}: {name} has shape {tuple(value.shape)}, not {shape}")
 
 
+def refuse_to_drop_the_end(forward: ForwardPass, counts: tuple[int, ...]) -> None:
+    """Refuse to prune a prompt that ends in a visual token: there is no question, and its last state could vanish."""
+    assert forward.visual is not None
+    for row, (ends, count, left) in enumerate(zip(forward.ends_visual, counts, forward.visual.counts, strict=True)):
+        if ends and count < left:
+            raise ValueError(
+                f"input_ids: row {row} ends in a visual token. Pruning needs the text behind the images in the same "
+                "forward pass: append it; with prefill_chunk_size, choose a size that cuts no image (or None)"
+            )
+
+
 def run_stage(
     forward: ForwardPass,
     number: int,
@@ -193,6 +189,7 @@ def run_stage(
     counts = context.num_keep
     if decision.keep_mask is not None:
         counts = tuple((decision.keep_mask.detach() > 0).logical_and(visual.valid).sum(1).tolist())
+    refuse_to_drop_the_end(forward, counts)
     step = mask_stage if mode == "mask" else compact_stage
     segment = step(forward, hidden_states, decision, counts)
     forward.segments[number] = segment
@@ -237,7 +234,7 @@ def compact_stage(forward: ForwardPass, hidden_states: Tensor, decision: Decisio
         kept = topk_compact(
             hidden_states,
             slot_scores,
-            torch.tensor(totals, device=hidden_states.device),
+            on_device(totals, hidden_states.device),
             valid_mask=forward.valid,
             max_length=max(totals),
             padding_side="left",
@@ -259,8 +256,9 @@ def mask_stage(forward: ForwardPass, hidden_states: Tensor, decision: Decision, 
     assert visual is not None and forward.ordinal is not None
     keep = decision.keep_mask
     if keep is None:
-        k = torch.tensor(counts, device=hidden_states.device)
-        best = topk_compact(decision.scores.detach()[..., None], decision.scores.float(), k, valid_mask=visual.valid)
+        k = on_device(counts, hidden_states.device)
+        scores = decision.scores.detach()
+        best = topk_compact(scores[..., None], scores.float(), k, valid_mask=visual.valid, max_length=max(counts))
         keep = torch.zeros(visual.valid.shape[0], visual.valid.shape[1] + 1, dtype=torch.bool, device=k.device)
         keep = keep.scatter(1, best.indices.masked_fill(~best.valid_mask, keep.shape[1] - 1), True)[:, :-1]
     alive = (keep.detach() > 0) & visual.valid

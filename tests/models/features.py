@@ -71,7 +71,11 @@ FEATURES = (
 
 # why a feature does not apply, by (feature, family)
 NOT_APPLICABLE: dict[tuple[str, str], str] = {
-    ("videos", name): "the model takes no videos" for name, tiny in TINY.items() if tiny.video is None
+    **{("videos", name): "the model takes no videos" for name, tiny in TINY.items() if tiny.video is None},
+    **{
+        ("flex_attention", name): "transformers refuses flex attention for this model"
+        for name in ("qwen2_5_vl", "qwen3_vl")
+    },
 }
 
 
@@ -137,4 +141,7 @@ class Matrix:
         return json.loads(MATRIX_FILE.read_text()) if MATRIX_FILE.exists() else {}
 
     def store(self) -> None:
+        """Raise ValueError for a run that left tests out or had failures."""
+        if not self.is_complete() or "FAIL" in self.outcomes.values():
+            raise ValueError("the matrix of this run has gaps or failures and is not stored: run make feature-matrix")
         MATRIX_FILE.write_text(json.dumps(self.table(), indent=1, ensure_ascii=False) + "\n")

@@ -7,7 +7,8 @@ import json
 import pytest
 import torch
 
-from tests.models.conftest import build_inputs, build_model
+from tests.models.conftest import BATCHES
+from tests.models.tiny_families import build_inputs, build_model
 from toprl_models import Schedule, TopRLPolicy, attach
 from toprl_models.policy import model_signature
 
@@ -26,7 +27,7 @@ def test_saved_and_loaded_is_the_same(tmp_path):
     for name, value in policy.state_dict().items():
         assert torch.equal(loaded.state_dict()[name], value)
     with attach(build_model(), loaded, schedule=Schedule(((1, 0.5), (3, 0.25)))) as pruner:
-        pruner.model(**build_inputs((1, 2, 0)))
+        pruner.model(**build_inputs("llava", BATCHES["padded"]))
     assert [s.counts for s in pruner.trace] == [(8, 16, 0), (4, 8, 0)]
 
 

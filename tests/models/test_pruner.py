@@ -1,4 +1,4 @@
-"""The pruner against the unattached model and against Eqs. 6-7."""
+"""The pruner on LLaVA: life cycle, trace, scores of the baselines, refusals. What it computes: test_families.py."""
 
 from __future__ import annotations
 
@@ -7,11 +7,13 @@ import copy
 import pytest
 import torch
 
-from tests.models.conftest import BATCHES, NUM_LAYERS, TOKENS_PER_IMAGE, HashPolicy, build_inputs, build_model
+from tests.models.conftest import BATCHES, HashPolicy
+from tests.models.tiny_families import IMAGE_ID, build_inputs, build_model
 from toprl_models import FastV, Policy, PyramidDrop, RandomPolicy, Schedule, TopRLPolicy, attach
 
 SCHEDULE = Schedule(((1, 0.5), (3, 0.25), (4, 2)))
 KEEP_ALL = Schedule(((1, 1.0), (4, 1.0)))
+PADDED = BATCHES["padded"]
 NEW_TOKENS = 8
 
 
@@ -25,105 +27,9 @@ def generate(model, inputs):
     return model.generate(**inputs, max_new_tokens=NEW_TOKENS, do_sample=False, return_dict_in_generate=True)
 
 
-def rows_of_survivors(pruner, inputs):
-    """bool [B, N]: text and the visual tokens that the last stage kept."""
-    from tests.models.conftest import IMAGE_ID
-
-    alive = inputs["attention_mask"].bool()
-    visual = inputs["input_ids"] == IMAGE_ID
-    ordinal = visual.cumsum(1) - 1
-    last = pruner.trace[-1].indices
-    for row in range(len(alive)):
-        kept = last[row][last[row] >= 0]
-        alive[row] &= ~visual[row] | torch.isin(ordinal[row], kept)
-    return alive
-
-
-@pytest.mark.parametrize("mode", ["compact", "mask"])
-def test_keep_all_is_the_unattached_model(model, inputs, hash_policy, mode):
-    logits = model(**inputs).logits
-    tokens = generate(model, inputs).sequences
-    with attach(model, hash_policy, schedule=KEEP_ALL, mode=mode):
-        pruned = model(**inputs).logits
-        same = generate(model, inputs).sequences
-    valid = inputs["attention_mask"].bool()
-    if mode == "compact":
-        assert torch.equal(pruned[valid], logits[valid])
-    else:  # another kernel, so equal to rounding
-        torch.testing.assert_close(pruned[valid], logits[valid], atol=2e-4, rtol=1e-4)
-    assert torch.equal(same, tokens)
-    assert hash_policy.calls == 4
-
-
-def test_compact_equals_mask(model, inputs):
-    plain = model.model(**inputs).last_hidden_state
-    outcome = {}
-    for mode in ("compact", "mask"):
-        with attach(model, HashPolicy(), schedule=SCHEDULE, mode=mode) as pruner:
-            states = model.model(**inputs).last_hidden_state
-            alive = rows_of_survivors(pruner, inputs)
-            outcome[mode] = (states, generate(model, inputs).sequences, alive)
-    compact, mask = outcome["compact"], outcome["mask"]
-    assert torch.equal(compact[2], mask[2])
-    alive = compact[2]
-    torch.testing.assert_close(compact[0][alive], mask[0][alive], atol=1e-4, rtol=1e-4)
-    assert torch.equal(compact[1], mask[1])
-    # the test could not fail if pruning changed nothing
-    assert (compact[0] - plain)[alive].abs().max() > 0.5
-
-
-def test_right_padded_forward_agrees(model):
-    inputs = build_inputs((1, 2, 0), padding_side="right")
-    states = {}
-    for mode in ("compact", "mask"):
-        with attach(model, HashPolicy(), schedule=SCHEDULE, mode=mode) as pruner:
-            states[mode] = model.model(**inputs).last_hidden_state
-            alive = rows_of_survivors(pruner, inputs)
-    torch.testing.assert_close(states["compact"][alive], states["mask"][alive], atol=1e-4, rtol=1e-4)
-
-
-def test_batch_equals_single(model):
-    """Rows of a padded batch get the tokens and the answer that they get alone."""
-    batch = build_inputs((1, 2, 0))
-    with attach(model, HashPolicy(), schedule=SCHEDULE) as pruner:
-        together = generate(model, batch).sequences[:, batch["input_ids"].shape[1] :]
-        kept = pruner.trace[-1].indices
-        first = 0
-        for row, count in enumerate(BATCHES["padded"]):
-            real = batch["attention_mask"][row].bool()
-            single = {"input_ids": batch["input_ids"][row : row + 1, real], "attention_mask": real[real][None].long()}
-            if count:
-                single["pixel_values"] = batch["pixel_values"][first : first + count]
-            first += count
-            alone = generate(model, single).sequences[0, int(real.sum()) :]
-            assert torch.equal(alone, together[row])
-            if count:
-                assert torch.equal(pruner.trace[-1].indices[0], kept[row][kept[row] >= 0])
-
-
-def test_cache_lengths_are_the_schedules(model):
-    inputs = build_inputs((2,))
-    text = inputs["input_ids"].shape[1] - 2 * TOKENS_PER_IMAGE
-    with attach(model, HashPolicy(), schedule=SCHEDULE) as pruner:
-        cache = model(**inputs, use_cache=True).past_key_values
-        assert [stage.counts for stage in pruner.trace] == [(16,), (8,), (2,)]
-    lengths = [cache.get_seq_length(layer) for layer in range(NUM_LAYERS)]
-    assert lengths == [text + n for n in (32, 16, 16, 8, 2, 2)]
-    assert [layer.keys.shape[2] for layer in cache.layers] == lengths
-
-
-def test_cache_of_a_ragged_batch_is_as_long_as_its_longest_row(model):
-    inputs = build_inputs((2, 1, 0))
-    with attach(model, HashPolicy(), schedule=Schedule(((2, 0.5),))):
-        cache = model(**inputs, use_cache=True).past_key_values
-    text = inputs["attention_mask"].sum(1) - torch.tensor([32, 16, 0])
-    longest = int((text + torch.tensor([16, 8, 0])).max())
-    assert [cache.get_seq_length(layer) for layer in (1, 2)] == [inputs["input_ids"].shape[1], longest]
-
-
 def test_a_second_turn_on_the_pruned_cache(model):
     """Text after a pruned prompt: the same in both modes."""
-    inputs = build_inputs((1, 2, 0))
+    inputs = build_inputs(rows=PADDED)
     more = torch.randint(4, 97, (3, 5), generator=torch.Generator().manual_seed(7))
     logits = {}
     for mode in ("compact", "mask"):
@@ -135,16 +41,6 @@ def test_a_second_turn_on_the_pruned_cache(model):
                 input_ids=more, attention_mask=mask, position_ids=position_ids, past_key_values=copy.deepcopy(cache)
             ).logits
     torch.testing.assert_close(logits["compact"], logits["mask"], atol=2e-4, rtol=1e-4)
-
-
-@pytest.mark.parametrize("keep", [0, 1])
-def test_drop_all_and_keep_one(model, inputs, keep):
-    states = {}
-    for mode in ("compact", "mask"):
-        with attach(model, HashPolicy(), schedule=Schedule(((2, keep), (4, 0))), mode=mode) as pruner:
-            states[mode] = generate(model, inputs).sequences
-            assert all(max(stage.counts) <= keep for stage in pruner.trace)
-    assert torch.equal(states["compact"], states["mask"])
 
 
 def test_detach_leaves_the_model_as_before(model, inputs):
@@ -176,7 +72,7 @@ class Breaks(Policy):
 @pytest.mark.parametrize("error", [ValueError("broken"), KeyboardInterrupt(), TypeError("odd")])
 @pytest.mark.parametrize("mode", ["compact", "mask"])
 def test_an_exception_inside_generation_leaves_no_hook(error, mode):
-    model, inputs = build_model(), build_inputs((1, 2, 0))
+    model, inputs = build_model(), build_inputs(rows=PADDED)
     before = model(**inputs).logits
     expected = RuntimeError if isinstance(error, TypeError) else type(error)
     with pytest.raises(expected), attach(model, Breaks(error), schedule=SCHEDULE, mode=mode):
@@ -189,7 +85,7 @@ def test_an_exception_inside_generation_leaves_no_hook(error, mode):
 
 def test_the_pruner_survives_an_exception_of_the_policy():
     """Without detaching: the next prompt is pruned as if nothing had happened."""
-    model, inputs = build_model(), build_inputs((1,))
+    model, inputs = build_model(), build_inputs()
     policy = Breaks(ValueError("broken"))
     with attach(model, policy, schedule=SCHEDULE) as pruner:
         with pytest.raises(ValueError, match="broken"):
@@ -208,26 +104,8 @@ def test_disabled_is_the_unattached_model(model, inputs):
             assert not torch.equal(model(**inputs).logits, before)
 
 
-def test_text_only_prompts_never_ask_the_policy(model, hash_policy):
-    inputs = build_inputs((0, 0))
-    before = generate(model, inputs).sequences
-    with attach(model, hash_policy, schedule=SCHEDULE):
-        assert torch.equal(generate(model, inputs).sequences, before)
-    assert hash_policy.calls == 0
-
-
-def test_a_generated_image_id_prunes_nothing(model, hash_policy):
-    """Only prompts that bring images are pruned, whatever ids a continuation holds."""
-    inputs = build_inputs((1,))
-    with attach(model, hash_policy, schedule=SCHEDULE):
-        cache = model(**inputs, use_cache=True).past_key_values
-        calls = hash_policy.calls
-        model(input_ids=torch.full((1, 4), 1), past_key_values=cache)
-    assert hash_policy.calls == calls
-
-
 def test_trace(model):
-    inputs = build_inputs((1, 2, 0))
+    inputs = build_inputs(rows=PADDED)
     with attach(model, HashPolicy(), schedule=SCHEDULE) as pruner:
         model(**inputs)
     assert [(s.stage, s.layer, s.counts) for s in pruner.trace] == [
@@ -250,15 +128,15 @@ def attention_of(model, inputs, layer):
     return model(**inputs, output_attentions=True).attentions[layer]
 
 
-@pytest.mark.parametrize("images", [(1,), (1, 2)])
-def test_fastv_scores_are_the_models_own_attention(model, images):
-    inputs = build_inputs(images)
+@pytest.mark.parametrize("rows", [PADDED[:1], PADDED[:2]])
+def test_fastv_scores_are_the_models_own_attention(model, rows):
+    inputs = build_inputs(rows=rows)
     with attach(model, FastV(), schedule=Schedule(((2, 0.5),))) as pruner:
         model(**inputs)
     trace = pruner.trace[0]
     weights = attention_of(model, inputs, 1)[:, :, -1].mean(1)
-    for row in range(len(images)):
-        visual = (inputs["input_ids"][row] == 1).nonzero().flatten()
+    for row in range(len(rows)):
+        visual = (inputs["input_ids"][row] == IMAGE_ID).nonzero().flatten()
         found = trace.scores[row][trace.visual_index[row] >= 0]
         torch.testing.assert_close(found, weights[row, visual], atol=1e-6, rtol=1e-4)
 
@@ -268,10 +146,10 @@ def test_the_asking_row_is_the_last_real_token(policy):
     """On either side of the prompt, padding must not be taken for the question."""
     scores = {}
     for side in ("left", "right"):
-        inputs = build_inputs((1, 2), padding_side=side)
+        inputs = build_inputs(rows=PADDED[:2], padding_side=side)
         with attach(build_model(), policy, schedule=Schedule(((2, 0.5),))) as pruner:
             pruner.model(**inputs)
-        scores[side] = pruner.trace[0].scores[0, :TOKENS_PER_IMAGE]
+        scores[side] = pruner.trace[0].scores[0, :16]
     torch.testing.assert_close(scores["left"], scores["right"], atol=1e-6, rtol=1e-4)
 
 
@@ -279,7 +157,7 @@ def test_pyramiddrop_scores_use_the_layer_that_comes_next(model):
     """The query and key of the stage's layer on its input, by an independent computation."""
     from transformers.models.llama.modeling_llama import apply_rotary_pos_emb, repeat_kv
 
-    inputs = build_inputs((1,))
+    inputs = build_inputs()
     with attach(model, PyramidDrop(), schedule=Schedule(((3, 0.5),))) as pruner:
         model(**inputs)
     output = model(**inputs, output_hidden_states=True).hidden_states[3]
@@ -293,7 +171,7 @@ def test_pyramiddrop_scores_use_the_layer_that_comes_next(model):
         apply_rotary_pos_emb(key, key, *rotary)[1],
     )
     weights = (query[:, :, -1:] @ repeat_kv(key, 2).transpose(2, 3) / 4).softmax(-1).mean(1)[0, 0]
-    visual = (inputs["input_ids"][0] == 1).nonzero().flatten()
+    visual = (inputs["input_ids"][0] == IMAGE_ID).nonzero().flatten()
     torch.testing.assert_close(pruner.trace[0].scores[0], weights[visual], atol=1e-6, rtol=1e-4)
 
 
@@ -307,7 +185,7 @@ def test_mask_mode_is_differentiable_in_the_keep_mask():
             self.keep = torch.tensor([1.0, 0.0] * 8)[None].requires_grad_()
             return Decision(self.keep.detach(), self.keep)
 
-    model, inputs, policy = build_model(), build_inputs((1,)), Soft()
+    model, inputs, policy = build_model(), build_inputs(), Soft()
     with attach(model, policy, schedule=Schedule(((2, 0.5),)), mode="mask"):
         model(**inputs).logits[0, -1].log_softmax(-1)[5].backward()
     gradient = policy.keep.grad
@@ -317,7 +195,7 @@ def test_mask_mode_is_differentiable_in_the_keep_mask():
 
 @pytest.mark.parametrize("policy", [FastV(), PyramidDrop(), RandomPolicy(3)])
 def test_baselines_generate_in_a_padded_batch(model, policy):
-    inputs = build_inputs((1, 2, 0))
+    inputs = build_inputs(rows=PADDED)
     with attach(model, policy, schedule=SCHEDULE) as pruner:
         assert generate(model, inputs).sequences.shape[1] == inputs["input_ids"].shape[1] + NEW_TOKENS
     assert [s.counts for s in pruner.trace] == [(8, 16, 0), (4, 8, 0), (2, 2, 0)]
@@ -332,7 +210,7 @@ def test_a_dropped_token_cannot_be_kept_again():
             wanted = context.visual_index % 2 == 0 if context.stage == 0 else torch.ones_like(context.valid_mask)
             return Decision(wanted.float(), wanted)
 
-    model, inputs, logits = build_model(), build_inputs((1, 2)), {}
+    model, inputs, logits = build_model(), build_inputs(rows=PADDED[:2]), {}
     for mode in ("compact", "mask"):
         with attach(model, Revives(), schedule=Schedule(((1, 1.0), (3, 1.0))), mode=mode) as pruner:
             logits[mode] = model(**inputs).logits[:, -1]
@@ -367,22 +245,12 @@ def test_attach_refuses():
 
 
 def test_images_without_placeholders_are_transformers_error_and_leave_no_state():
-    model, inputs = build_model(), build_inputs((1,))
+    model, inputs = build_model(), build_inputs()
     with attach(model, FastV(), schedule=Schedule(((1, 0.5),))) as pruner:
         with pytest.raises(ValueError, match="Image features and image tokens do not match"):
             model(input_ids=torch.full((1, 5), 7), pixel_values=inputs["pixel_values"])
         model(**inputs)
         assert pruner.trace[0].counts == (8,)
-
-
-def test_embeddings_instead_of_ids_are_refused():
-    model, inputs = build_model(), build_inputs((1,))
-    embeddings = model.get_input_embeddings()(inputs.pop("input_ids"))
-    with (
-        attach(model, FastV(), schedule=KEEP_ALL),
-        pytest.raises(ValueError, match="input_ids is None"),
-    ):
-        model(inputs_embeds=embeddings, **inputs)
 
 
 def test_scores_of_a_wrong_shape_are_refused():
@@ -394,4 +262,4 @@ def test_scores_of_a_wrong_shape_are_refused():
         attach(build_model(), Wrong(), schedule=KEEP_ALL) as pruner,
         pytest.raises(ValueError, match="scores has shape"),
     ):
-        pruner.model(**build_inputs((1,)))
+        pruner.model(**build_inputs())

@@ -1,0 +1,124 @@
+"""What the pruner keeps with a key/value cache, and how that follows the cache's rows and length."""
+
+from __future__ import annotations
+
+import weakref
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class CacheState:
+    """Per segment, validity (compact) or keep mask (mask) of the tokens seen so far, [B, n].
+
+    A segment that is absent, and every token behind the stored ones, counts as valid.
+
+    Attributes:
+        masks: by segment.
+        settled: length of layer 0 up to the last visual token of a pruned prompt; later tokens are in all layers.
+    """
+
+    masks: dict[int, Tensor] = field(default_factory=dict)
+    settled: int = 0
+
+    def select_rows(self, rows: Tensor) -> None:
+        self.masks = {number: mask.index_select(0, rows.to(mask.device)) for number, mask in self.masks.items()}
+
+    def repeat_rows(self, repeats: int) -> None:
+        self.masks = {number: mask.repeat_interleave(repeats, 0) for number, mask in self.masks.items()}
+
+    def check_crop(self, tokens_to_remove: int, length: int) -> None:
+        """Refuse to cut where the layers hold different tokens.
+
+        Args:
+            tokens_to_remove: as ``Cache.crop`` takes it: negative.
+            length: of layer 0.
+
+        Raises:
+            ValueError: the cut would go into pruned visual tokens, or is given as a length, which differs by layer.
+        """
+        if tokens_to_remove > 0:
+            raise ValueError(
+                f"crop({tokens_to_remove}): the layers of a pruned cache have different lengths; pass the number of "
+                "tokens to remove as a negative int"
+            )
+        if 0 < length + tokens_to_remove < self.settled:
+            raise ValueError(
+                f"crop({tokens_to_remove}) would cut into pruned visual tokens, where layers hold different tokens: "
+                f"remove at most {length - self.settled} tokens or all {length}, or run the prompt again"
+            )
+
+
+class _Follower:
+    """Stands before one method of a cache object, so that the pruner's state changes along with the cache.
+
+    It holds the cache weakly: caches are large and must go with their last user, not with the next garbage collection.
+    """
+
+    def __init__(self, cache: Any, name: str) -> None:
+        self._cache, self._name = weakref.ref(cache), name
+
+    def __call__(self, *arguments: Any) -> Any:
+        cache = self._cache()
+        assert cache is not None  # only the cache itself refers to this
+        state: CacheState = cache._toprl_state
+        if self._name == "crop":
+            state.check_crop(arguments[0], cache.get_seq_length())
+        result = getattr(type(cache), self._name)(cache, *arguments)
+        if self._name == "batch_repeat_interleave":
+            state.repeat_rows(arguments[0])
+        elif self._name not in ("crop", "reset"):
+            state.select_rows(arguments[0])
+        elif not cache.get_seq_length():
+            state.masks, state.settled = {}, 0
+        return result
+
+    # deepcopy and pickle of a cache must bind the copy's followers to the copy
+    def __getstate__(self) -> dict[str, Any]:
+        return {"cache": self._cache(), "name": self._name}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self._cache, self._name = weakref.ref(state["cache"]), state["name"]
+
+
+def cache_state(cache: Any) -> CacheState:
+    """The state kept with ``cache``, made when there is none."""
+    if not hasattr(cache, "_toprl_state"):
+        cache._toprl_state = CacheState()
+        for name in ("reorder_cache", "batch_repeat_interleave", "batch_select_indices", "crop", "reset"):
+            if hasattr(cache, name):
+                setattr(cache, name, _Follower(cache, name))
+    return cache._toprl_state
+
+
+def check_rows(stored: Tensor | None, batch: int) -> None:
+    """Refuse a batch that is not the one whose prompt filled the cache."""
+    if stored is not None and len(stored) != batch:
+        raise RuntimeError(
+            f"past_key_values was filled by a pruned prompt of {len(stored)} rows, but input_ids has {batch}: change "
+            "the rows of a cache with its methods (batch_select_indices, batch_repeat_interleave, reorder_cache)"
+        )
+
+
+def extend_mask(stored: Tensor | None, new: Tensor | None, past: int, hidden_states: Tensor) -> Tensor | None:
+    """Mask over ``past`` cached tokens and those of this pass; tokens that neither mask covers count as 1.
+
+    Raises:
+        RuntimeError: the batch is not the one whose prompt filled the cache.
+    """
+    if not past:
+        return new
+    if stored is None and new is None:
+        return None
+    some = new if new is not None else stored
+    assert some is not None
+    batch, length = hidden_states.shape[:2]
+    check_rows(stored, batch)
+    known = 0 if stored is None else min(past, stored.shape[1])  # decoding may have been rolled back
+    ones = torch.ones(batch, past - known + length, dtype=some.dtype, device=some.device)
+    parts = [] if stored is None else [stored[:, :known].to(some.dtype)]
+    parts += [ones] if new is None else [ones[:, : past - known], new]
+    return torch.cat(parts, 1)

@@ -1,0 +1,136 @@
+"""What the pruner refuses, because the numbers would be wrong without anyone noticing."""
+
+from __future__ import annotations
+
+import sys
+import threading
+from typing import Any
+
+import torch
+from torch import nn
+
+
+class OneForward:
+    """Lets one forward pass of one thread through at a time: the hooks of a Pruner share its state."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._thread: int | None = None
+        self._module: nn.Module | None = None
+
+    def enter(self, module: nn.Module) -> None:
+        """A forward pass of ``module`` begins.
+
+        Raises:
+            RuntimeError: another one is under way, in another thread or around this one.
+        """
+        if torch.compiler.is_compiling():  # a compiled graph holds this state in local variables
+            return
+        with self._lock:
+            self._check(module)
+            self._thread, self._module = threading.get_ident(), module
+
+    def check(self) -> None:
+        """As ``enter``, for a part of the model that may be called on its own."""
+        if not torch.compiler.is_compiling() and self._thread != threading.get_ident():
+            with self._lock:
+                self._check(None)
+
+    def _check(self, module: nn.Module | None) -> None:
+        thread, running = self._thread, self._module
+        mine = thread == threading.get_ident()
+        # KeyboardInterrupt skips torch's "always called" hooks: look whether the thread is still at it
+        if thread is not None and _depth(thread, running) > (mine and module is running):
+            raise RuntimeError(
+                "this Pruner is in the middle of a forward pass "
+                + ("(its policy called the model)" if mine else "in another thread")
+                + "; put a lock around generate() and forward(), or give each thread its own model and Pruner"
+            )
+
+    def leave(self) -> bool:
+        """The pass ended; False for one that was refused: the state belongs to the other."""
+        if torch.compiler.is_compiling():
+            return True
+        with self._lock:
+            if self._thread != threading.get_ident():
+                return False
+            self._thread = self._module = None
+            return True
+
+
+def _depth(thread: int, module: nn.Module | None) -> int:
+    """How many calls of ``module`` are on the stack of ``thread``."""
+    frame, depth = sys._current_frames().get(thread), 0
+    while frame is not None:
+        depth += frame.f_code is nn.Module._call_impl.__code__ and frame.f_locals.get("self") is module
+        frame = frame.f_back
+    return depth
+
+
+def refuse_checkpointing(layers: nn.ModuleList, mode: str) -> None:
+    """Refuse gradient checkpointing that would compute other gradients than the same model without it."""
+    for layer in layers:
+        if not (getattr(layer, "gradient_checkpointing", False) and layer.training):
+            continue
+        keywords = getattr(layer._gradient_checkpointing_func, "keywords", {})
+        if mode == "mask" and keywords.get("use_reentrant") is not False:
+            raise RuntimeError(
+                'reentrant gradient checkpointing is not supported in mode="mask": it drops the gradient of the keep '
+                'mask, a keyword argument of the layer; call model.gradient_checkpointing_enable({"use_reentrant": '
+                "False})"
+            )
+        if _runs_hooks_again(type(layer)):
+            raise RuntimeError(
+                "gradient checkpointing of this transformers release runs the layers' hooks a second time, after the "
+                "pruner's pass has ended; detach, switch checkpointing off, or use transformers>=5.23"
+            )
+
+
+def _runs_hooks_again(layer: type[nn.Module]) -> bool:
+    """Older releases checkpoint ``__call__``, hooks included, instead of ``forward``."""
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    return issubclass(layer, GradientCheckpointingLayer) and "__call__" in vars(GradientCheckpointingLayer)
+
+
+def refuse_several_devices(model: nn.Module) -> None:
+    """Refuse a ``device_map`` over several GPUs: indices made on one of them meet states of the other."""
+    devices = {str(device) for device in getattr(model, "hf_device_map", {}).values()} - {"cpu", "disk"}
+    if len(devices) > 1:
+        raise ValueError(
+            f"model is spread over the devices {', '.join(sorted(devices))}, which is not supported: load it with "
+            'device_map={"": 0}, or with a device_map of one GPU and "cpu" or "disk"'
+        )
+
+
+def refuse_packed(arguments: dict[str, Any]) -> None:
+    """Refuse several prompts in one row under flash attention, where the arguments of a layer tell their bounds.
+
+    The bounds would be those of the unpruned row, and stages count the visual tokens of a row as one prompt's.
+    """
+    position_ids, mask = arguments.get("position_ids"), arguments.get("attention_mask")
+    packed = arguments.get("cu_seq_lens_q") is not None
+    if not packed and mask is None and position_ids is not None and position_ids.shape[0] == 1:
+        packed = bool((position_ids.diff(dim=-1) < 0).any())
+    if packed:
+        raise ValueError(
+            "position_ids or cu_seq_lens_q pack several prompts into one row, which pruning does not support: give "
+            "each prompt a row of its own, with padding on the left"
+        )
+
+
+def sliding_window(config: Any) -> int | None:
+    """The attention window of a text config, None when all layers see everything."""
+    window = getattr(config, "sliding_window", None)
+    kinds = getattr(config, "layer_types", None)
+    return None if kinds is not None and "sliding_attention" not in kinds else window
+
+
+def refuse_window(window: int, length: int) -> None:
+    """Refuse a sequence that is longer than the window: slots of a pruned sequence are no distances."""
+    if length > window:
+        raise RuntimeError(
+            f"sliding_window={window} is shorter than the sequence of {length} tokens, which pruning does not support: "
+            "shorten the prompt or the answer, or load the model with config.get_text_config().sliding_window = None "
+            "if it was trained for that"
+        )

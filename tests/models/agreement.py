@@ -1,0 +1,177 @@
+"""What both modes must agree on, and Eqs. 6-7 once more from transformers' own attention."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tests.models.conftest import HashPolicy
+from tests.models.tiny_families import TINY, Rows, build_model, visual_mask
+from toprl_models import Pruner, Schedule, StageTrace, attach
+
+NEW_TOKENS = 8
+# float32 rounding of the same sums in another order; the states are around 1, the logits around 2
+ATOL = 1e-4
+MIXED = (("image",), ("image", "image"), ())
+
+
+@functools.cache
+def model_of(family: str, attn_implementation: str = "sdpa") -> Any:
+    """One model for all tests of a family: they leave it as it was."""
+    return build_model(family, attn_implementation)
+
+
+@dataclass
+class Run:
+    """One prompt batch through one model: last hidden states, then a greedy answer with the logits of each step."""
+
+    states: Tensor
+    logits: Tensor
+    tokens: Tensor
+    trace: list[StageTrace]
+
+
+def generate(model: Any, inputs: dict[str, Tensor], **options: Any) -> Any:
+    options = {"max_new_tokens": NEW_TOKENS, "do_sample": False, **options}
+    return model.generate(**inputs, return_dict_in_generate=True, output_logits=True, **options)
+
+
+def attached(model: Any, schedule: Schedule, mode: str = "compact") -> Pruner:
+    """A pruner whose scores are the same in both modes."""
+    return attach(model, HashPolicy(), schedule=schedule, mode=mode)
+
+
+def run(model: Any, inputs: dict[str, Tensor], schedule: Schedule | None = None, mode: str = "compact") -> Run:
+    """Unattached without a schedule."""
+    if schedule is None:
+        return _run(model, inputs)
+    with attached(model, schedule, mode) as pruner:
+        result = _run(model, inputs)
+        result.trace = pruner.trace
+    return result
+
+
+def _run(model: Any, inputs: dict[str, Tensor]) -> Run:
+    states = model.base_model(**inputs).last_hidden_state
+    answer = generate(model, inputs)
+    return Run(states, torch.stack(answer.logits, 1), answer.sequences[:, inputs["input_ids"].shape[1] :], [])
+
+
+def schedule_of(family: str) -> Schedule:
+    """Three stages, the first as early as the family allows, the last before the last layer."""
+    first = TINY[family].min_stage
+    return Schedule(((first, 0.5), (first + 1, 0.25), (5, 2)))
+
+
+def expected_counts(inputs: dict[str, Tensor], schedule: Schedule) -> list[tuple[int, ...]]:
+    """Kept tokens by stage and row."""
+    rows = [schedule.counts(n) for n in (visual_mask(inputs) & inputs["attention_mask"].bool()).sum(1).tolist()]
+    return [tuple(row[stage] for row in rows) for stage in range(len(schedule))]
+
+
+def kept_slots(inputs: dict[str, Tensor], stage: StageTrace) -> Tensor:
+    """bool [B, N]: text, and the visual tokens that ``stage`` left."""
+    alive, visual = inputs["attention_mask"].bool().clone(), visual_mask(inputs)
+    ordinal = visual.cumsum(1) - 1
+    for row, kept in enumerate(stage.indices):
+        alive[row] &= ~visual[row] | torch.isin(ordinal[row], kept[kept >= 0])
+    return alive
+
+
+def assert_agreement(model: Any, inputs: dict[str, Tensor], schedule: Schedule, *, masked: Any = None) -> Run:
+    """Compact mode is mask mode, on the surviving rows of the prompt and at each step of a greedy answer.
+
+    Args:
+        model: runs in compact mode.
+        inputs: of ``build_inputs``.
+        schedule: drops something.
+        masked: the model for mask mode, if it is another one.
+
+    Returns:
+        The compact run.
+    """
+    plain, compact = run(model, inputs), run(model, inputs, schedule)
+    mask = run(model if masked is None else masked, inputs, schedule, "mask")
+    assert [stage.counts for stage in compact.trace] == expected_counts(inputs, schedule)
+    for one, other in zip(compact.trace, mask.trace, strict=True):
+        assert torch.equal(one.indices, other.indices)
+    alive = kept_slots(inputs, compact.trace[-1])
+    torch.testing.assert_close(compact.states[alive], mask.states[alive], atol=ATOL, rtol=1e-4)
+    torch.testing.assert_close(compact.logits, mask.logits, atol=ATOL, rtol=1e-4)
+    assert torch.equal(compact.tokens, mask.tokens)
+    # none of this could fail if pruning changed nothing
+    with_images = visual_mask(inputs).any(1)
+    assert (compact.states - plain.states)[alive].abs().max() > 0.1
+    assert ((compact.logits - plain.logits)[with_images, -1].abs().amax(-1) > 0.1).all()
+    return compact
+
+
+def layer_arguments(model: Any, inputs: dict[str, Tensor]) -> dict[int, dict[str, Any]]:
+    """The keyword arguments that each decoder layer got in one forward pass."""
+    seen: dict[int, dict[str, Any]] = {}
+    handles = [
+        # runs behind the pruner's hook, which was there first
+        layer.register_forward_pre_hook(lambda _, args, kwargs, i=i: seen.update({i: kwargs}), with_kwargs=True)
+        for i, layer in enumerate(model.get_decoder().layers)
+    ]
+    try:
+        model(**inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return seen
+
+
+def masked_by_hand(model: Any, inputs: dict[str, Tensor], trace: list[StageTrace]) -> Tensor:
+    """Last hidden states under Eqs. 6-7: an eager model whose own 4-D masks lose the keys that the stages dropped."""
+    assert model.config.get_text_config()._attn_implementation == "eager"
+    decoder = model.get_decoder()
+
+    def close(stage: StageTrace) -> Any:
+        keep = kept_slots(inputs, stage)
+        seen = keep[:, None, None] | torch.eye(keep.shape[1], dtype=torch.bool)
+
+        def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+            mask = kwargs["attention_mask"]
+            return args, kwargs | {"attention_mask": mask.masked_fill(~seen, torch.finfo(mask.dtype).min)}
+
+        return hook
+
+    handles = []
+    for number, stage in enumerate(trace):
+        end = trace[number + 1].layer if number + 1 < len(trace) else len(decoder.layers)
+        for layer in decoder.layers[stage.layer : end]:
+            handles.append(layer.register_forward_pre_hook(close(stage), with_kwargs=True))
+    try:
+        return model.base_model(**inputs).last_hidden_state
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def single_row(family: str, inputs: dict[str, Tensor], rows: Rows, number: int) -> dict[str, Tensor]:
+    """Row ``number`` of a batch that ``build_inputs(family, rows)`` made, alone and without padding."""
+    real = inputs["attention_mask"][number].bool()
+    # how much of each tensor an item takes, from items made anew
+    generator, items = torch.Generator().manual_seed(0), []
+    for row in rows:
+        for kind in row:
+            tiny = TINY[family]
+            alone = list(row).count("image") == 1
+            item = tiny.image(len(items), alone, generator) if kind == "image" else tiny.video(len(items), generator)
+            items.append(item.tensors)
+    first = sum(map(len, rows[:number]))
+    mine = items[first : first + len(rows[number])]
+    single = {name: inputs[name][number : number + 1, real] for name in ("input_ids", "attention_mask")}
+    if "mm_token_type_ids" in inputs:
+        single["mm_token_type_ids"] = inputs["mm_token_type_ids"][number : number + 1, real]
+    for name in dict.fromkeys(name for item in mine for name in item):
+        start = sum(len(item[name]) for item in items[:first] if name in item)
+        single[name] = inputs[name][start : start + sum(len(item[name]) for item in mine if name in item)]
+    if "batch_num_images" in inputs and "pixel_values" in single:
+        single["batch_num_images"] = torch.tensor([list(rows[number]).count("image")])
+    return single
