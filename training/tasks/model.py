@@ -1,0 +1,74 @@
+"""Between tasks and models: loading, prompts, answers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+
+from toprl_models import tiny
+from training.tasks.base import Sample, Task
+
+
+def load_model(name_or_path: str, device: str, dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
+    """Frozen model and processor: "tiny" for the embedded one, else a Hub id or a local folder."""
+    transformers.utils.logging.disable_progress_bar()  # it would tear the training bar apart
+    if name_or_path == "tiny":
+        return tiny.load(device=device, dtype=dtype)
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    model = AutoModelForImageTextToText.from_pretrained(name_or_path, dtype=dtype)
+    model.requires_grad_(False)
+    return model.to(device).eval(), AutoProcessor.from_pretrained(name_or_path, padding_side="left")
+
+
+def prompt(processor: Any, task: Task, sample: Sample) -> str:
+    """The model's chat template around what the task asks; images and video go first.
+
+    Raises:
+        ValueError: the processor has no chat template, or the text holds the placeholder of an image or video.
+    """
+    text = task.text(sample)
+    for name in ("image_token", "video_token"):
+        token = getattr(processor, name, None)
+        if token and token in text:
+            raise ValueError(f"{sample.key}: the text holds {token!r}, which stands for an image; remove it: {text!r}")
+    if not getattr(processor, "chat_template", None):
+        raise ValueError(f"{type(processor).__name__} has no chat template; set processor.chat_template to the model's")
+    shown = [{"type": "video"}] if sample.video else [{"type": "image"}] * len(sample.all_images)
+    content = [*shown, {"type": "text", "text": text}]
+    return processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+
+
+def encode(
+    processor: Any, task: Task, samples: Sequence[Sample], device: str | torch.device
+) -> dict[str, torch.Tensor]:
+    """The left-padded model inputs of a batch of samples, all with images or all with a video."""
+    texts = [prompt(processor, task, sample) for sample in samples]
+    arguments: dict[str, Any] = {"text": texts, "padding": True, "return_tensors": "pt"}
+    bos = getattr(getattr(processor, "tokenizer", None), "bos_token", None)
+    if bos and texts[0].startswith(bos):
+        arguments["add_special_tokens"] = False  # the template wrote it already
+    if samples[0].video:
+        arguments["videos"] = [np.stack([np.asarray(frame) for frame in s.video]) for s in samples]
+        metadata = [dict(s.video_metadata or {}) for s in samples]
+        arguments["videos_kwargs"] = {"do_sample_frames": False, "video_metadata": metadata}
+    elif any(s.images for s in samples):
+        arguments["images"] = [list(s.all_images) for s in samples]
+    else:
+        arguments["images"] = [s.image for s in samples]
+    return dict(processor(**arguments).to(device))
+
+
+@torch.no_grad()
+def answer(
+    model: Any, processor: Any, task: Task, samples: Sequence[Sample], inputs: dict[str, torch.Tensor]
+) -> tuple[list[str], torch.Tensor]:
+    """Greedy answers of the model as it is now (attached or not), and their metric, float32 ``[B]`` on the CPU."""
+    output = model.generate(**inputs, max_new_tokens=task.max_new_tokens, do_sample=False)
+    text = processor.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    scores = [task.score(prediction, sample) for prediction, sample in zip(text, samples, strict=True)]
+    return [t.strip() for t in text], torch.tensor(scores)
