@@ -3,9 +3,10 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt
 STAMP  := $(VENV)/.installed
+OLDEST := $(VENV)/oldest
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-exhaustive feature-matrix lint format bench clean
+.PHONY: help install demo test test-oldest test-upstream test-exhaustive feature-matrix lint format bench clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1|/' | column -t -s '|'
@@ -23,14 +24,29 @@ demo: $(STAMP) ## train with PPO on the embedded tiny LLaVA, evaluate, write run
 	$(BIN)/python training/demo.py --output_dir runs/demo
 
 # one process per core and one thread per process: most of the time is spent in Triton's sequential interpreter
-test: lint ## lint, format check, types and all tests
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile
+
+test: lint test-oldest ## lint, format check, types and all tests
+	$(PYTEST)
+
+# beside the installed release, and in front of it on the path, with what it needs
+$(OLDEST)/.installed: $(STAMP) constraints-oldest.txt
+	rm -rf $(OLDEST)
+	$(BIN)/python -m pip install --disable-pip-version-check -q --target $(OLDEST) -r constraints-oldest.txt
+	@touch $@
+
+test-oldest: $(OLDEST)/.installed ## the tests of the models with the oldest supported release of transformers
+	PYTHONPATH=$(CURDIR)/$(OLDEST) $(PYTEST) tests/models
+
+test-upstream: $(STAMP) ## transformers' own tests with and without a pruner: TOPRL_TRANSFORMERS_TESTS=folder
+	$(PIP) -e '.[upstream]'
+	$(BIN)/python tests/upstream/run.py
 
 test-exhaustive: $(STAMP) ## hours: every combination of sizes and dtypes, and the kernels broken on purpose
 	$(BIN)/python -m pytest -m exhaustive -rP
 
 feature-matrix: $(STAMP) ## run the tests of the model families and store what works for which
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile tests/models --ignore tests/models/test_check.py --write-features
+	$(PYTEST) tests/models --ignore tests/models/test_check.py --write-features
 	$(BIN)/python -m toprl_models.check --markdown > docs/families.md
 
 lint: $(STAMP) ## ruff (lint and format check) and mypy

@@ -30,12 +30,12 @@ from transformers import HfArgumentParser
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from toprl_models import Schedule, TopRLPolicy, attach
-from training.evaluate import print_table
 from training.report import write_report
 from training.scenes import KINDS
 from training.tasks import answer, encode, load_model, make_task
 
 ROOT = Path(__file__).resolve().parents[1]
+CONTROL_SEEDS = range(5)  # runs of random pruning and of untrained actors
 
 
 @dataclass
@@ -65,6 +65,51 @@ def run_script(name: str, arguments: list[str], log: Path) -> None:
     if code:
         tail = "\n".join(log.read_text().splitlines()[-15:])
         raise RuntimeError(f"training/{name} {' '.join(arguments)} ended with code {code}:\n{tail}")
+
+
+def summary(results: dict[str, Any], kind: str) -> dict[str, Any]:
+    """What the report needs of an evaluation's results.json."""
+    runs = [run for run in results["runs"] if run["method"] == "argmax"]
+    schedule = next(iter(results["schedules"][kind].values()))
+    return {
+        "task": kind,
+        "n": results["tasks"][kind]["n"],
+        "schedule": schedule,
+        "rows": [
+            {"method": row["method"], "accuracy": row["scores"], "average_tokens": row["average_tokens"]}
+            for row in results["rows"]
+            if row["method"] != "argmax"
+        ],
+        "argmax": {
+            "accuracy": [run["corpus"]["accuracy"] for run in runs],
+            "kept": [sum(run["retained"]) / len(run["retained"]) for run in runs],
+            "retained": [run["retained"] for run in runs],
+        },
+    }
+
+
+def print_table(result: dict[str, Any]) -> None:
+    """A ``summary`` as a table on the console."""
+    from rich.console import Console
+    from rich.table import Table
+
+    schedule = result["schedule"]
+    table = Table(
+        title=f"{result['task']}, n = {result['n']}: before layers {schedule['layers']} "
+        f"keep {schedule['keep']} of {schedule['num_visual']} visual tokens"
+    )
+    for column in ("method", "accuracy", "of full", "average tokens", "runs"):
+        table.add_column(column, justify="left" if column == "method" else "right")
+    full = result["rows"][0]["accuracy"][0]
+    for row in result["rows"]:
+        mean = sum(row["accuracy"]) / len(row["accuracy"])
+        share = f"{mean / full:.1%}" if full else "-"
+        table.add_row(row["method"], f"{mean:.3f}", share, f"{row['average_tokens']:.2f}", str(len(row["accuracy"])))
+    kept, accuracy = result["argmax"]["kept"], result["argmax"]["accuracy"]
+    table.caption = (
+        f"arg-max agent: accuracy {sum(accuracy) / len(accuracy):.3f}, mean keep {sum(kept) / len(kept):.3f}"
+    )
+    Console().print(table)
 
 
 def gallery(config: DemoConfig, folder: Path, runs: dict[str, list[str]], per_kind: int) -> list[dict[str, Any]]:
@@ -122,10 +167,11 @@ def main(config: DemoConfig) -> None:
 
     def compare(kind: str) -> dict[str, Any]:
         policies = [str(folder / name / "policy") for name in runs[kind]]
-        output = folder / f"{kind}.json"
-        flags = ["--policy", *policies, "--keep", *map(str, config.keep), "--size", str(config.size)]
-        run_script("evaluate.py", [*flags, "--output", str(output)], folder / f"{kind}_evaluation.log")
-        return json.loads(output.read_text())
+        output = folder / f"{kind}_evaluation"
+        flags = ["--task", kind, "--policy", *policies, "--keep", *map(str, config.keep), "--limit", str(config.size)]
+        flags += ["--seeds", *map(str, CONTROL_SEEDS), "--output_dir", str(output), "--overwrite"]
+        run_script("evaluate.py", flags, folder / f"{kind}_evaluation.log")
+        return summary(json.loads((output / "results.json").read_text()), kind)
 
     jobs = [(kind, name) for kind in config.tasks for name in runs[kind]]
     with ThreadPoolExecutor(workers) as pool:

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from toprl_models.compat import repeats_hooks
+
 
 class OneForward:
     """Lets one forward pass of one thread through at a time: the hooks of a Pruner share its state."""
@@ -79,18 +81,11 @@ def refuse_checkpointing(layers: nn.ModuleList, mode: str) -> None:
                 'mask, a keyword argument of the layer; call model.gradient_checkpointing_enable({"use_reentrant": '
                 "False})"
             )
-        if _runs_hooks_again(type(layer)):
+        if repeats_hooks(type(layer)):
             raise RuntimeError(
                 "gradient checkpointing of this transformers release runs the layers' hooks a second time, after the "
                 "pruner's pass has ended; detach, switch checkpointing off, or use transformers>=5.23"
             )
-
-
-def _runs_hooks_again(layer: type[nn.Module]) -> bool:
-    """Older releases checkpoint ``__call__``, hooks included, instead of ``forward``."""
-    from transformers.modeling_layers import GradientCheckpointingLayer
-
-    return issubclass(layer, GradientCheckpointingLayer) and "__call__" in vars(GradientCheckpointingLayer)
 
 
 def refuse_several_devices(model: nn.Module) -> None:

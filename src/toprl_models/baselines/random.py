@@ -12,12 +12,13 @@ class RandomPolicy(Policy):
     """Keep tokens uniformly at random.
 
     Args:
-        seed: seed of the scores. They are drawn on the CPU, call after call, so a run is reproducible on any device.
+        seed: seed of the scores. They are drawn on the CPU, call after call, so a run is reproducible on any device, and
+            one for each original token, so that both modes of the pruner keep the same.
     """
 
     def __init__(self, seed: int = 0) -> None:
         self.generator = torch.Generator().manual_seed(seed)
 
     def score(self, context: StageContext) -> Tensor:
-        shape = context.valid_mask.shape
-        return torch.rand(shape, generator=self.generator).to(context.hidden_states.device)
+        drawn = torch.rand(len(context.num_visual), max(context.num_visual), generator=self.generator)
+        return drawn.to(context.hidden_states.device).gather(1, context.visual_index.clamp(min=0))

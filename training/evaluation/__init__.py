@@ -1,0 +1,1 @@
+"""Evaluation: methods by name, resumable records of every sample, statistics, tables (docs/evaluation.md)."""

@@ -1,0 +1,93 @@
+"""One batch through the model as it is (attached or not): answers, and what they cost."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from toprl_models.families import family_of, visual_token_ids
+from training.tasks import Sample, Task
+
+
+@dataclass
+class Answers:
+    """Of a batch: texts and scores, and per sample the seconds and bytes (the batch's over its size)."""
+
+    texts: list[str]
+    scores: list[float]
+    prefill_seconds: float
+    decode_seconds: float
+    kv_bytes: int | None
+
+
+class _Prefill:
+    """Notes when the first forward pass of a generation is over, and what its cache holds."""
+
+    def __init__(self, model: Any) -> None:
+        self.model, self.ended = model, 0.0
+        self.kv_bytes: int | None = None
+
+    def __enter__(self) -> _Prefill:
+        self._handle = self.model.register_forward_hook(self._after)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._handle.remove()
+
+    def _after(self, module: Any, args: Any, output: Any) -> None:
+        if not self.ended:
+            synchronise(self.model.device)
+            self.ended = time.perf_counter()
+            self.kv_bytes = cache_bytes(output.get("past_key_values"))
+
+
+def synchronise(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def cache_bytes(cache: Any) -> int | None:
+    """Bytes of all keys and values in a cache of transformers; None without one."""
+    if cache is None:
+        return None
+    tensors = [t for layer in cache.layers for t in (layer.keys, layer.values) if isinstance(t, Tensor)]
+    return sum(t.numel() * t.element_size() for t in tensors)
+
+
+def count_visual(model: Any, inputs: dict[str, Tensor]) -> list[int]:
+    """Visual tokens of each prompt: the placeholders of the model's family."""
+    ids = torch.tensor(visual_token_ids(model, family_of(model)), device=inputs["input_ids"].device)
+    visual = torch.isin(inputs["input_ids"], ids)
+    if "attention_mask" in inputs:
+        visual &= inputs["attention_mask"].bool()
+    return visual.sum(1).tolist()
+
+
+@torch.no_grad()
+def answer_timed(
+    model: Any, processor: Any, task: Task, samples: Sequence[Sample], inputs: dict[str, Tensor]
+) -> Answers:
+    """Greedy answers, as ``training.tasks.answer`` gives them, with times and cache size.
+
+    Prefill is everything up to the end of the first forward pass, the vision tower included; decode is the rest.
+    """
+    synchronise(model.device)
+    with _Prefill(model) as prefill:
+        began = time.perf_counter()
+        output = model.generate(**inputs, max_new_tokens=task.max_new_tokens, do_sample=False)
+        synchronise(model.device)
+        ended = time.perf_counter()
+    decoded = processor.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    texts, n = [text.strip() for text in decoded], len(samples)
+    return Answers(
+        texts=texts,
+        scores=[float(task.score(text, sample)) for text, sample in zip(texts, samples, strict=True)],
+        prefill_seconds=(prefill.ended - began) / n,
+        decode_seconds=(ended - prefill.ended) / n,
+        kv_bytes=None if prefill.kv_bytes is None else prefill.kv_bytes // n,
+    )

@@ -1,0 +1,152 @@
+"""Pruning methods by name, and the policies that --policy names."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from toprl_models import FastV, Policy, PyramidDrop, StageContext, TopRLPolicy
+from toprl_models.policy import model_signature
+from training.rollout import ArgmaxPolicy
+
+
+@dataclass(frozen=True)
+class Method:
+    """One row of the tables.
+
+    Attributes:
+        label: for people.
+        needs_policy: it is made of a trained actor.
+        draws: it depends on a seed; others run once (TOP-RL: once per policy).
+        scheduled: it keeps what the budget says; others run once for all budgets.
+    """
+
+    label: str
+    needs_policy: bool = False
+    draws: bool = False
+    scheduled: bool = True
+
+
+METHODS = {
+    "full": Method("Full model, no pruning", scheduled=False),
+    "toprl": Method("TOP-RL", needs_policy=True),
+    "fastv": Method("FastV"),
+    "pyramiddrop": Method("PyramidDrop"),
+    "random": Method("Random patches", draws=True),
+    "untrained": Method("Untrained actor", needs_policy=True, draws=True),
+    "argmax": Method("TOP-RL, arg-max", needs_policy=True, scheduled=False),
+}
+
+
+def make_method(name: str, model: Any, *, seed: int = 0, policy: TopRLPolicy | None = None) -> Policy | None:
+    """The policy of the method called ``name``; None is the unpruned model.
+
+    Args:
+        seed: of methods that draw.
+        policy: the trained actor; "untrained" takes its sizes and stages.
+
+    Raises:
+        ValueError: unknown name, or no policy where one is needed.
+    """
+    if name not in METHODS:
+        raise ValueError(f"method {name!r} is unknown; known methods: {', '.join(METHODS)}")
+    if METHODS[name].needs_policy and policy is None:
+        raise ValueError(f"method {name!r} needs a trained policy: --policy FOLDER")
+    if name == "fastv":
+        return FastV()
+    if name == "pyramiddrop":
+        return PyramidDrop()
+    if name == "random":
+        return RandomBySample(seed)
+    if policy is None:
+        return None
+    if name == "argmax":
+        return ArgmaxPolicy(policy)
+    return _untrained(policy, model, seed) if name == "untrained" else policy
+
+
+def _untrained(policy: TopRLPolicy, model: Any, seed: int) -> TopRLPolicy:
+    """The same actor with fresh weights: one that does not beat it has learned nothing."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(10_000 + seed)
+        size = policy.fc1.out_features
+        fresh = TopRLPolicy(policy.hidden_size, list(policy.stage_layers), size, model_signature(model))
+    return fresh.to(model.device).eval()
+
+
+class RandomBySample(Policy):
+    """Keep tokens uniformly at random; the draw depends on seed, sample and stage alone, not on the batch.
+
+    So a run that was stopped, or that ran on other ranks, gives the same numbers.
+    """
+
+    def __init__(self, seed: int) -> None:
+        self.seed = seed
+        self.keys: Sequence[str] = ()  # of the batch that comes next
+
+    def score(self, context: StageContext) -> Tensor:
+        rows = []
+        for key, num_visual in zip(self.keys, context.num_visual, strict=True):
+            digest = hashlib.sha256(f"{self.seed}/{context.stage}/{key}".encode()).digest()
+            generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+            row = torch.zeros(max(max(context.num_visual), 1))
+            row[:num_visual] = torch.rand(num_visual, generator=generator)
+            rows.append(row)
+        index = context.visual_index
+        return torch.stack(rows).to(index.device).gather(1, index.clamp(min=0))
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A policy of --policy; ``digest`` of its weights tells whether a stopped evaluation used the same."""
+
+    name: str
+    policy: TopRLPolicy
+    digest: str
+
+    @property
+    def task(self) -> str | None:
+        return self.policy.metadata.get("task")
+
+    @property
+    def model(self) -> str:
+        return self.policy.metadata.get("model", "tiny")
+
+
+def load_policies(names: Sequence[str]) -> list[Trained]:
+    """The policies of --policy.
+
+    Raises:
+        ValueError: no such folder, not a policy, or policies with different stages or models.
+    """
+    found = []
+    for name in names:
+        if not Path(name).is_dir() and not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+            raise ValueError(f"--policy {name}: no such folder; give the policy folder that training/ppo.py wrote")
+        try:
+            policy = TopRLPolicy.from_pretrained(name).eval()
+        except OSError as error:
+            raise ValueError(f"--policy {name}: no such folder, and the Hub gives no policy: {error}") from error
+        digest = hashlib.sha256()
+        for key, value in sorted(policy.state_dict().items()):
+            digest.update(key.encode() + value.float().contiguous().numpy().tobytes())
+        found.append(Trained(name, policy, digest.hexdigest()[:16]))
+    for what, values in (
+        ("stage layers", {one.policy.stage_layers for one in found}),
+        ("models", {one.model for one in found}),
+    ):
+        if len(values) > 1:
+            raise ValueError(f"--policy: different {what} {sorted(values)}; evaluate them apart")
+    return found
+
+
+def policies_for(task: str, policies: Sequence[Trained]) -> list[Trained]:
+    """Those trained on ``task`` if there are any, otherwise all (transfer to another task)."""
+    return [one for one in policies if one.task == task] or list(policies)
