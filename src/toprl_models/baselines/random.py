@@ -12,8 +12,8 @@ class RandomPolicy(Policy):
     """Keep tokens uniformly at random.
 
     Args:
-        seed: seed of the scores. They are drawn on the CPU, call after call, so a run is reproducible on any device, and
-            one for each original token, so that both modes of the pruner keep the same.
+        seed: seed of the scores. They are drawn on the CPU, call after call, so a run is reproducible on any device,
+            and one for each original token, so that both modes of the pruner keep the same.
     """
 
     def __init__(self, seed: int = 0) -> None:
