@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import sys
+import contextlib
 import threading
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -13,15 +14,19 @@ from toprl_models.compat import repeats_hooks
 
 
 class OneForward:
-    """Lets one forward pass of one thread through at a time: the hooks of a Pruner share its state."""
+    """Lets one forward pass of one thread through at a time: the hooks of a Pruner share its state.
+
+    A pass that KeyboardInterrupt ended outside of the pruner's hooks, which torch then skips, still counts as under way
+    for other threads; the next pass of its own thread takes its place.
+    """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._thread: int | None = None
-        self._module: nn.Module | None = None
+        self._decides = False  # a policy is being asked
 
-    def enter(self, module: nn.Module) -> None:
-        """A forward pass of ``module`` begins.
+    def enter(self) -> None:
+        """A forward pass begins.
 
         Raises:
             RuntimeError: another one is under way, in another thread or around this one.
@@ -29,44 +34,42 @@ class OneForward:
         if torch.compiler.is_compiling():  # a compiled graph holds this state in local variables
             return
         with self._lock:
-            self._check(module)
-            self._thread, self._module = threading.get_ident(), module
+            self._check()
+            self._thread = threading.get_ident()
 
     def check(self) -> None:
         """As ``enter``, for a part of the model that may be called on its own."""
         if not torch.compiler.is_compiling() and self._thread != threading.get_ident():
             with self._lock:
-                self._check(None)
+                self._check()
 
-    def _check(self, module: nn.Module | None) -> None:
-        thread, running = self._thread, self._module
-        mine = thread == threading.get_ident()
-        # KeyboardInterrupt skips torch's "always called" hooks: look whether the thread is still at it
-        if thread is not None and _depth(thread, running) > (mine and module is running):
+    def _check(self) -> None:
+        mine = self._thread == threading.get_ident()
+        if self._thread is not None and (self._decides or not mine):
             raise RuntimeError(
                 "this Pruner is in the middle of a forward pass "
                 + ("(its policy called the model)" if mine else "in another thread")
                 + "; put a lock around generate() and forward(), or give each thread its own model and Pruner"
             )
 
+    @contextlib.contextmanager
+    def deciding(self) -> Iterator[None]:
+        """While a policy is asked: a forward pass of the same thread would be its doing."""
+        self._decides = True
+        try:
+            yield
+        finally:
+            self._decides = False
+
     def leave(self) -> bool:
         """The pass ended; False for one that was refused: the state belongs to the other."""
         if torch.compiler.is_compiling():
             return True
         with self._lock:
-            if self._thread != threading.get_ident():
+            if self._thread != threading.get_ident() or self._decides:
                 return False
-            self._thread = self._module = None
+            self._thread = None
             return True
-
-
-def _depth(thread: int, module: nn.Module | None) -> int:
-    """How many calls of ``module`` are on the stack of ``thread``."""
-    frame, depth = sys._current_frames().get(thread), 0
-    while frame is not None:
-        depth += frame.f_code is nn.Module._call_impl.__code__ and frame.f_locals.get("self") is module
-        frame = frame.f_back
-    return depth
 
 
 def refuse_checkpointing(layers: nn.ModuleList, mode: str) -> None:

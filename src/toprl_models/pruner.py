@@ -163,7 +163,7 @@ class Pruner:
     def _before_model(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         drafted, self._mine.drafted = self._mine.drafted, 0
         self._mine.survivors = None
-        self._running.enter(module)
+        self._running.enter()
         self._pending = self._forward = None
         if not self._enabled:
             return
@@ -235,6 +235,9 @@ class Pruner:
         return output
 
     def _after_model(self, module: nn.Module, args: tuple, output: Any) -> None:
+        self._end_pass()
+
+    def _end_pass(self) -> None:
         if self._running.leave():
             self._forward = self._pending = None
 
@@ -262,7 +265,8 @@ class Pruner:
                 forward.position_embeddings = own
             elif before.own[1] is not own:  # another kind of layer than the one before
                 forward.position_embeddings = gather_tables(own, composed_indices(forward, number - 1))
-        run_stage(forward, number, hidden_states, self.policy, self.schedule, self._layers, self.mode)
+        with self._running.deciding():
+            run_stage(forward, number, hidden_states, self.policy, self.schedule, self._layers, self.mode)
         segment = forward.segments[number]
         compacted, segment.compacted = segment.compacted, None
         return hidden_states if compacted is None else compacted
@@ -353,6 +357,9 @@ class _LayerHook:
         except TypeError as error:
             # transformers answers a TypeError by running the forward again without some arguments
             raise RuntimeError(f"pruning before layer {self.index} failed: {error}") from error
+        except KeyboardInterrupt:
+            self.pruner._end_pass()  # torch skips the hooks behind the model then
+            raise
 
 
 def attach(model: PreTrainedModel, policy: Policy, *, schedule: Schedule, mode: Mode = "compact") -> Pruner:

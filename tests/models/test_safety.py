@@ -235,7 +235,8 @@ def test_an_exception_leaves_pruner_and_model_usable(place: str, error: BaseExce
         break_once(*(PLACES[place](model)[:1]), error, PLACES[place](model)[1])
         with pytest.raises(type(error)):
             answer(model, inputs)
-        # an interrupted pass belongs to no thread any more
+        if isinstance(error, KeyboardInterrupt):  # its own thread takes over, and then anyone
+            assert torch.equal(answer(model, inputs), expected)
         assert torch.equal(in_thread(lambda: answer(model, inputs)), expected)
         assert torch.equal(answer(model, inputs), expected)
         assert len(pruner.trace) == len(pruner.schedule)
