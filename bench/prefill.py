@@ -49,6 +49,7 @@ from transformers import (
 
 from toprl_kernels import flops
 from toprl_models import FastV, Policy, Pruner, PyramidDrop, Schedule, StageContext, TopRLPolicy, attach
+from toprl_models.caches import cache_bytes
 from toprl_models.schedule import stage_layers_for
 
 IMAGE_ID = 1
@@ -390,10 +391,6 @@ def check_pruned(where: str, case: Case, pruner: Pruner | None, schedule: Schedu
     expected = [(count,) for count in schedule.counts(case.visual_tokens)]
     if found != expected:
         raise WrongPrefillError(f"{where}: the timed prefill kept {found} visual tokens, the schedule says {expected}")
-
-
-def cache_bytes(cache: Any) -> int:
-    return sum(t.numel() * t.element_size() for layer in cache.layers for t in (layer.keys, layer.values))
 
 
 def decoder_macs(case: Case, schedule: Schedule | None) -> float:

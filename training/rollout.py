@@ -62,7 +62,7 @@ class SamplingPolicy(Policy):
         logits = self.policy.logits(hidden_states, context.stage, context.valid_mask)
         # one draw per *original* token, so that masked and compacted rollouts of a seed are the same episode
         uniform = torch.rand(len(logits), max(context.num_visual), generator=self.generator, device=logits.device)
-        uniform = uniform.clamp(1e-7, 1 - 1e-7).gather(1, context.visual_index.clamp(min=0))
+        uniform = context.of_original(uniform.clamp(1e-7, 1 - 1e-7))
         sample = sample_keep_mask(logits, uniform=uniform, tau=self.tau, previous_mask=context.valid_mask)
         keep_mask = sample.keep_mask.bool()
         value = self.policy.value(hidden_states, context.stage, context.valid_mask, text_state, kept_fraction)

@@ -103,6 +103,12 @@ def check_rows(stored: Tensor | None, batch: int) -> None:
         )
 
 
+def cache_bytes(cache: Any) -> int:
+    """Bytes of all keys and values in a cache of transformers."""
+    tensors = [t for layer in cache.layers for t in (layer.keys, layer.values) if isinstance(t, Tensor)]
+    return sum(t.numel() * t.element_size() for t in tensors)
+
+
 def extend_mask(stored: Tensor | None, new: Tensor | None, past: int, hidden_states: Tensor) -> Tensor | None:
     """Mask over ``past`` cached tokens and those of this pass; tokens that neither mask covers count as 1.
 

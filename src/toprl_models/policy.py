@@ -49,6 +49,13 @@ class StageContext:
     text_state: Tensor
     last_attention: Callable[[], Tensor]
 
+    def of_original(self, values: Tensor) -> Tensor:
+        """What is given per original visual token, ``[B, max(num_visual)]``, for the slots of this stage: ``[B, V]``.
+
+        A draw per original token is the same draw whether earlier stages removed or masked what they dropped.
+        """
+        return values.gather(1, self.visual_index.clamp(min=0))
+
 
 class Decision(NamedTuple):
     """A stage's decision: scores ``[B, V]`` and, for policies that do not take the top-k, the bool keep mask."""

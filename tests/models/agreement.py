@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from tests.models.conftest import HashPolicy
-from tests.models.tiny_families import TINY, Rows, build_model, visual_mask
+from tests.models.tiny_families import NUM_LAYERS, TINY, Rows, build_model, visual_mask
 from toprl_models import Pruner, Schedule, StageTrace, attach
 
 NEW_TOKENS = 8
@@ -65,6 +65,11 @@ def schedule_of(family: str) -> Schedule:
     """Three stages, the first as early as the family allows, the last before the last layer."""
     first = TINY[family].min_stage
     return Schedule(((first, 0.5), (first + 1, 0.25), (5, 2)))
+
+
+def lengths_of(cache: Any) -> list[int]:
+    """Keys and values of every layer."""
+    return [int(cache.get_seq_length(layer)) for layer in range(NUM_LAYERS)]
 
 
 def expected_counts(inputs: dict[str, Tensor], schedule: Schedule) -> list[tuple[int, ...]]:

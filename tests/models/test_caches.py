@@ -13,7 +13,7 @@ import pytest
 import torch
 from transformers import DynamicCache, StaticCache, cache_utils
 
-from tests.models.agreement import model_of, schedule_of
+from tests.models.agreement import lengths_of, model_of, schedule_of
 from tests.models.conftest import HashPolicy
 from tests.models.features import feature
 from tests.models.generating import (
@@ -41,10 +41,6 @@ def dynamic_cache(model: Any) -> DynamicCache:
     return DynamicCache(config=model.config.get_text_config())
 
 
-def lengths(cache: Any) -> list[int]:
-    return [int(cache.get_seq_length(layer)) for layer in range(NUM_LAYERS)]
-
-
 def text_turn(inputs: dict[str, torch.Tensor], count: int = 5) -> dict[str, torch.Tensor]:
     """Arguments of a forward pass over text behind ``inputs``."""
     more = more_text(inputs, count)
@@ -62,9 +58,9 @@ def test_dynamic_cache(family: str) -> None:
     assert_same(compact, mask)
     assert_pruning_matters(compact, family)
     cache = compact.past_key_values
-    assert lengths(cache) == expected_lengths(compact.pruner, inputs, NEW_TOKENS - 1)
-    assert [layer.keys.shape[2] for layer in cache.layers] == lengths(cache)
-    assert lengths(mask.past_key_values) == [inputs["input_ids"].shape[1] + NEW_TOKENS - 1] * NUM_LAYERS
+    assert lengths_of(cache) == expected_lengths(compact.pruner, inputs, NEW_TOKENS - 1)
+    assert [layer.keys.shape[2] for layer in cache.layers] == lengths_of(cache)
+    assert lengths_of(mask.past_key_values) == [inputs["input_ids"].shape[1] + NEW_TOKENS - 1] * NUM_LAYERS
     full = pruned(family, "compact", inputs, schedule=keep_all(family), past_key_values=dynamic_cache(model))
     assert torch.equal(full.logits, greedy(family, "unattached").logits)
 
@@ -160,7 +156,7 @@ def test_static_cache(family: str, attn_implementation: str) -> None:
     inputs, model = inputs_of(family), model_of(family, attn_implementation)
     output = pruned(family, "compact", inputs, model=model, **STATIC)
     assert_same(output, greedy(family, "compact"))
-    assert lengths(output.past_key_values) == expected_lengths(output.pruner, inputs, NEW_TOKENS - 1)
+    assert lengths_of(output.past_key_values) == expected_lengths(output.pruner, inputs, NEW_TOKENS - 1)
     assert_pruning_matters(output, family)
     if attn_implementation == "sdpa":  # mask mode has its own attention
         assert_same(pruned(family, "mask", inputs, model=model, **STATIC), output)
@@ -180,7 +176,7 @@ def test_free_slots_of_a_static_cache_are_never_attended(family: str, rows: Any)
         for filling in (0.0, 50.0):
             cache = StaticCache(config=model.config.get_text_config(), max_cache_len=inputs["input_ids"].shape[1] + 9)
             model(**inputs, past_key_values=cache)
-            for layer, filled in zip(cache.layers, lengths(cache), strict=True):
+            for layer, filled in zip(cache.layers, lengths_of(cache), strict=True):
                 layer.keys[:, :, filled:] = layer.values[:, :, filled:] = filling
             steps = [model(**turn, past_key_values=cache).logits]
             for step in range(1, 5):
@@ -249,7 +245,7 @@ def test_quantised_cache(family: str) -> None:
     )
     assert torch.equal(compact.tokens, mask.tokens)
     torch.testing.assert_close(compact.logits, mask.logits, atol=1e-9, rtol=0)
-    assert lengths(compact.past_key_values) == expected_lengths(compact.pruner, inputs, NEW_TOKENS - 1)
+    assert lengths_of(compact.past_key_values) == expected_lengths(compact.pruner, inputs, NEW_TOKENS - 1)
     assert_pruning_matters(compact, family)
     # the answer really came from quantised keys and values
     assert (compact.logits[1:2] - greedy(family, "compact").logits[1:2]).abs().max() > 1e-3
@@ -278,7 +274,7 @@ def test_quantised_cache_of_transformers(family: str) -> None:
     options = {"cache_implementation": "quantized", "cache_config": {"backend": "fp8"}}
     inputs = inputs_of(family)
     output = pruned(family, "compact", inputs, **options)
-    assert lengths(output.past_key_values) == expected_lengths(output.pruner, inputs, NEW_TOKENS - 1)
+    assert lengths_of(output.past_key_values) == expected_lengths(output.pruner, inputs, NEW_TOKENS - 1)
     rounded = cache_utils.Cache(layers=[RoundedToFp8() for _ in range(NUM_LAYERS)])
     assert_same(output, pruned(family, "compact", inputs, past_key_values=rounded))
     assert_pruning_matters(output, family)
@@ -342,7 +338,7 @@ def test_offloaded_cache(family: str, kind: str) -> None:
 
     output = pruned(family, "compact", inputs, past_key_values=cache(), disable_compile=True)
     assert_same(output, greedy(family, "compact"))
-    assert lengths(output.past_key_values) == expected_lengths(output.pruner, inputs, NEW_TOKENS - 1)
+    assert lengths_of(output.past_key_values) == expected_lengths(output.pruner, inputs, NEW_TOKENS - 1)
     assert sum(layer.away is not None for layer in output.past_key_values.layers) == NUM_LAYERS - 1
     full = pruned(family, "compact", inputs, schedule=keep_all(family), past_key_values=cache(), disable_compile=True)
     assert_same(full, greedy(family, "unattached"))
@@ -375,9 +371,9 @@ def test_a_copied_cache_goes_its_own_way(family: str, how: str) -> None:
         with attach(model, HashPolicy(), schedule=schedule_of(family), mode=mode):
             cache = model(**inputs, past_key_values=dynamic_cache(model)).past_key_values
             twin = copy.deepcopy(cache) if how == "deepcopy" else pickle.loads(pickle.dumps(cache))
-            before = lengths(cache)
+            before = lengths_of(cache)
             first = model(**turns[0], past_key_values=twin).logits
-            assert lengths(cache) == before
+            assert lengths_of(cache) == before
             assert torch.equal(model(**turns[0], past_key_values=cache).logits, first)
             cache.crop(-5)
             logits[mode] = [first, model(**turns[1], past_key_values=cache).logits]

@@ -174,7 +174,7 @@ class Draws(Policy):
         generator = torch.Generator().manual_seed(context.stage)
         uniform = torch.rand(len(context.valid_mask), max(context.num_visual), generator=generator)
         uniform = uniform[:: self.first_of].repeat_interleave(self.first_of, 0)
-        uniform = uniform.gather(1, context.visual_index.clamp(min=0))
+        uniform = context.of_original(uniform)
         return Decision(uniform, uniform > 0.5)
 
 

@@ -16,6 +16,7 @@ from tests.models.agreement import (
     generate,
     kept_slots,
     layer_arguments,
+    lengths_of,
     model_of,
     schedule_of,
 )
@@ -26,10 +27,6 @@ from toprl_models import Schedule, attach, stages
 
 # row 0 is the longest and has no padding, until it has lost its image
 OVERTAKEN = (("image",), (), ())
-
-
-def lengths_of(cache: Any) -> list[int]:
-    return [cache.get_seq_length(layer) for layer in range(NUM_LAYERS)]
 
 
 # --- inputs ---

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from toprl_models.caches import cache_bytes
 from toprl_models.families import family_of, visual_token_ids
-from training.tasks import Sample, Task
+from training.tasks import Sample, Task, read_answers
 
 
 @dataclass
@@ -43,20 +44,13 @@ class _Prefill:
         if not self.ended:
             synchronise(self.model.device)
             self.ended = time.perf_counter()
-            self.kv_bytes = cache_bytes(output.get("past_key_values"))
+            cache = output.get("past_key_values")
+            self.kv_bytes = None if cache is None else cache_bytes(cache)
 
 
 def synchronise(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-
-
-def cache_bytes(cache: Any) -> int | None:
-    """Bytes of all keys and values in a cache of transformers; None without one."""
-    if cache is None:
-        return None
-    tensors = [t for layer in cache.layers for t in (layer.keys, layer.values) if isinstance(t, Tensor)]
-    return sum(t.numel() * t.element_size() for t in tensors)
 
 
 def count_visual(model: Any, inputs: dict[str, Tensor]) -> list[int]:
@@ -82,11 +76,11 @@ def answer_timed(
         output = model.generate(**inputs, max_new_tokens=task.max_new_tokens, do_sample=False)
         synchronise(model.device)
         ended = time.perf_counter()
-    decoded = processor.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-    texts, n = [text.strip() for text in decoded], len(samples)
+    texts, scores = read_answers(processor, task, samples, inputs, output)
+    n = len(samples)
     return Answers(
         texts=texts,
-        scores=[float(task.score(text, sample)) for text, sample in zip(texts, samples, strict=True)],
+        scores=scores,
         prefill_seconds=(prefill.ended - began) / n,
         decode_seconds=(ended - prefill.ended) / n,
         kv_bytes=None if prefill.kv_bytes is None else prefill.kv_bytes // n,

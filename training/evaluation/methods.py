@@ -99,8 +99,7 @@ class RandomBySample(Policy):
             row = torch.zeros(max(max(context.num_visual), 1))
             row[:num_visual] = torch.rand(num_visual, generator=generator)
             rows.append(row)
-        index = context.visual_index
-        return torch.stack(rows).to(index.device).gather(1, index.clamp(min=0))
+        return context.of_original(torch.stack(rows).to(context.visual_index.device))
 
 
 @dataclass(frozen=True)

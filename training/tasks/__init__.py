@@ -3,7 +3,18 @@
 from training.metrics import exact_match
 from training.tasks.base import Sample, Task
 from training.tasks.factory import TASKS, make_task
-from training.tasks.model import answer, encode, load_model
+from training.tasks.model import answer, encode, load_model, read_answers
 from training.tasks.scene_task import SceneTask
 
-__all__ = ["TASKS", "Sample", "SceneTask", "Task", "answer", "encode", "exact_match", "load_model", "make_task"]
+__all__ = [
+    "TASKS",
+    "Sample",
+    "SceneTask",
+    "Task",
+    "answer",
+    "encode",
+    "exact_match",
+    "load_model",
+    "make_task",
+    "read_answers",
+]

@@ -63,12 +63,20 @@ def encode(
     return dict(processor(**arguments).to(device))
 
 
+def read_answers(
+    processor: Any, task: Task, samples: Sequence[Sample], inputs: dict[str, torch.Tensor], output: torch.Tensor
+) -> tuple[list[str], list[float]]:
+    """Texts behind the prompts in the sequences that ``generate()`` gave, and the metric of each."""
+    decoded = processor.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    texts = [text.strip() for text in decoded]
+    return texts, [float(task.score(text, sample)) for text, sample in zip(texts, samples, strict=True)]
+
+
 @torch.no_grad()
 def answer(
     model: Any, processor: Any, task: Task, samples: Sequence[Sample], inputs: dict[str, torch.Tensor]
 ) -> tuple[list[str], torch.Tensor]:
     """Greedy answers of the model as it is now (attached or not), and their metric, float32 ``[B]`` on the CPU."""
     output = model.generate(**inputs, max_new_tokens=task.max_new_tokens, do_sample=False)
-    text = processor.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-    scores = [task.score(prediction, sample) for prediction, sample in zip(text, samples, strict=True)]
-    return [t.strip() for t in text], torch.tensor(scores)
+    texts, scores = read_answers(processor, task, samples, inputs, output)
+    return texts, torch.tensor(scores)

@@ -21,4 +21,4 @@ class RandomPolicy(Policy):
 
     def score(self, context: StageContext) -> Tensor:
         drawn = torch.rand(len(context.num_visual), max(context.num_visual), generator=self.generator)
-        return drawn.to(context.hidden_states.device).gather(1, context.visual_index.clamp(min=0))
+        return context.of_original(drawn.to(context.hidden_states.device))
