@@ -70,7 +70,7 @@ def run_script(name: str, arguments: list[str], log: Path) -> None:
 def summary(results: dict[str, Any], kind: str) -> dict[str, Any]:
     """What the report needs of an evaluation's results.json."""
     runs = [run for run in results["runs"] if run["method"] == "argmax"]
-    schedule = next(iter(results["schedules"][kind].values()))
+    schedule = next(iter(results["schedules"][kind].values()))["toprl"]
     return {
         "task": kind,
         "n": results["tasks"][kind]["n"],

@@ -82,7 +82,7 @@ def settings_of(config: EvaluateConfig, runner: Runner, model_name: str) -> dict
         "policies": [one.digest for one in runner.policies],
         "keep": config.keep,
         "budget": config.budget,
-        "stages": runner.layers,
+        "stages": {name: runner.layers_of(name) for name in config.methods()},
         "seeds": config.seeds,
         "batch_size": runner.batch_size,
         "torch": torch.__version__,
@@ -128,6 +128,7 @@ def _evaluate(config: EvaluateConfig, runner: Runner, ranks: Ranks, model_name: 
     settings = settings_of(config, runner, model_name)
     try:
         if ranks.rank == 0:
+            runner.check_methods()
             runner.probe()
             for line in store.open(settings, config.overwrite):
                 console.print(line, highlight=False)

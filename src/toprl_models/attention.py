@@ -26,7 +26,7 @@ def gather_tables(position_embeddings: Any, indices: Tensor | None) -> Any:
 
 
 class LayerView:
-    """A cache as seen by one layer: mask makers ask layer 0 for lengths, but pruned layers are shorter."""
+    """A cache as seen by one layer: mask makers ask for the lengths of layer 0, but pruned layers are shorter."""
 
     def __init__(self, cache: Any, layer: int) -> None:
         self._cache, self._layer = cache, layer
@@ -35,10 +35,10 @@ class LayerView:
         return self._cache.get_seq_length(self._layer)
 
     def get_query_offset(self, layer_idx: int = 0) -> int:
-        return self._cache.get_query_offset(self._layer)
+        return type(self._cache).get_query_offset(self._cache, self._layer)
 
     def get_mask_sizes(self, query_length: Any, layer_idx: int = 0) -> tuple[int, int]:
-        return self._cache.get_mask_sizes(query_length, self._layer)
+        return type(self._cache).get_mask_sizes(self._cache, query_length, self._layer)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._cache, name)
@@ -142,41 +142,40 @@ def refuse_views_ahead(mask: Any, past: int, length: int) -> None:
         )
 
 
-def last_query_attention(
-    layer: Any, hidden_states: Tensor, position_embeddings: Any, last: Tensor, valid: Tensor | None
+def query_attention(
+    layer: Any, hidden_states: Tensor, position_embeddings: Any, queries: Tensor, valid: Tensor | None
 ) -> Tensor:
-    """Attention of each sample's last token in ``layer``: from one query row and the keys, no N x N matrix.
+    """Attention of a few tokens in ``layer``: from their query rows and the keys, no N x N matrix.
 
     Args:
         layer: a decoder layer with ``input_layernorm`` and ``self_attn.{q,k}_proj``.
         hidden_states: what goes into it, ``[B, N, d]``.
         position_embeddings: its (cos, sin), ``[B or 1, N, head_dim]``.
-        last: int64 ``[B]``, slot of the last prompt token.
+        queries: int64 ``[B, R]``, slots of the tokens.
         valid: bool ``[B, N]`` or None; other slots are no keys.
 
     Returns:
-        float32 ``[B, N]``: softmax over the keys, mean over heads. Keys of earlier turns are not counted.
+        float32 ``[B, R, N]``: softmax over the keys, mean over heads. Keys of earlier turns are not counted.
     """
     attention = layer.self_attn
     apply_rotary = sys.modules[type(attention).__module__].apply_rotary_pos_emb
     with torch.no_grad():
         normed = layer.input_layernorm(hidden_states)
-        rows = torch.arange(len(normed), device=normed.device)
-        shape = (*normed.shape[:2], -1, attention.head_dim)
-        key = attention.k_proj(normed).view(shape)
-        query = attention.q_proj(normed[rows, last]).view(len(normed), 1, -1, attention.head_dim)
+        key = attention.k_proj(normed).unflatten(-1, (-1, attention.head_dim))
+        query = attention.q_proj(gather_slots(normed, queries)).unflatten(-1, (-1, attention.head_dim))
         if hasattr(attention, "q_norm"):
             query, key = attention.q_norm(query), attention.k_norm(key)
         query, key = query.transpose(1, 2), key.transpose(1, 2)
-        cos, sin = (table.expand(len(normed), -1, -1) for table in position_embeddings)
         # the two sides have different lengths here: rotate each on its own
-        query = apply_rotary(query, query, cos[rows, last][:, None], sin[rows, last][:, None])[0]
+        cos, sin = (gather_slots(table, queries) for table in position_embeddings)
+        query = apply_rotary(query, query, cos, sin)[0]
+        cos, sin = (table.expand(len(normed), -1, -1) for table in position_embeddings)
         key = apply_rotary(key, key, cos, sin)[0]
         groups = query.shape[1] // key.shape[1]
-        query = query.unflatten(1, (key.shape[1], groups)).squeeze(3)  # [B, Hkv, groups, head_dim]
+        query = query.unflatten(1, (key.shape[1], groups)).flatten(2, 3)  # [B, Hkv, groups * R, head_dim]
         scores = (query.float() @ key.float().transpose(-1, -2)) * attention.scaling
+        scores = scores.unflatten(2, (groups, -1))
+        seen = torch.arange(normed.shape[1], device=normed.device) <= queries[..., None]  # causal
         if valid is not None:
-            scores = scores.masked_fill(~valid[:, None, None], -torch.inf)
-        causal = torch.arange(normed.shape[1], device=normed.device) <= last[:, None]
-        scores = scores.masked_fill(~causal[:, None, None], -torch.inf)
-        return scores.softmax(-1).mean((1, 2))
+            seen = seen & valid[:, None]
+        return scores.masked_fill(~seen[:, None, None], -torch.inf).softmax(-1).mean((1, 2))

@@ -18,24 +18,33 @@ class CacheState:
 
     Attributes:
         masks: by segment.
-        settled: length of layer 0 up to the last visual token of a pruned prompt; later tokens are in all layers.
+        shifts: by segment, int64 [B]: how far the positions of later tokens move down where they are renumbered.
+        settled: length of the sequence up to the last visual token of a pruned prompt; later tokens are in all layers.
+        removed: tokens of the sequence that were removed before layer 0, so that no layer holds them.
     """
 
     masks: dict[int, Tensor] = field(default_factory=dict)
+    shifts: dict[int, Tensor] = field(default_factory=dict)
     settled: int = 0
+    removed: int = 0
 
     def select_rows(self, rows: Tensor) -> None:
-        self.masks = {number: mask.index_select(0, rows.to(mask.device)) for number, mask in self.masks.items()}
+        for stored in (self.masks, self.shifts):
+            stored.update({number: one.index_select(0, rows.to(one.device)) for number, one in stored.items()})
 
     def repeat_rows(self, repeats: int) -> None:
-        self.masks = {number: mask.repeat_interleave(repeats, 0) for number, mask in self.masks.items()}
+        for stored in (self.masks, self.shifts):
+            stored.update({number: one.repeat_interleave(repeats, 0) for number, one in stored.items()})
+
+    def clear(self) -> None:
+        self.masks, self.shifts, self.settled, self.removed = {}, {}, 0, 0
 
     def check_crop(self, tokens_to_remove: int, length: int) -> None:
         """Refuse to cut where the layers hold different tokens.
 
         Args:
             tokens_to_remove: as ``Cache.crop`` takes it: negative.
-            length: of layer 0.
+            length: of the sequence.
 
         Raises:
             ValueError: the cut would go into pruned visual tokens, or is given as a length, which differs by layer.
@@ -72,8 +81,8 @@ class _Follower:
             state.repeat_rows(arguments[0])
         elif self._name not in ("crop", "reset"):
             state.select_rows(arguments[0])
-        elif not cache.get_seq_length():
-            state.masks, state.settled = {}, 0
+        elif not cache.get_seq_length(0):
+            state.clear()
         return result
 
     # deepcopy and pickle of a cache must bind the copy's followers to the copy
@@ -84,6 +93,27 @@ class _Follower:
         self._cache, self._name = weakref.ref(state["cache"]), state["name"]
 
 
+class _WholeSequence(_Follower):
+    """Stands before a method that tells lengths, where tokens were removed before layer 0: it tells the sequence's.
+
+    Models and generate() read from layer 0 which positions and inputs come next, and make their masks for it. Only
+    ``get_seq_length(layer)`` tells what the layer holds.
+    """
+
+    def __call__(self, *arguments: Any, **options: Any) -> Any:
+        cache = self._cache()
+        assert cache is not None  # only the cache itself refers to this
+        removed = cache._toprl_state.removed
+        result = getattr(type(cache), self._name)(cache, *arguments, **options)
+        if self._name == "get_seq_length":
+            return result if arguments or options else result + removed
+        if self._name == "get_query_offset":
+            return result if any((*arguments, *options.values())) else result + removed
+        length, offset = result
+        fixed = getattr(cache, "is_compileable", False) or options.get("layer_idx", arguments[-1])
+        return (length if fixed else length + removed), offset
+
+
 def cache_state(cache: Any) -> CacheState:
     """The state kept with ``cache``, made when there is none."""
     if not hasattr(cache, "_toprl_state"):
@@ -92,6 +122,13 @@ def cache_state(cache: Any) -> CacheState:
             if hasattr(cache, name):
                 setattr(cache, name, _Follower(cache, name))
     return cache._toprl_state
+
+
+def remove_before_first_layer(cache: Any, count: int) -> None:
+    """Let ``cache`` still tell the length of the sequence when layer 0 holds ``count`` tokens less."""
+    cache_state(cache).removed += count
+    for name in ("get_seq_length", "get_query_offset", "get_mask_sizes"):
+        setattr(cache, name, _WholeSequence(cache, name))
 
 
 def check_rows(stored: Tensor | None, batch: int) -> None:

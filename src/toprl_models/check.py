@@ -104,7 +104,7 @@ def describe_model(name_or_path: str) -> str:
     first = min_stage_of(holder, family)
     layers = config.get_text_config().num_hidden_layers
     ids = {name: getattr(config, name) for name in family.visual_ids if getattr(config, name, None) is not None}
-    stages = stage_layers_for(layers, first)
+    stages = stage_layers_for(layers, max(1, first))
     keeps = ", ".join(f"({layer}, {keep})" for layer, keep in zip(stages, (0.5, 0.25, 0.125), strict=True))
     return "\n".join(
         [

@@ -21,8 +21,7 @@ class Family:
         title: the family's name, for tables.
         visual_rule: one sentence: which tokens count as visual and may be dropped, which of the image's never are.
         visual_ids: config attributes that hold the placeholder ids; a token with such an id is a visual token.
-        min_stage: first layer that may prune, or a function of the model that says so. Layer 0 never may: transformers
-            reads the cache's length from it.
+        min_stage: first layer that may prune, or a function of the model that says so.
         limits: one sentence about what does not work, "" for nothing.
     """
 
@@ -30,13 +29,13 @@ class Family:
     title: str
     visual_rule: str
     visual_ids: tuple[str, ...] = ("image_token_id", "video_token_id")
-    min_stage: int | Callable[[PreTrainedModel], int] = 1
+    min_stage: int | Callable[[PreTrainedModel], int] = 0
     limits: str = ""
 
 
 def _behind_deepstack(model: PreTrainedModel) -> int:
     """Features of the vision tower are added to all visual slots behind each of the first layers."""
-    return max(1, len(model.config.vision_config.deepstack_visual_indexes))
+    return len(model.config.vision_config.deepstack_visual_indexes)
 
 
 FAMILIES: dict[str, Family] = {
@@ -167,3 +166,14 @@ def video_token_ids(model: PreTrainedModel, family: Family) -> tuple[int, ...]:
 def decoder_of(model: PreTrainedModel) -> nn.Module:
     """The text decoder (the module that owns ``layers``)."""
     return model.get_decoder()
+
+
+def has_plain_positions(decoder: nn.Module) -> bool:
+    """Whether positions are numbers in the sequence; M-RoPE's are places in images and moments of videos."""
+    parameters = getattr(decoder.config, "rope_parameters", None) or {}
+    return "mrope_section" not in parameters
+
+
+def has_kinds_of_positions(decoder: nn.Module) -> bool:
+    """Whether rotary tables differ by kind of layer, as in Gemma 3."""
+    return "layer_type" in inspect.signature(decoder.rotary_emb.forward).parameters  # type: ignore[union-attr]

@@ -61,10 +61,11 @@ def scatter_all(
 ) -> tuple[Tensor | None, ...]:
     """``hidden_states`` of transformers, each entry at the length of the prompt.
 
-    The last entry left the last layer; a selection of some may lack the first, the embeddings.
+    The last entry left the last layer; a selection of some may lack the first, the embeddings, which are what layer 0
+    was given.
     """
     first = num_layers - len(states)
-    numbers = [sum(layer <= first + i for layer in stage_layers) for i in range(len(states))]
+    numbers = [sum(layer <= max(0, first + i) for layer in stage_layers) for i in range(len(states))]
     return tuple(
         one if one is None else scatter_back(one, slots_of(forward, number), forward.length)
         for one, number in zip(states, numbers, strict=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -15,9 +15,23 @@ from torch import Tensor, nn
 from toprl_kernels import ActorWeights, actor_score
 
 if TYPE_CHECKING:
+    from torch.utils.hooks import RemovableHandle
     from transformers import PreTrainedModel
 
     from toprl_models.schedule import Schedule
+
+
+class PromptEmbeddings(NamedTuple):
+    """What entered layer 0, rows padded with zeros at their end.
+
+    Shapes: ``visual`` ``[B, V0, d]`` the original visual tokens, ``text`` ``[B, R, d]`` the tokens behind the last
+    visual token; ``visual_valid`` bool ``[B, V0]`` and ``text_valid`` bool ``[B, R]`` are False for padding.
+    """
+
+    visual: Tensor
+    visual_valid: Tensor
+    text: Tensor
+    text_valid: Tensor
 
 
 @dataclass(frozen=True)
@@ -37,6 +51,10 @@ class StageContext:
         text_state: state of the last prompt token ``[B, d]``.
         last_attention: call it for the attention of the last prompt token to each visual token, float32 ``[B, V]``:
             softmax over all keys it may see, mean over heads (see ``Policy.attention_from``).
+        text_attention: call it for the same of every text token behind the images, float32 ``[B, R, V]``; the rows
+            are those of ``prompt().text``.
+        prompt: call it for the embeddings that entered layer 0.
+        inputs: the keyword arguments the model was called with (``pixel_values``, ``image_sizes``, ...).
     """
 
     stage: int
@@ -48,6 +66,9 @@ class StageContext:
     num_keep: tuple[int, ...]
     text_state: Tensor
     last_attention: Callable[[], Tensor]
+    text_attention: Callable[[], Tensor]
+    prompt: Callable[[], PromptEmbeddings]
+    inputs: Mapping[str, Any]
 
     def of_original(self, values: Tensor) -> Tensor:
         """What is given per original visual token, ``[B, max(num_visual)]``, for the slots of this stage: ``[B, V]``.
@@ -58,10 +79,18 @@ class StageContext:
 
 
 class Decision(NamedTuple):
-    """A stage's decision: scores ``[B, V]`` and, for policies that do not take the top-k, the bool keep mask."""
+    """What a stage decides.
+
+    Attributes:
+        scores: ``[B, V]``, the larger the more worth keeping.
+        keep_mask: ``[B, V]`` for policies that do not take the top-k of ``scores``.
+        states: ``[B, V, d]``, new states of the visual slots, for policies that merge tokens: what is kept goes on with
+            them. A stage that drops nothing changes nothing.
+    """
 
     scores: Tensor
     keep_mask: Tensor | None = None
+    states: Tensor | None = None
 
 
 class Policy:
@@ -71,9 +100,13 @@ class Policy:
         attention_from: "none" when ``last_attention`` is never called; "previous" for the attention inside layer
             ``layer - 1`` (FastV), "current" for the query and key of layer ``layer`` applied to the states that are
             about to enter it (PyramidDrop).
+        positions: "original" when survivors keep their positions, "renumbered" when they and all behind them get
+            consecutive ones at each stage, in which decoding goes on. M-RoPE positions (Qwen) are places in the image,
+            not numbers, and always stay. Mode "mask" removes nothing, so that it knows original positions only.
     """
 
     attention_from: str = "none"
+    positions: str = "original"
 
     def score(self, context: StageContext) -> Tensor:
         """Scores ``[B, V]``, the larger the more worth keeping; NaN ranks last."""
@@ -82,6 +115,14 @@ class Policy:
     def decide(self, context: StageContext) -> Decision:
         """The stage's decision; the default is the deterministic top-k of ``score``."""
         return Decision(self.score(context))
+
+    def counts(self, schedule: Schedule, num_visual: int) -> tuple[int, ...]:
+        """Tokens behind each stage of a sample with ``num_visual`` visual tokens, merged ones included."""
+        return schedule.counts(num_visual)
+
+    def hooks(self, model: PreTrainedModel) -> list[RemovableHandle]:
+        """Register module hooks of the policy's own, which go when it is detached; return their handles."""
+        return []
 
     def check(self, model: PreTrainedModel, schedule: Schedule) -> None:
         """Raise when the policy does not fit the model or the schedule; called by ``attach`` before anything else."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 
 from toprl_models.attention import padding_of
 from toprl_models.families import Family, video_token_ids, visual_token_ids
-from toprl_models.stages import ForwardPass, Visual, last_slots, on_device
+from toprl_models.stages import Entry, ForwardPass, Visual, last_slots, on_device
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -90,8 +91,13 @@ def read_prompt(ids: VisualIds, args: tuple, kwargs: dict[str, Any], drafted: in
     return Prompt(visual, valid, past, past_valid, drafted)
 
 
-def begin(prompt: Prompt | None) -> ForwardPass:
-    """The state in which a forward pass over ``prompt`` reaches the decoder."""
+def begin(prompt: Prompt | None, embeddings: Tensor, inputs: Mapping[str, Any]) -> ForwardPass:
+    """The state in which a forward pass over ``prompt`` reaches the decoder.
+
+    Args:
+        embeddings: what enters layer 0, ``[B, N, d]``.
+        inputs: what the model was called with.
+    """
     if prompt is None:
         return ForwardPass(prunes=False)
     visual, valid = prompt.visual, prompt.valid
@@ -101,14 +107,17 @@ def begin(prompt: Prompt | None) -> ForwardPass:
     visual = visual & everything
     ordinal = torch.where(visual, visual.cumsum(1) - 1, -1)
     ends = visual.gather(1, last_slots(valid, visual, prompt.drafted)[:, None])[:, 0]
-    last_visual = (visual * torch.arange(1, visual.shape[1] + 1, device=visual.device)).amax(1)
+    slots = torch.arange(visual.shape[1], device=visual.device)
+    last_visual = (visual * (slots + 1)).amax(1)
+    behind = everything & (slots >= last_visual[:, None]) & (slots < visual.shape[1] - prompt.drafted)
     # the one host synchronisation of a prefill whose stages keep fixed counts
-    counts = torch.stack([visual.sum(1), everything.sum(1), ends.long(), last_visual]).tolist()
+    counts = torch.stack([visual.sum(1), everything.sum(1), ends.long(), last_visual, behind.sum(1)]).tolist()
     num_visual, num_valid = tuple(counts[0]), tuple(counts[1])
     valid = None if min(num_valid) == visual.shape[1] else valid
     return ForwardPass(
         prunes=True,
         length=visual.shape[1],
+        past=prompt.past,
         drafted=prompt.drafted,
         settled=prompt.past + max(counts[3]),
         ends_visual=tuple(bool(end) for end in counts[2]),
@@ -118,4 +127,5 @@ def begin(prompt: Prompt | None) -> ForwardPass:
         num_visual=num_visual,
         num_text=tuple(n - v for n, v in zip(num_valid, num_visual, strict=True)),
         valid=valid,
+        entry=Entry(embeddings, Visual.of(ordinal, num_visual), visual, behind, max(counts[4]), inputs),
     )

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
 from torch import Tensor, nn
@@ -25,8 +25,8 @@ from toprl_models.attention import (
     refuse_views_ahead,
     static_step_mask,
 )
-from toprl_models.caches import CacheState, cache_state, extend_mask
-from toprl_models.families import decoder_of, family_of, min_stage_of
+from toprl_models.caches import CacheState, cache_state, extend_mask, remove_before_first_layer
+from toprl_models.families import decoder_of, family_of, has_kinds_of_positions, has_plain_positions, min_stage_of
 from toprl_models.guards import (
     OneForward,
     refuse_checkpointing,
@@ -44,6 +44,7 @@ from toprl_models.stages import (
     Segment,
     StageTrace,
     composed_indices,
+    moved_positions,
     run_stage,
 )
 
@@ -74,9 +75,11 @@ class Pruner:
         self._stage_at = {layer: stage for stage, layer in enumerate(schedule.layers)}
         self._forward: ForwardPass | None = None
         self._pending: Prompt | None = None
+        self._inputs: Mapping[str, Any] = {}  # what the model was called with, until the decoder begins
         self._mine = _PerThread()
         self._running = OneForward()
         self._window = sliding_window(self._decoder.config)
+        self._renumbers = policy.positions == "renumbered" and has_plain_positions(self._decoder)
         self._enabled = True
         self._handles: list[Any] = []
         self._attention: str | None = None
@@ -93,6 +96,7 @@ class Pruner:
         add(base.register_forward_hook(self._after_model, always_call=True))
         add(self._decoder.register_forward_pre_hook(self._before_decoder, with_kwargs=True))
         add(self._decoder.register_forward_hook(self._after_decoder))
+        self._handles += self.policy.hooks(self.model)
         first = self.schedule.layers[0] - (self.policy.attention_from == "previous")
         for index in range(first, len(self._layers)):
             hook = _LayerHook(self, index)
@@ -168,15 +172,17 @@ class Pruner:
         if not self._enabled:
             return
         self._pending = read_prompt(self._ids, args, kwargs, drafted, self.model.get_input_embeddings())
+        self._inputs = kwargs if self._pending is not None else {}
 
     def _before_decoder(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         if not self._enabled:
             return
         self._running.check()
         prompt, self._pending = self._pending, None
+        inputs, self._inputs = self._inputs, {}
         if self._window is not None:
             self._check_window(prompt, kwargs)
-        self._forward = begin(prompt)
+        self._forward = begin(prompt, args[0] if args else kwargs["inputs_embeds"], inputs)
         if self._forward.prunes:
             refuse_checkpointing(self._layers, self.mode)
 
@@ -203,7 +209,10 @@ class Pruner:
         changed = dict(kwargs)
         if forward.prunes:
             if index in self._stage_at:
+                before = hidden_states.shape[1]
                 hidden_states = self._at_stage(forward, number, hidden_states, kwargs)
+                if index == 0 and hidden_states.shape[1] < before and kwargs.get("past_key_values") is not None:
+                    remove_before_first_layer(kwargs["past_key_values"], before - hidden_states.shape[1])
             if self.policy.attention_from == "previous" and index + 1 in self._stage_at:
                 forward.layer_input = hidden_states
                 if not number or self.mode == "mask":  # otherwise _shorten sets them
@@ -240,6 +249,7 @@ class Pruner:
     def _end_pass(self) -> None:
         if self._running.leave():
             self._forward = self._pending = None
+            self._inputs = {}
 
     def _loss(self, logits: Tensor, labels: Tensor | None, *args: Any, **kwargs: Any) -> Tensor:
         """The model's own loss, where labels that concern dropped tokens are ignored."""
@@ -286,13 +296,13 @@ class Pruner:
                 segment.attention_mask = static_step_mask(
                     self._decoder.config, hidden_states, state.masks.get(number), LayerView(cache, index)
                 )
-            segment.own, segment.position_embeddings = own, own[1]
+            segment.own = own
+            segment.position_embeddings = self._tables(forward, number, hidden_states, kwargs, None, state)
         # made once per stage, and again where a model has several kinds of layers
         if segment.own is None or segment.own[0] is not own[0] or segment.own[1] is not own[1]:
             segment.own = own
             past = cache.get_seq_length(index) if cache is not None else 0
             composed = composed_indices(forward, number)
-            segment.position_embeddings = gather_tables(own[1], composed)
             if forward.prunes and cache is not None:
                 if state is None and forward.past_valid is not None:  # earlier turns had no images, but padding
                     numbers = range(1, len(self.schedule) + 1)
@@ -300,6 +310,7 @@ class Pruner:
                 state = cache_state(cache)
                 if composed is not None:
                     state.settled = forward.settled
+            segment.position_embeddings = self._tables(forward, number, hidden_states, kwargs, composed, state)
             stored = state.masks.get(number) if state is not None and past else None
             valid = extend_mask(stored, segment.valid, past, hidden_states)
             original = own[0]
@@ -312,8 +323,7 @@ class Pruner:
             else:
                 view = None if cache is None else LayerView(cache, index)
                 if forward.prunes and forward.rebuilt_from is not original:
-                    seen = forward.length if cache is None else int(cache.get_seq_length())  # layer 0 has run
-                    refuse_views_ahead(original, seen - forward.length, forward.length)
+                    refuse_views_ahead(original, forward.past, forward.length)
                     forward.rebuilt_from = original
                 segment.attention_mask = rebuild_mask(self._decoder.config, hidden_states, valid, view)
             if state is not None and (forward.prunes or segment.valid is not None or not past):
@@ -325,6 +335,31 @@ class Pruner:
         kwargs["position_embeddings"] = segment.position_embeddings
         # positions with gaps would be read as packed sequences by the flash path
         kwargs["position_ids"] = None
+
+    def _tables(
+        self,
+        forward: ForwardPass,
+        number: int,
+        hidden_states: Tensor,
+        kwargs: dict[str, Any],
+        composed: Tensor | None,
+        state: CacheState | None,
+    ) -> Any:
+        """Compact mode: rotary tables of segment ``number``."""
+        if not self._renumbers:
+            return gather_tables(kwargs["position_embeddings"], composed)
+        segment, positions = forward.segments[number], kwargs["position_ids"]
+        if segment.shift is None and state is not None:
+            segment.shift = state.shifts.get(number)
+        if composed is None and segment.shift is None:
+            return kwargs["position_embeddings"]
+        if composed is not None:
+            positions, moved = moved_positions(forward, composed, segment.valid, positions)
+            if state is not None:
+                state.shifts[number] = moved if segment.shift is None else segment.shift + moved
+        if segment.shift is not None:
+            positions = positions - segment.shift[:, None]
+        return self._decoder.rotary_emb(hidden_states, positions)  # type: ignore[operator]
 
     def _keep_mask(
         self, forward: ForwardPass, number: int, index: int, cache: Any, hidden_states: Tensor
@@ -379,8 +414,8 @@ def attach(model: PreTrainedModel, policy: Policy, *, schedule: Schedule, mode: 
 
     Raises:
         TypeError: unsupported model class; ``policy`` is not a Policy, ``schedule`` not a Schedule.
-        ValueError: unknown mode, a stage outside the decoder, a policy that does not fit the model, a model that is
-            spread over several devices.
+        ValueError: unknown mode, a stage outside the decoder, a policy that does not fit the model, the schedule or the
+            mode, a model that is spread over several devices.
         RuntimeError: the model is attached already.
 
     Example:
@@ -404,6 +439,22 @@ def attach(model: PreTrainedModel, policy: Policy, *, schedule: Schedule, mode: 
         raise ValueError(
             f"schedule: first stage at layer {schedule.layers[0]}, but {type(model).__name__} can prune before layer "
             f"{first} at the earliest"
+        )
+    if policy.attention_from == "previous" and not schedule.layers[0]:
+        raise ValueError(
+            f"schedule: first stage at layer 0, but {type(policy).__name__} reads the attention of the layer before"
+        )
+    if policy.positions not in ("original", "renumbered"):
+        raise ValueError(f'policy.positions={policy.positions!r} must be "original" or "renumbered"')
+    if policy.positions == "renumbered" and mode == "mask":
+        raise ValueError(
+            f'mode="mask" removes nothing, so that positions stay, but {type(policy).__name__} has '
+            'positions="renumbered": use mode="compact", or set policy.positions = "original"'
+        )
+    if policy.positions == "renumbered" and has_kinds_of_positions(decoder):
+        raise ValueError(
+            f'{type(policy).__name__} has positions="renumbered", which a decoder with several kinds of rotary tables does '
+            'not support: set policy.positions = "original"'
         )
     policy.check(model, schedule)
     return Pruner(model, policy, schedule, mode)

@@ -12,18 +12,18 @@ Keep = int | float
 PAPER_LAYERS, PAPER_STAGES = 32, (2, 8, 16)
 
 
-def stage_layers_for(num_layers: int, first: int = 1) -> tuple[int, ...]:
-    """The paper's stages before layers 2, 8 and 16 of 32, scaled to another depth; ascending, none before ``first``.
+def stage_layers_for(num_layers: int, first: int = 1, stages: Sequence[int] = PAPER_STAGES) -> tuple[int, ...]:
+    """Stages before layers of a decoder of 32, scaled to another depth; ascending, none before ``first``.
 
     Raises:
-        ValueError: the decoder is too shallow for three stages.
+        ValueError: the decoder is too shallow for so many stages.
 
     Example:
         >>> stage_layers_for(28)
         (2, 7, 14)
     """
     layers: list[int] = []
-    for layer in PAPER_STAGES:
+    for layer in stages:
         layers.append(max(layers[-1] + 1 if layers else first, round(layer * num_layers / PAPER_LAYERS)))
     if layers[-1] >= num_layers:
         raise ValueError(f"num_layers={num_layers} is too few for stages before layers {tuple(layers)}")
@@ -36,11 +36,12 @@ class Schedule:
 
     Args:
         stages: ``((layer, keep), ...)`` in ascending order of layers. Pruning happens *before* decoder layer ``layer``
-            (0-based, at least 1), so ``layer`` layers have run on what was there before. ``keep`` is a fraction of the
-            *original* visual tokens when it is a float, and a number of tokens when it is an int; it never grows.
+            (0-based), so ``layer`` layers have run on what was there before; layer 0 is before the language model.
+            ``keep`` is a fraction of the *original* visual tokens when it is a float, and a number of tokens when it is
+            an int; it never grows.
 
     Raises:
-        ValueError: no stage, layers not ascending or below 1, a fraction outside [0, 1], a negative count, or a stage
+        ValueError: no stage, layers not ascending or negative, a fraction outside [0, 1], a negative count, or a stage
             that would keep more than the one before it.
         TypeError: a layer that is not an int, or a keep that is neither int nor float.
 
@@ -57,7 +58,7 @@ class Schedule:
         object.__setattr__(self, "stages", stages)
         if not stages:
             raise ValueError("stages=() is empty; give at least one (layer, keep) pair")
-        previous_layer, previous_keep = 0, None
+        previous_layer, previous_keep = -1, None
         for layer, keep in stages:
             if isinstance(layer, bool) or not isinstance(layer, int):
                 raise TypeError(f"stages: layer {layer!r} must be an int")
@@ -65,8 +66,7 @@ class Schedule:
                 raise TypeError(f"stages: keep {keep!r} at layer {layer} must be an int (tokens) or a float (fraction)")
             if layer <= previous_layer:
                 raise ValueError(
-                    f"stages={stages}: layer {layer} must be greater than {previous_layer}; layers ascend, and layer 0 "
-                    "cannot prune because the cache's length is read from it"
+                    f"stages={stages}: layer {layer} must be greater than {previous_layer}; layers ascend from 0"
                 )
             if isinstance(keep, float) and not 0.0 <= keep <= 1.0:
                 raise ValueError(f"stages: keep={keep} at layer {layer} must be a fraction in [0, 1] or an int count")

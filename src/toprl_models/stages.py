@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
 from toprl_kernels import topk_compact
-from toprl_models.attention import gather_slots, last_query_attention
-from toprl_models.policy import Decision, Policy, StageContext
+from toprl_models.attention import gather_slots, query_attention
+from toprl_models.policy import Decision, Policy, PromptEmbeddings, StageContext
 from toprl_models.schedule import Schedule
 
 
@@ -55,6 +56,23 @@ class Visual:
 
 
 @dataclass
+class Entry:
+    """The prompt as it enters layer 0, B samples and N tokens."""
+
+    embeddings: Tensor  # [B, N, d]
+    visual: Visual
+    is_visual: Tensor  # bool [B, N]
+    is_behind: Tensor  # bool [B, N]: text behind the sample's last visual token
+    num_behind: int  # of the sample that has most
+    inputs: Mapping[str, Any]  # keyword arguments of the model
+
+    def behind(self, flags: Tensor) -> tuple[Tensor, Tensor]:
+        """Slots [B, R] of the tokens behind the images where ``flags`` [B, n] marks them, and which of them are any."""
+        slots = (~flags).to(torch.int8).argsort(dim=1, stable=True)[:, : self.num_behind]
+        return slots, flags.gather(1, slots)
+
+
+@dataclass
 class Segment:
     """How the layers behind one stage see the sequence of this forward pass."""
 
@@ -63,8 +81,9 @@ class Segment:
     attention_mask: Any = None
     position_embeddings: Any = None
     keep_mask: Tensor | None = None  # mask mode: [B, N] over the tokens of this pass
-    compacted: Tensor | None = None  # the gathered states, until the stage's layer takes them
+    compacted: Tensor | None = None  # the new states, until the stage's layer takes them
     own: tuple[Any, Any] | None = None  # compact mode: the model's mask and tables that they were made from
+    shift: Tensor | None = None  # int64 [B]: how far positions moved down before this pass, where they are renumbered
     ready: bool = False  # mask mode: attention_mask is made at the segment's first layer
 
 
@@ -74,10 +93,12 @@ class ForwardPass:
 
     prunes: bool
     length: int = 0  # tokens of this pass
+    past: int = 0  # tokens of the sequence before this pass
     drafted: int = 0  # last tokens of this pass that are a draft, not the prompt
-    settled: int = 0  # length of layer 0's cache up to the last visual token of this pass
+    settled: int = 0  # length of the sequence up to the last visual token of this pass
     ends_visual: tuple[bool, ...] = ()  # samples whose prompt ends in a visual token
     past_valid: Tensor | None = None  # bool [B, past] of the tokens in the cache before this pass
+    entry: Entry | None = None
     ordinal: Tensor | None = None  # [B, n] of the current segment
     visual: Visual | None = None
     num_visual: tuple[int, ...] = ()
@@ -98,6 +119,28 @@ def composed_indices(forward: ForwardPass, number: int) -> Tensor | None:
         if indices is not None:
             composed = indices if composed is None else composed.gather(1, indices)
     return composed
+
+
+def moved_positions(
+    forward: ForwardPass, composed: Tensor, valid: Tensor | None, positions: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Positions of the survivors, consecutive again, and how far they moved down at the end of the row.
+
+    Args:
+        composed: int64 [B, m], slots of the prompt that survive.
+        valid: bool [B, m], False for padding among them; None when there is none.
+        positions: int64 [B or 1, N] of the prompt.
+
+    Returns:
+        int64 [B, m] and [B].
+    """
+    entry = forward.entry
+    assert entry is not None
+    real = torch.ones_like(composed, dtype=torch.bool) if valid is None else valid
+    kept = torch.zeros_like(entry.is_visual).to(torch.int8).scatter_add(1, composed, real.to(torch.int8)) > 0
+    before = (entry.is_visual & ~kept).cumsum(1)
+    positions = positions.expand(len(composed), -1).gather(1, composed)
+    return positions - before.gather(1, composed), before[:, -1]
 
 
 def on_device(numbers: Sequence[int], device: torch.device) -> Tensor:
@@ -121,21 +164,37 @@ def stage_context(
     visual, valid = forward.visual, forward.valid
     assert visual is not None
     last = last_slots(valid, hidden_states, forward.drafted)
-    layer = schedule.layers[stage]
+    layer, entry = schedule.layers[stage], forward.entry
+    assert entry is not None
 
-    def last_attention() -> Tensor:
+    def attention(queries: Tensor) -> Tensor:
         current = policy.attention_from == "current"
         source = hidden_states if current else forward.layer_input
         if source is None:
-            raise RuntimeError("last_attention() needs attention_from='current' or 'previous' on the policy class")
+            raise RuntimeError("the attention needs attention_from='current' or 'previous' on the policy class")
         seen = valid
         keep = forward.segments[stage].keep_mask if stage else None
         if keep is not None:  # mask mode: dropped tokens are no keys
             seen = (keep > 0) if seen is None else seen & (keep > 0)
-        weights = last_query_attention(
-            layers[layer if current else layer - 1], source, forward.position_embeddings, last, seen
+        chosen = layers[layer if current else layer - 1]
+        weights = query_attention(chosen, source, forward.position_embeddings, queries, seen)
+        return weights.gather(2, visual.slots[:, None].expand(-1, queries.shape[1], -1))
+
+    def text_attention() -> Tensor:
+        composed = composed_indices(forward, stage)
+        here = entry.is_behind if composed is None else entry.is_behind.gather(1, composed)
+        queries, are_text = entry.behind(here if valid is None else here & valid)
+        return attention(queries).masked_fill(~are_text[..., None], 0)
+
+    def prompt() -> PromptEmbeddings:
+        text, are_text = entry.behind(entry.is_behind)
+        visual_states, text_states = (gather_slots(entry.embeddings, slots) for slots in (entry.visual.slots, text))
+        return PromptEmbeddings(
+            visual_states.masked_fill(~entry.visual.valid[..., None], 0),
+            entry.visual.valid,
+            text_states.masked_fill(~are_text[..., None], 0),
+            are_text,
         )
-        return weights.gather(1, visual.slots)
 
     return StageContext(
         stage=stage,
@@ -148,16 +207,31 @@ def stage_context(
             min(schedule.counts(n)[stage], left) for n, left in zip(forward.num_visual, visual.counts, strict=True)
         ),
         text_state=hidden_states[torch.arange(len(hidden_states), device=last.device), last],
-        last_attention=last_attention,
+        last_attention=lambda: attention(last[:, None])[:, 0],
+        text_attention=text_attention,
+        prompt=prompt,
+        inputs=entry.inputs,
     )
 
 
 def check_decision(policy: Policy, decision: Decision, context: StageContext) -> None:
-    """Refuse scores or masks of another shape than the state's."""
-    shape = tuple(context.valid_mask.shape)
-    for name, value in (("scores", decision.scores), ("keep_mask", decision.keep_mask)):
-        if value is not None and tuple(value.shape) != shape:
-            raise ValueError(f"policy {type(policy).__name__}: {name} has shape {tuple(value.shape)}, not {shape}")
+    """Refuse scores, masks or states of another shape than the state's."""
+    expected = {name: context.valid_mask.shape for name in ("scores", "keep_mask")}
+    for name, shape in (expected | {"states": context.hidden_states.shape}).items():
+        value = getattr(decision, name)
+        if value is not None and value.shape != shape:
+            raise ValueError(
+                f"policy {type(policy).__name__}: {name} has shape {tuple(value.shape)}, not {tuple(shape)}"
+            )
+
+
+def with_states(hidden_states: Tensor, visual: Visual, states: Tensor | None) -> Tensor:
+    """``hidden_states`` [B, N, d] with ``states`` [B, V, d] in the visual slots."""
+    if states is None:
+        return hidden_states
+    length = hidden_states.shape[1]
+    slots = visual.slots.masked_fill(~visual.valid, length)[..., None].expand_as(states)
+    return pad(hidden_states, (0, 0, 0, 1)).scatter(1, slots, states.to(hidden_states.dtype))[:, :length]
 
 
 def refuse_to_drop_the_end(forward: ForwardPass, counts: tuple[int, ...]) -> None:
@@ -217,6 +291,7 @@ def compact_stage(forward: ForwardPass, hidden_states: Tensor, decision: Decisio
     assert visual is not None and ordinal is not None
     if counts == visual.counts:  # nothing drops: no gather, so keep-all is bitwise the unattached model
         return Segment(valid=forward.valid)
+    hidden_states = with_states(hidden_states, visual, decision.states)
     batch, length = ordinal.shape
     if decision.keep_mask is None:
         # a policy's own +inf must not push out text, which is +inf too
@@ -270,5 +345,6 @@ def mask_stage(forward: ForwardPass, hidden_states: Tensor, decision: Decision, 
     slots = torch.where(visual.index >= 0, visual.slots, length)  # padding writes behind the end
     full = torch.ones(batch, length + 1, dtype=keep.dtype, device=keep.device)
     full = full.scatter(1, slots, keep)[:, :length]
+    changed = decision.states is not None and counts != visual.counts
     forward.visual = Visual(visual.slots, alive, visual.index, counts)
-    return Segment(keep_mask=full)
+    return Segment(keep_mask=full, compacted=with_states(hidden_states, visual, decision.states) if changed else None)

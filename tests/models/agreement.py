@@ -62,8 +62,8 @@ def _run(model: Any, inputs: dict[str, Tensor]) -> Run:
 
 
 def schedule_of(family: str) -> Schedule:
-    """Three stages, the first as early as the family allows, the last before the last layer."""
-    first = TINY[family].min_stage
+    """Three stages, the first as early inside the decoder as the family allows, the last before the last layer."""
+    first = max(1, TINY[family].min_stage)
     return Schedule(((first, 0.5), (first + 1, 0.25), (5, 2)))
 
 

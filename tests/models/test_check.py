@@ -42,7 +42,7 @@ def test_pages_repeat_the_generated_tables() -> None:
 
 def test_one_model_by_its_config(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     check.main(["--model_name_or_path", str(CHECKPOINT)])
-    assert "before layers 1 to 5" in capsys.readouterr().out
+    assert "before layers 0 to 5" in capsys.readouterr().out
     build_model("qwen3_vl").config.save_pretrained(tmp_path)
     check.main(["--model_name_or_path", str(tmp_path)])
     assert "before layers 2 to 5" in capsys.readouterr().out  # behind two deepstack layers

@@ -205,7 +205,7 @@ def test_gemma3_keeps_its_blocks_of_images(images: tuple[int, ...], kinds: str, 
     torch.testing.assert_close(torch.stack(answer.logits, 1), logits, atol=ATOL, rtol=1e-4)
 
 
-@pytest.mark.parametrize("policy", [FastV(), PyramidDrop()], ids=["FastV", "PyramidDrop"])
+@pytest.mark.parametrize("policy", [FastV(), PyramidDrop("original")], ids=["FastV", "PyramidDrop"])
 def test_scores_use_the_rotary_tables_of_their_layers_kind(policy: Policy) -> None:
     """Layers 2 and 3 are of two kinds; either policy asks at one of them on the sequence of the first stage."""
     register_family(Family("Gemma3ForConditionalGeneration", "Gemma 3", "All tokens of every image."))
@@ -220,6 +220,12 @@ def test_scores_use_the_rotary_tables_of_their_layers_kind(policy: Policy) -> No
     if isinstance(policy, FastV):
         weights = model(**inputs, output_attentions=True).attentions[2][0, :, -1].mean(0)
         torch.testing.assert_close(scores[1][0], weights[inputs["input_ids"][0] == IMAGE_ID], atol=1e-6, rtol=1e-4)
+
+
+def test_renumbered_positions_are_refused() -> None:
+    register_family(Family("Gemma3ForConditionalGeneration", "Gemma 3", "All tokens of every image."))
+    with pytest.raises(ValueError, match="several kinds of rotary tables"):
+        attach(model_of(gemma3), PyramidDrop(), schedule=SCHEDULE)
 
 
 def test_mask_mode_is_refused() -> None:

@@ -47,7 +47,7 @@ def test_an_impossible_budget_names_its_floor():
     ("stages", "message"),
     [
         ((), "empty"),
-        (((0, 0.5),), "greater than 0"),
+        (((-1, 0.5),), "ascend from 0"),
         (((4, 0.5), (4, 0.25)), "ascend"),
         (((2, 1.5),), r"fraction in \[0, 1\]"),
         (((2, -1),), "negative"),

@@ -25,7 +25,7 @@ HANDLING = feature("save_pretrained, deepcopy, pickle, to()")
 
 def policies(schedule: Schedule) -> list[Policy]:
     """Those that look at weights or states."""
-    return [FastV(), PyramidDrop(), TopRLPolicy(HIDDEN_SIZE, list(schedule.layers), 8)]
+    return [FastV(), PyramidDrop(positions="original"), TopRLPolicy(HIDDEN_SIZE, list(schedule.layers), 8)]
 
 
 def answer(model: Any, inputs: dict[str, Tensor]) -> Tensor:

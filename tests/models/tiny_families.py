@@ -306,7 +306,7 @@ class TinyFamily:
     build: Callable[[], Any]
     image: Callable[[int, bool, torch.Generator], Item]
     video: Callable[[int, torch.Generator], Item] | None = None
-    min_stage: int = 1
+    min_stage: int = 0
     is_qwen: bool = False  # needs mm_token_type_ids
     counts_images: bool = False  # needs batch_num_images
 

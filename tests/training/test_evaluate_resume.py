@@ -152,7 +152,7 @@ def whole_lines(path: Path) -> bytes:
         ({"limit": 16}, "tasks.ocr.samples: was 32, now 16"),
         ({"data_seed": 1}, "tasks.ocr.seed: was 0, now 1"),
         ({"keep": [8, 4, 3]}, r"keep: was \[8, 4, 2\], now \[8, 4, 3\]"),
-        ({"stages": [1, 2, 4]}, r"stages: was \[1, 2, 3\], now \[1, 2, 4\]"),
+        ({"stages": [1, 2, 4]}, r"stages\.random: was \[1, 2, 3\], now \[1, 2, 4\]"),
         ({"method": ["fastv"]}, r'methods: was \["full", "fastv", "random"\], now'),
         ({"dtype": "bfloat16"}, 'dtype: was "float32", now "bfloat16"'),
         ({"task": ["ocr", "shape"]}, "tasks.shape: was null"),

@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from toprl_models import Schedule
+from toprl_models import Schedule, schedule_for
+from toprl_models.methods import Method
 from training.evaluation.methods import METHODS
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -26,7 +27,10 @@ class EvaluateConfig:
     )
     method: list[str] = field(
         default_factory=list,
-        metadata={"help": f"of {', '.join(METHODS)}; empty takes all that can run; full always runs"},
+        metadata={
+            "help": f"of {', '.join(METHODS)}; empty takes {', '.join(n for n, row in METHODS.items() if row.default)} "
+            "as far as --policy is given; full always runs"
+        },
     )
     policy: list[str] = field(
         default_factory=list, metadata={"help": "policy folders or Hub ids; several of one task are its seeds"}
@@ -37,7 +41,10 @@ class EvaluateConfig:
     keep: list[int] = field(default_factory=list, metadata={"help": "instead of --budget: tokens kept by each stage"})
     stages: list[int] = field(
         default_factory=list,
-        metadata={"help": "layers to prune before; empty takes the policy's, else the paper's scaled to the depth"},
+        metadata={
+            "help": "layers that methods of several stages prune before; empty takes the policy's, else the paper's or the "
+            "authors', scaled to the depth"
+        },
     )
     seeds: list[int] = field(
         default_factory=lambda: [0, 1, 2], metadata={"help": "runs of methods that draw (random, untrained)"}
@@ -85,30 +92,46 @@ class EvaluateConfig:
 
     def methods(self) -> list[str]:
         """The methods to run, in the table's order."""
-        asked = self.method or [name for name, one in METHODS.items() if self.policy or not one.needs_policy]
+        runnable = [name for name, row in METHODS.items() if row.default and (self.policy or not row.needs_policy)]
+        asked = self.method or runnable
         return [name for name in METHODS if name in asked or name == "full"]
 
     def budgets(self) -> list[str]:
         """How the blocks are called in all files: "192", or "8/4/2" for what --keep says."""
         return ["/".join(map(str, self.keep))] if self.keep else [f"{budget:g}" for budget in self.budget]
 
-    def schedule(self, budget: str, layers: Sequence[int], num_visual: int, num_layers: int) -> Schedule:
-        """The schedule of one of ``budgets()``.
+    def schedule(
+        self,
+        budget: str,
+        method: Method,
+        layers: Sequence[int],
+        keep_layers: Sequence[int],
+        num_visual: int,
+        depth: int,
+    ) -> Schedule:
+        """The schedule of ``method`` for one of ``budgets()``.
 
         Args:
+            layers: where the method prunes.
+            keep_layers: where methods of several stages prune, which --keep speaks of; other methods get its average.
             num_visual: visual tokens of a sample; where samples differ, their mean.
+            depth: decoder layers.
 
         Raises:
             ValueError: impossible budget (the message states the floor), or not one number of --keep per stage.
         """
-        layers = tuple(layers)
-        if not self.keep:
-            return Schedule.for_budget(float(budget), layers, num_visual=num_visual, num_layers=num_layers)
-        if len(self.keep) != len(layers):
-            raise ValueError(
-                f"--keep {budget}: pruning happens before layers {layers}: {len(layers)} numbers are needed"
-            )
-        return Schedule(tuple(zip(layers, self.keep, strict=True)))
+        average = 0.0 if self.keep else float(budget)
+        if self.keep:
+            if len(self.keep) != len(keep_layers):
+                raise ValueError(
+                    f"--keep {budget}: pruning happens before layers {tuple(keep_layers)}: {len(keep_layers)} numbers "
+                    "are needed"
+                )
+            kept = Schedule(tuple(zip(keep_layers, self.keep, strict=True)))
+            if method.staged:
+                return kept
+            average = kept.average_tokens(num_visual, depth)
+        return schedule_for(method.name, average, num_visual=num_visual, num_layers=depth, layers=tuple(layers))
 
     def task_arguments(self, name: str, tasks: Sequence[str]) -> dict[str, Any]:
         """Keyword arguments of ``make_task`` for one of ``tasks``.

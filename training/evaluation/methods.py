@@ -12,61 +12,78 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from toprl_models import FastV, Policy, PyramidDrop, StageContext, TopRLPolicy
+from toprl_models import OneShot, Policy, StageContext, TopRLPolicy, methods
+from toprl_models.methods import Method
 from toprl_models.policy import model_signature
 from training.rollout import ArgmaxPolicy
 
 
 @dataclass(frozen=True)
-class Method:
+class Row:
     """One row of the tables.
 
     Attributes:
         label: for people.
+        method: the method of ``toprl_models.methods()`` that it runs; None for the unpruned model.
         needs_policy: it is made of a trained actor.
         draws: it depends on a seed; others run once (TOP-RL: once per policy).
         scheduled: it keeps what the budget says; others run once for all budgets.
+        default: it runs where --method does not say.
     """
 
     label: str
+    method: Method | None = None
     needs_policy: bool = False
     draws: bool = False
     scheduled: bool = True
+    default: bool = False
 
 
+DEFAULTS = ("toprl", "fastv", "pyramiddrop", "random")
+_TOPRL = methods()["toprl"]
 METHODS = {
-    "full": Method("Full model, no pruning", scheduled=False),
-    "toprl": Method("TOP-RL", needs_policy=True),
-    "fastv": Method("FastV"),
-    "pyramiddrop": Method("PyramidDrop"),
-    "random": Method("Random patches", draws=True),
-    "untrained": Method("Untrained actor", needs_policy=True, draws=True),
-    "argmax": Method("TOP-RL, arg-max", needs_policy=True, scheduled=False),
+    "full": Row("Full model, no pruning", scheduled=False, default=True),
+    **{
+        name: Row(
+            method.title,
+            method,
+            needs_policy=name in ("toprl", "oneshot"),
+            draws=name == "random",
+            default=name in DEFAULTS,
+        )
+        for name, method in methods().items()
+    },
+    "untrained": Row("Untrained actor", _TOPRL, needs_policy=True, draws=True, default=True),
+    "argmax": Row("TOP-RL, arg-max", _TOPRL, needs_policy=True, scheduled=False, default=True),
 }
 
 
-def make_method(name: str, model: Any, *, seed: int = 0, policy: TopRLPolicy | None = None) -> Policy | None:
+def make_method(
+    name: str, model: Any, *, seed: int = 0, policy: TopRLPolicy | None = None, layers: Sequence[int] = ()
+) -> Policy | None:
     """The policy of the method called ``name``; None is the unpruned model.
 
     Args:
         seed: of methods that draw.
         policy: the trained actor; "untrained" takes its sizes and stages.
+        layers: where "oneshot" prunes.
 
     Raises:
         ValueError: unknown name, or no policy where one is needed.
     """
     if name not in METHODS:
         raise ValueError(f"method {name!r} is unknown; known methods: {', '.join(METHODS)}")
-    if METHODS[name].needs_policy and policy is None:
-        raise ValueError(f"method {name!r} needs a trained policy: --policy FOLDER")
-    if name == "fastv":
-        return FastV()
-    if name == "pyramiddrop":
-        return PyramidDrop()
+    row = METHODS[name]
+    if row.method is None:
+        return None
     if name == "random":
         return RandomBySample(seed)
+    if not row.needs_policy:
+        return row.method.policy()
     if policy is None:
-        return None
+        raise ValueError(f"method {name!r} needs a trained policy: --policy FOLDER")
+    if name == "oneshot":
+        return OneShot(policy, *layers)
     if name == "argmax":
         return ArgmaxPolicy(policy)
     return _untrained(policy, model, seed) if name == "untrained" else policy

@@ -10,6 +10,7 @@ import numpy as np
 from PIL import Image
 
 from toprl_kernels import flops
+from toprl_models import Schedule
 from training.evaluation.methods import METHODS
 from training.evaluation.records import Cell
 from training.evaluation.runner import Runner
@@ -34,7 +35,8 @@ def references(task: Task) -> list[Sample]:
 
 def cost_of(record: Mapping[str, Any], runner: Runner, actor_size: int | None) -> flops.ScheduleCost:
     """Eqs. 8-12 for the tokens that one sample really kept."""
-    stages = list(zip(runner.layers, record["kept"], strict=True)) if record["kept"] else []
+    layers = runner.layers_of(record["method"])
+    stages = list(zip(layers, record["kept"], strict=True)) if record["kept"] else []
     return flops.schedule_cost(
         record["num_visual"], stages, runner.model.config.get_text_config(), actor_width=actor_size
     )
@@ -124,9 +126,9 @@ def summarise_task(name: str, found: Mapping[Cell, Records], runner: Runner) -> 
     return facts, runs, rows, retention
 
 
-def schedule_facts(task: str, budget: str, num_visual: float, runner: Runner) -> dict[str, Any]:
-    """What a budget means for a sample with the task's mean number of visual tokens."""
-    schedule, tokens = runner.schedules(task, num_visual)[budget], round(num_visual)
+def schedule_facts(schedule: Schedule, num_visual: float, runner: Runner) -> dict[str, Any]:
+    """What a schedule means for a sample with the task's mean number of visual tokens."""
+    tokens = round(num_visual)
     text = runner.model.config.get_text_config()
     full = flops.schedule_macs(tokens, [], text)
     return {
@@ -164,8 +166,10 @@ def summarise(found: Mapping[Cell, Records], runner: Runner) -> dict[str, Any]:
             values = [row[cost] for row in mine if row[cost] is not None]
             average[cost] = statistics.fmean(values) if values else None
         averages.append(average)
-    schedules = {
-        name: {budget: schedule_facts(name, budget, facts["num_visual"], runner) for budget in runner.config.budgets()}
-        for name, facts in tasks.items()
-    }
+    schedules: dict[str, dict[str, dict[str, Any]]] = {name: {} for name in tasks}
+    for name, facts in tasks.items():
+        for (method, budget), schedule in runner.schedules(name, facts["num_visual"]).items():
+            if METHODS[method].scheduled:
+                plan = schedule_facts(schedule, facts["num_visual"], runner)
+                schedules[name].setdefault(budget, {})[method] = plan
     return {"tasks": tasks, "schedules": schedules, "rows": rows, "averages": averages, "runs": runs}

@@ -65,11 +65,20 @@ class Runner:
         self.config, self.model, self.processor, self.tasks = config, model, processor, tasks
         self.policies, self.batch_size = policies, batch_size
         self.num_layers: int = model.config.get_text_config().num_hidden_layers
+        self.first = min_stage_of(model, family_of(model))
         self.layers = self._layers()
         self._warm: set[tuple[str, str]] = set()
 
+    def layers_of(self, method: str) -> tuple[int, ...]:
+        """The layers that ``method``, a name of METHODS, prunes before; () for the unpruned model."""
+        info = METHODS[method].method
+        if info is None:
+            return ()
+        settled = self.policies or self.config.stages or self.config.keep
+        return self.layers if info.staged and settled else info.layers(self.num_layers, self.first)
+
     def _layers(self) -> tuple[int, ...]:
-        """The layers to prune before.
+        """The layers that methods of several stages prune before.
 
         Raises:
             ValueError: --stages is not what the policy was trained for, or does not fit the model.
@@ -78,9 +87,8 @@ class Runner:
         asked = tuple(self.config.stages)
         if trained and asked and trained != asked:
             raise ValueError(f"--stages {asked}: the policy was trained for {trained}; leave --stages out")
-        first = min_stage_of(self.model, family_of(self.model))
-        layers = trained or asked or stage_layers_for(self.num_layers, first)
-        schedule = Schedule(tuple((layer, 1.0) for layer in layers))
+        layers = trained or asked or stage_layers_for(self.num_layers, max(1, self.first))
+        schedule = _keep_all(layers)
         schedule.check_layers(self.num_layers)
         for one in self.policies:
             one.policy.check(self.model, schedule)
@@ -125,20 +133,44 @@ class Runner:
             if len(counts) == 1:
                 self.schedules(name, float(counts.pop()))
 
-    def schedules(self, task: str, num_visual: float) -> dict[str, Schedule]:
-        """The schedule of each block, given the visual tokens of a sample (their mean where samples differ).
+    def check_methods(self) -> None:
+        """Refuse a method that does not fit the model before hours of unpruned runs.
+
+        Raises:
+            ValueError: what ``attach`` refuses.
+        """
+        for name in self.config.methods():
+            trained = self.policies[0].policy if self.policies else None
+            layers = self.layers_of(name)
+            policy = make_method(name, self.model, policy=trained, layers=layers)
+            if policy is not None:
+                try:
+                    attach(self.model, policy, schedule=_keep_all(layers)).detach()
+                except ValueError as error:
+                    raise ValueError(f"--method {name}: {error}") from error
+
+    def schedules(self, task: str, num_visual: float) -> dict[tuple[str, str], Schedule]:
+        """By method and block, given the visual tokens of a sample (their mean where samples differ).
 
         Raises:
             ValueError: an impossible budget.
         """
-        try:
-            found = {
-                budget: self.config.schedule(budget, self.layers, round(num_visual), self.num_layers)
-                for budget in self.config.budgets()
-            }
-        except ValueError as error:
-            raise ValueError(f"{task}: {error}") from error
-        return found | {FREE: Schedule(tuple((layer, 1.0) for layer in self.layers))}
+        found = {}
+        for name in self.config.methods():
+            row, layers = METHODS[name], self.layers_of(name)
+            if row.method is None:
+                continue
+            if not row.scheduled:
+                found[name, FREE] = _keep_all(layers)
+                continue
+            for budget in self.config.budgets():
+                try:
+                    found[name, budget] = self.config.schedule(
+                        budget, row.method, layers, self.layers, round(num_visual), self.num_layers
+                    )
+                except ValueError as error:
+                    raise ValueError(f"{task}, {name}: {error}") from error
+        return found
 
     # -- running ---------------------------------------------------------------------------------------------------
 
@@ -172,7 +204,7 @@ class Runner:
         ranks: Ranks,
         cells: Sequence[Cell],
         answered: Mapping[Cell, set[int]],
-        schedules: Mapping[str, Schedule],
+        schedules: Mapping[tuple[str, str], Schedule],
         advance: Callable[[str, int, bool], None],
     ) -> None:
         task = self.tasks[cells[0].task] if cells else None
@@ -192,12 +224,15 @@ class Runner:
                     chosen = [samples[i] for i in missing]
                     encoded = {missing: encode(self.processor, task, chosen, self.model.device)}
                 some = {i: samples[i] for i in missing}
-                store.append(self._answer(cell, policy, schedules.get(cell.budget), task, some, encoded[missing]))
+                schedule = schedules.get((cell.method, cell.budget))
+                store.append(self._answer(cell, policy, schedule, task, some, encoded[missing]))
                 advance(f"{cell.task} {cell.method} {cell.budget}", len(missing), False)
 
     def _policy(self, cell: Cell) -> Policy | None:
         trained = self.trained(cell)
-        return make_method(cell.method, self.model, seed=cell.seed, policy=trained.policy if trained else None)
+        layers = self.layers_of(cell.method)
+        actor = trained.policy if trained else None
+        return make_method(cell.method, self.model, seed=cell.seed, policy=actor, layers=layers)
 
     def _answer(
         self,
@@ -223,9 +258,8 @@ class Runner:
             answers = answer_timed(self.model, self.processor, task, batch, inputs)
             if pruner is not None:
                 trace = pruner.trace  # empty where no prompt has a visual token
-                kept = list(zip(*(stage.counts for stage in trace), strict=True)) or [(0,) * len(self.layers)] * len(
-                    batch
-                )
+                none = [(0,) * len(self.layers_of(cell.method))] * len(batch)
+                kept = list(zip(*(stage.counts for stage in trace), strict=True)) or none
                 traced = list(trace[0].num_visual) if trace else [0] * len(batch)
                 if traced != num_visual:
                     raise RuntimeError(f"{cell}: the pruner saw {traced} visual tokens, the prompts hold {num_visual}")
@@ -249,6 +283,10 @@ class Runner:
             }
             for row, (index, sample) in enumerate(samples.items())
         ]
+
+
+def _keep_all(layers: Sequence[int]) -> Schedule:
+    return Schedule(tuple((layer, 1.0) for layer in layers))
 
 
 def _given(schedule: Schedule | None) -> Schedule:

@@ -59,10 +59,18 @@ def block_title(results: Results, budget: str) -> str:
         return "As many tokens as the method wants"
     mine = [one["average_tokens"] for one in results["averages"] if one["budget"] == budget]
     average = sum(mine) / len(mine)
-    plans = [plans[budget] for plans in results["schedules"].values()]
-    before = ", ".join(map(str, plans[0]["layers"]))
     what = f"Keep {budget} tokens" if results["settings"]["keep"] else f"Retain average {budget} tokens"
-    return f"{what} ({percent(1 - average / tokens if tokens else None)} % fewer; stages before layers {before})"
+    return f"{what} ({percent(1 - average / tokens if tokens else None)} % fewer)"
+
+
+def stages_text(results: Results) -> str:
+    """Where each method prunes: "TOP-RL, Random patches: 2, 8, 16; VisionZip: 0"."""
+    found: dict[str, list[str]] = {}
+    for method, plan in ((m, plan) for t in results["schedules"].values() for b in t.values() for m, plan in b.items()):
+        names = found.setdefault(", ".join(map(str, plan["layers"])), [])
+        if METHODS[method].label not in names:
+            names.append(METHODS[method].label)
+    return "; ".join(f"{', '.join(names)}: {layers}" for layers, names in found.items())
 
 
 def costs(row: Mapping[str, Any]) -> list[str]:
@@ -146,11 +154,13 @@ def notes(results: Results) -> list[str]:
         f"{name}: {facts['headline']}, n = {facts['n']} of {facts['dataset']}, {facts['split']}"
         for name, facts in results["tasks"].items()
     )
+    stages = stages_text(results)
     found = [
         f"Model {settings['model']} in {settings['dtype']}, attention {settings['attention']}, batch size "
         f"{settings['batch_size']}, {environment['device_name']}, torch {settings['torch']}, transformers "
         f"{settings['transformers']}.",
         f"Scores x 100. {tasks}.",
+        *([f"Pruning before layers: {stages}. Layer 0 is before the language model."] if stages else []),
         "In brackets behind a score, and Avg: percent of the unpruned model's score. ±: deviation over runs (seeds, or "
         "policies).",
         "Avg tokens: visual tokens averaged over all decoder layers, counted from what was kept. TFLOPs: twice the "

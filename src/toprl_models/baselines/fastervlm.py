@@ -1,0 +1,58 @@
+"""FasterVLM (Zhang et al., arXiv 2412.01818, "[CLS] attention is all you need for ... visual token pruning")."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from toprl_models.policy import Policy, StageContext
+from toprl_models.vision import KEPT, ClassTokenReader, check_before_llm, class_token_layer
+
+if TYPE_CHECKING:
+    from torch.utils.hooks import RemovableHandle
+    from transformers import PreTrainedModel
+
+    from toprl_models.schedule import Schedule
+
+
+class FasterVLM(Policy):
+    """Keep the patches that the vision tower's class token attended to most.
+
+    Score: attention of the class token to the patches in the layer whose output the projector gets (layer L - 2 of the
+    released LLaVAs), softmax over all tokens, mean over heads. Each tile keeps its own best after the projector, and
+    survivors get consecutive positions, as the authors' tokens have them, which are removed before the language model.
+
+    The tokens of a row are shared evenly among its tiles (of all its images) by ``tile_shares``: a tile that unpadding
+    left with fewer patches than its share keeps all of them. Newline features of LLaVA-NeXT are no patches: they go
+    first, and stay only where there are more tokens to keep than patches.
+
+    Deviations: the authors' attention is in the model's precision, here the softmax stays in float32. On LLaVA-NeXT the
+    authors' tiles are not unpadded; here patches that the model itself leaves out cannot be kept.
+
+    One instance serves one attached model at a time.
+
+    Raises:
+        ValueError: by ``attach``, for another schedule than one stage at layer 0, or a model without a class token; in
+            the forward pass, for videos and for pictures that were encoded ahead of time.
+    """
+
+    positions = "renumbered"
+
+    def check(self, model: PreTrainedModel, schedule: Schedule) -> None:
+        check_before_llm(self, schedule)
+        class_token_layer(model)
+
+    def hooks(self, model: PreTrainedModel) -> list[RemovableHandle]:
+        self._reader = ClassTokenReader(model)
+        return self._reader.handles
+
+    def score(self, context: StageContext) -> Tensor:
+        """The attention, float32 ``[B, V]``; 2 more for what its tile keeps, -1 for newlines and padding."""
+        reading = self._reader.read(self, context)
+        attention = reading.attention.mean(1)  # [T, P]
+        best = attention.masked_fill(reading.patch_slot < 0, -1).argsort(dim=1, descending=True, stable=True)
+        shares = best.new_tensor(reading.shares(context.num_keep))
+        is_kept = best.argsort(dim=1) < shares[:, None]
+        scores = reading.of_slots(attention + KEPT * is_kept, missing=-1)
+        return scores.repeat_interleave(reading.repeats, 0)

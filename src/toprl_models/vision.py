@@ -1,0 +1,371 @@
+"""What pruning methods read of the vision tower: recorded by module hooks, for the one forward pass that needs it.
+
+``generate()`` of recent transformers encodes the pictures before the model's forward pass and hands over features only.
+So nothing can be read from the model's arguments, and the tower's own modules are watched.
+"""
+
+from __future__ import annotations
+
+import functools
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from toprl_models.families import family_of
+
+if TYPE_CHECKING:
+    from torch.utils.hooks import RemovableHandle
+    from transformers import PreTrainedModel
+
+    from toprl_models.policy import Policy, StageContext
+    from toprl_models.schedule import Schedule
+
+# Families with a CLIP tower whose patches become visual tokens one by one, and the attribute that holds the tower
+CLASS_TOKEN_TOWERS = {
+    "LlavaForConditionalGeneration": "vision_tower",
+    "LlavaNextForConditionalGeneration": "vision_tower",
+    "VideoLlavaForConditionalGeneration": "image_tower",
+}
+# Added to the scores of what is kept: more than any attention
+KEPT = 2.0
+WHY_NOT = {
+    "InternVLForConditionalGeneration": "InternVL merges 4 patches into a token",
+    "LlavaOnevisionForConditionalGeneration": "the vision tower (SigLIP) has no class token",
+    "Qwen2_5_VLForConditionalGeneration": "the vision tower has no class token and merges 4 patches into a token",
+    "Qwen3VLForConditionalGeneration": "the vision tower has no class token and merges 4 patches into a token",
+}
+
+
+def check_before_llm(policy: Policy, schedule: Schedule) -> None:
+    """Refuse any schedule but one stage before layer 0.
+
+    Raises:
+        ValueError: other stages.
+    """
+    if schedule.layers != (0,):
+        raise ValueError(
+            f"schedule: stages before layers {schedule.layers}, but {type(policy).__name__} chooses tokens before the "
+            "language model: use one stage at layer 0, Schedule(((0, keep),))"
+        )
+
+
+def refuse_videos(policy: Policy, inputs: Mapping[str, Any]) -> None:
+    """Refuse a prompt with videos in arguments of their own.
+
+    Args:
+        inputs: what the model was called with.
+
+    Raises:
+        ValueError: videos came along.
+    """
+    encoded = inputs.get("mm_encoder_outputs") or {}
+    if inputs.get("pixel_values_videos") is not None or encoded.get("video") is not None:
+        raise ValueError(
+            f"pixel_values_videos: {type(policy).__name__} is defined for images, not for videos; give the frames as "
+            "images, or prune this prompt by another method"
+        )
+
+
+def tile_shares(budget: int, capacities: Sequence[int]) -> list[int]:
+    """``budget`` tokens over tiles, as evenly as their ``capacities`` allow.
+
+    A tile with fewer tokens than an even share gives all, and the others share what it lacks; what does not divide goes
+    one each to the last of the largest tiles. The sum is ``min(budget, sum(capacities))``.
+
+    Example:
+        >>> tile_shares(10, [5, 1, 9])
+        [4, 1, 5]
+    """
+    shares, left = [0] * len(capacities), budget
+    smallest_first = sorted(range(len(capacities)), key=capacities.__getitem__)
+    for number, tile in enumerate(smallest_first):
+        shares[tile] = min(capacities[tile], left // (len(capacities) - number))
+        left -= shares[tile]
+    return shares
+
+
+def split_rows(lengths: Sequence[int], num_visual: Sequence[int]) -> tuple[int, list[range]]:
+    """Which pictures lie in which row of the batch; the features of all fill the visual slots in order.
+
+    Args:
+        lengths: visual tokens of each encoded picture.
+        num_visual: visual tokens of each row.
+
+    Returns:
+        How many rows there are for each prompt (``num_return_sequences`` and beams repeat rows, not pictures), and for
+        the first of them the numbers of its pictures.
+
+    Raises:
+        ValueError: the pictures do not fill the rows exactly.
+    """
+    total, wanted = sum(lengths), sum(num_visual)
+    repeats = wanted // total if total else 0
+    if repeats and len(num_visual) % repeats == 0:
+        rows, start = [], 0
+        for count in num_visual[::repeats]:
+            stop, left = start, count
+            while left > 0 and stop < len(lengths):
+                left -= lengths[stop]
+                stop += 1
+            if left:
+                break
+            rows.append(range(start, stop))
+            start = stop
+        repeated = [count for count in num_visual[::repeats] for _ in range(repeats)]
+        if len(rows) * repeats == len(num_visual) and start == len(lengths) and repeated == list(num_visual):
+            return repeats, rows
+    raise ValueError(
+        f"the vision tower made {total} visual tokens, but the prompt has {tuple(num_visual)}; this method needs "
+        "its states of exactly the pictures in this forward pass. Pass pixel_values (or let generate() encode them "
+        "right before), no placeholders under padding, and prefill_chunk_size=None"
+    )
+
+
+def check_features(context: StageContext, repeats: int, features: Tensor, known: Tensor | None = None) -> None:
+    """Refuse recorded states of other pictures than the prompt's: their features are not those in the prompt.
+
+    Args:
+        context: the stage at layer 0.
+        repeats: rows of each prompt.
+        features: ``[S, d]``, what the recorded states became, in the order of the visual slots.
+        known: bool ``[S]``: compare only those.
+
+    Raises:
+        ValueError: they differ.
+    """
+    prompt = context.hidden_states[::repeats][context.valid_mask[::repeats]]
+    same = (features.to(prompt.dtype) == prompt).all(-1)
+    if not bool((same if known is None else same | ~known).all()):
+        raise ValueError(
+            "the visual tokens of the prompt are not what the vision tower made last: encode the pictures in the same "
+            "call (pixel_values), not ahead of time"
+        )
+
+
+class Recorder:
+    """Tensors that modules of one model made, by name, until the forward pass of its base model ends."""
+
+    def __init__(self, base: nn.Module) -> None:
+        self._seen: dict[str, Any] = {}
+        self.handles: list[Any] = [base.register_forward_hook(self._end, always_call=True)]
+
+    def record(self, name: str, value: Any) -> None:
+        self._seen[name] = value
+
+    def output_of(self, module: nn.Module, name: str, pick: Callable[[Any], Any] = lambda output: output) -> None:
+        """Record what ``module`` returns."""
+        self.handles.append(module.register_forward_hook(lambda _, args, output: self.record(name, pick(output))))
+
+    def input_of(self, module: nn.Module, name: str, pick: Callable[[tuple, dict[str, Any]], Any]) -> None:
+        """Record what ``pick`` takes of the arguments of ``module``."""
+        self.handles.append(
+            module.register_forward_pre_hook(
+                lambda _, args, kwargs: self.record(name, pick(args, kwargs)), with_kwargs=True
+            )
+        )
+
+    def take(self) -> dict[str, Any]:
+        """What was recorded; it is forgotten here.
+
+        Raises:
+            ValueError: nothing was.
+        """
+        seen, self._seen = self._seen, {}
+        if not seen:
+            raise ValueError(
+                "the vision tower did not run for this forward pass: pass pixel_values (or let generate() encode them "
+                "right before) instead of features, and prefill_chunk_size=None"
+            )
+        return seen
+
+    def _end(self, module: nn.Module, args: tuple, output: Any) -> None:
+        self._seen = {}
+
+
+class PackingWatch:
+    """Records to which patch each token of LLaVA-NeXT belongs, by the model's own packing of tiles.
+
+    ``pack_image_features`` is a method, which no module hook sees, and in ``generate()`` nobody else is told the sizes
+    of the pictures. This one method of one instance is watched until ``remove()``; its results pass through untouched.
+    """
+
+    def __init__(self, base: Any, recorder: Recorder) -> None:
+        self._base, own = weakref.ref(base), base.pack_image_features
+
+        @functools.wraps(own)
+        def pack(
+            image_features: Any, image_sizes: Any, vision_feature_select_strategy: Any, image_newline: Any = None
+        ) -> Any:
+            index, tiles = [], 0
+            for features in image_features:  # [tiles, P, d]
+                count, patches = features.shape[:2]
+                numbers = torch.arange(tiles * patches, (tiles + count) * patches, device=features.device)
+                index.append(numbers.float().view(count, patches, 1))
+                tiles += count
+            newline = None if image_newline is None else index[0].new_full((1,), -1)
+            packed, _ = own(index, image_sizes, vision_feature_select_strategy, newline)
+            recorder.record("slot_patch", [one[:, 0].long() for one in packed])
+            return own(image_features, image_sizes, vision_feature_select_strategy, image_newline)
+
+        base.pack_image_features = pack
+
+    def remove(self) -> None:
+        if (base := self._base()) is not None:
+            vars(base).pop("pack_image_features", None)
+
+
+@dataclass(frozen=True)
+class TileReading:
+    """What a tower with a class token computed for the pictures of one prompt batch.
+
+    Shapes: T tiles (pictures, where these are not cut into tiles), P patches a tile, H heads, B rows, V visual slots.
+
+    Attributes:
+        attention: float32 ``[T, H, P]``: the class token's attention to the patches, softmax over all P + 1 tokens.
+        keys: ``[T, P, H, head_dim]``, the patches' keys as ``k_proj`` returns them.
+        states: ``[T, P + 1, d]``, the tower's features before the projector, class token first.
+        slot_patch: int64 ``[B, V]``: ``tile * P + patch`` of each visual slot; -1 for newlines and padding.
+        patch_slot: int64 ``[T, P]``: ``row * V + slot`` of each patch; -1 where unpadding left it out.
+        capacities: patches of each tile that have a slot.
+        tiles: numbers of the tiles of each row.
+        repeats: each row stands for so many of the batch (``num_return_sequences``, beams); B counts it once.
+    """
+
+    attention: Tensor
+    keys: Tensor
+    states: Tensor
+    slot_patch: Tensor
+    patch_slot: Tensor
+    capacities: tuple[int, ...]
+    tiles: tuple[range, ...]
+    repeats: int
+
+    def shares(self, num_keep: Sequence[int]) -> list[int]:
+        """Tokens of each tile: ``num_keep`` of its row's, by ``tile_shares``."""
+        shares: list[int] = []
+        for keep, tiles in zip(num_keep[:: self.repeats], self.tiles, strict=True):
+            shares += tile_shares(keep, [self.capacities[tile] for tile in tiles])
+        return shares
+
+    def of_slots(self, values: Tensor, missing: float) -> Tensor:
+        """What is given per patch, ``[T, P]``, for the visual slots ``[B, V]``; ``missing`` where there is no patch."""
+        slots = values.flatten()[self.slot_patch.clamp(min=0)]
+        return slots.masked_fill(self.slot_patch < 0, missing)
+
+
+def class_token_layer(model: PreTrainedModel) -> nn.Module:
+    """The encoder layer of the vision tower whose output the projector gets, class token included.
+
+    In the released LLaVAs it is the last but one, as in the authors' code of VisionZip and FasterVLM
+    (``vision_feature_layer`` -2); where the config selects another, it is that one.
+
+    Raises:
+        ValueError: the tower has no class token, patches are merged into tokens, the class token is a visual token, or
+            several layers are selected.
+    """
+    family, config = family_of(model), model.config
+    name = CLASS_TOKEN_TOWERS.get(family.model_class)
+    tower = getattr(model.base_model, name or "", None)
+    if tower is None or not hasattr(tower.embeddings, "class_embedding"):
+        reason = WHY_NOT.get(family.model_class, "the vision tower has no class token")
+        raise ValueError(f"model: this method needs the attention of the vision tower's class token, but {reason}")
+    if config.vision_feature_select_strategy != "default":
+        raise ValueError(
+            f"model: config.vision_feature_select_strategy={config.vision_feature_select_strategy!r} must be "
+            '"default": the class token may not be a visual token itself'
+        )
+    selected, layers = config.vision_feature_layer, tower.encoder.layers
+    if isinstance(selected, int):
+        # hidden_states[0] of the tower are the embeddings, hidden_states[i + 1] is the output of layer i
+        index = selected + len(layers) if selected < 0 else selected - 1
+        if 0 <= index < len(layers):
+            return layers[index]
+    raise ValueError(
+        f"model: config.vision_feature_layer={selected!r} must be one of the vision tower's {len(layers)} layers"
+    )
+
+
+class ClassTokenReader:
+    """Reads the class token's attention, keys and features of the tower of one attached model.
+
+    The queries and keys are what ``q_proj`` and ``k_proj`` returned in the tower's own forward pass, so any attention
+    backend of the tower stays usable and no attention matrix is made; nothing is computed twice.
+
+    Args:
+        model: a model that ``class_token_layer`` accepts.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        layer: Any = class_token_layer(model)
+        base: Any = model.base_model
+        # a detached policy must not keep the model alive
+        self._projector = weakref.ref(base.multi_modal_projector)
+        self._head_dim, self._scale = layer.self_attn.head_dim, layer.self_attn.scale
+        self._recorder = recorder = Recorder(base)
+        recorder.output_of(layer.self_attn.q_proj, "queries", lambda queries: queries[:, 0].detach())
+        recorder.output_of(layer.self_attn.k_proj, "keys", Tensor.detach)
+        recorder.output_of(layer, "states")
+        recorder.input_of(base.multi_modal_projector, "selected", lambda args, _: args[0])
+        recorder.output_of(base.multi_modal_projector, "features")
+        if hasattr(base, "pack_image_features"):
+            recorder.handles.append(PackingWatch(base, recorder))
+
+    @property
+    def handles(self) -> list[RemovableHandle]:
+        """What ends the reading."""
+        return self._recorder.handles
+
+    def project(self, states: Tensor) -> Tensor:
+        """The model's projector on tower states ``[..., d]``."""
+        projector = self._projector()
+        assert projector is not None
+        return projector(states)
+
+    def read(self, policy: Policy, context: StageContext) -> TileReading:
+        """What the tower computed for the prompt of ``context``; it is forgotten here.
+
+        Raises:
+            ValueError: the prompt has videos, or its visual tokens are not what the tower made last.
+        """
+        refuse_videos(policy, context.inputs)
+        seen = self._recorder.take()
+        keys, states, features = seen["keys"], seen["states"], seen["features"]
+        if not torch.equal(seen["selected"], states[:, 1:]):
+            raise ValueError(
+                "vision_feature_layer or vision_feature_select_strategy differs from the model's config: set it there"
+            )
+        num_tiles, num_patches = features.shape[:2]
+        everything = torch.arange(num_tiles * num_patches, device=features.device).view(num_tiles, num_patches)
+        slot_patch = seen.get("slot_patch", list(everything))
+        repeats, images = split_rows([len(one) for one in slot_patch], context.num_visual)
+        flat = torch.cat(slot_patch)
+        check_features(context, repeats, features.flatten(0, 1)[flat.clamp(min=0)], flat >= 0)
+        valid = context.valid_mask[::repeats]
+        slots = flat.new_full(valid.shape, -1)
+        slots[valid] = flat
+        places = (slots.flatten() >= 0).nonzero()[:, 0]
+        patch_slot = torch.full_like(everything, -1)
+        patch_slot.view(-1)[slots.flatten()[places]] = places
+        # the first slot of a picture is the first patch of its first tile
+        starts = [*(torch.stack([one[0] for one in slot_patch]) // num_patches).tolist(), num_tiles]
+        return TileReading(
+            attention=self._class_attention(seen["queries"], keys),
+            keys=keys[:, 1:].unflatten(-1, (-1, self._head_dim)),
+            states=states,
+            slot_patch=slots,
+            patch_slot=patch_slot,
+            capacities=tuple((patch_slot >= 0).sum(1).tolist()),
+            tiles=tuple(range(starts[row.start], starts[row.stop]) for row in images),
+            repeats=repeats,
+        )
+
+    def _class_attention(self, queries: Tensor, keys: Tensor) -> Tensor:
+        """float32 ``[T, H, P]`` from the class token's queries ``[T, H * head_dim]`` and the keys of all tokens."""
+        query = queries.unflatten(-1, (-1, self._head_dim)).float()
+        key = keys.unflatten(-1, (-1, self._head_dim)).float()
+        scores = torch.einsum("thc,tphc->thp", query, key) * self._scale
+        return scores.softmax(-1)[..., 1:]
