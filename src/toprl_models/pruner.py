@@ -453,8 +453,8 @@ def attach(model: PreTrainedModel, policy: Policy, *, schedule: Schedule, mode: 
         )
     if policy.positions == "renumbered" and has_kinds_of_positions(decoder):
         raise ValueError(
-            f'{type(policy).__name__} has positions="renumbered", which a decoder with several kinds of rotary tables does '
-            'not support: set policy.positions = "original"'
+            f'{type(policy).__name__} has positions="renumbered", which a decoder with several kinds of rotary tables '
+            'does not support: set policy.positions = "original"'
         )
     policy.check(model, schedule)
     return Pruner(model, policy, schedule, mode)

@@ -402,3 +402,32 @@ def test_encode_pads_on_the_left():
     assert (mask[:, -1] == 1).all()
     assert (mask.diff(dim=1) >= 0).all()
     assert ((inputs["input_ids"] == processor.image_token_id).sum(1) == tiny.NUM_VISUAL_TOKENS).all()
+
+
+def test_all_methods_at_one_budget(policy_folder, tmp_path):
+    names = [name for name, row in METHODS.items() if row.method is not None and row.scheduled]
+    config = config_of(
+        tmp_path, method=names, policy=[policy_folder], stages=[], keep=[], budget=[32], limit=4, seeds=[0]
+    )
+    results = evaluate(config)
+    rows = {row["method"]: row for row in results["rows"]}
+    assert list(rows) == ["full", *names] and len(names) == 12
+    for name in names:
+        # 25 tokens are the largest whole image within the budget; counts are whole numbers
+        assert rows[name]["average_tokens"] == pytest.approx(25 if name == "downsample" else 32, abs=1), name
+        assert rows[name]["kv_bytes"] < rows["full"]["kv_bytes"]
+    plans = results["schedules"]["ocr"]["32"]
+    assert plans["visionzip"]["layers"] == [0] and plans["visionzip"]["keep"] == [32]
+    assert plans["fastv"]["layers"] == [1] and plans["sparsevlm"]["layers"] == [1, 2, 3]
+    # methods of several stages prune where the policy does
+    assert plans["random"]["layers"] == plans["fastv_progressive"]["layers"] == LAYERS
+    records = {record["method"]: record for record in read_samples(tmp_path)}
+    assert len(records["sparsevlm"]["kept"]) == 3 and records["visionzip"]["kept"] == [32]
+    assert "Smaller image: 0" in (tmp_path / "table.md").read_text()
+
+
+def test_a_method_that_does_not_fit_the_model_is_refused_at_once(tmp_path, monkeypatch):
+    monkeypatch.setattr("training.evaluate.load_model", lambda *_: (build_model("qwen2_5_vl"), None))
+    with pytest.raises(ValueError, match="--method visionzip: .*no class token"):
+        evaluate(config_of(tmp_path / "out", method=["visionzip"], stages=[], keep=[], budget=[32]))
+    assert not (tmp_path / "out").exists()

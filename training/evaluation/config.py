@@ -42,8 +42,8 @@ class EvaluateConfig:
     stages: list[int] = field(
         default_factory=list,
         metadata={
-            "help": "layers that methods of several stages prune before; empty takes the policy's, else the paper's or the "
-            "authors', scaled to the depth"
+            "help": "layers that methods of several stages prune before; empty takes the policy's, else the paper's or "
+            "the authors', scaled to the depth"
         },
     )
     seeds: list[int] = field(

@@ -1,0 +1,110 @@
+"""Methods by name, and the schedules that give them equal budgets: the authors' figures for 576 tokens in 32 layers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from toprl_kernels import flops
+from toprl_models import Method, Policy, Schedule, methods, schedule_for
+
+AUTHORS = {
+    # k = (32 B - 576 K) / (32 - K) with K = 2
+    "fastv": {192: (166,), 128: (98,), 64: (30,)},
+    # r of r, r^2, r^3: .560, .420, .192
+    "pyramiddrop": {192: (322, 180, 101), 128: (242, 101, 43), 64: (110, 21, 4)},
+    "sparsevlm": {192: (300, 200, 110), 128: (303, 110, 36), 96: (238, 48, 26), 64: (66, 30, 17)},
+    "visionzip": {192: (192,), 128: (128,), 64: (64,)},
+    "divprune": {192: (192,), 128: (128,), 64: (64,)},
+}
+CASES = [(name, budget) for name, budgets in AUTHORS.items() for budget in budgets]
+
+
+@pytest.mark.parametrize(("name", "budget"), CASES)
+def test_the_authors_settings(name: str, budget: int) -> None:
+    assert schedule_for(name, budget).counts(576) == AUTHORS[name][budget]
+
+
+def true_average(name: str, schedule: Schedule, num_visual: int = 576, num_layers: int = 32) -> float:
+    counts = methods()[name].policy().counts(schedule, num_visual)
+    return flops.average_tokens(num_visual, tuple(zip(schedule.layers, counts, strict=True)), num_layers)
+
+
+@pytest.mark.parametrize(("budget", "average"), [(192, 206.5), (128, 145.4), (64, 82.2)])
+def test_what_sparsevlm_calls_a_budget(budget: int, average: float) -> None:
+    assert true_average("sparsevlm", schedule_for("sparsevlm", budget)) == pytest.approx(average, abs=0.05)
+
+
+SOLVED = [name for name in methods() if name not in ("toprl", "oneshot")]
+
+
+@pytest.mark.parametrize("name", SOLVED)
+@pytest.mark.parametrize(("num_visual", "num_layers", "budget"), [(2880, 40, 900), (1024, 28, 400), (64, 6, 32)])
+def test_solved_budgets_are_met(name: str, num_visual: int, num_layers: int, budget: int) -> None:
+    schedule = schedule_for(name, budget, num_visual=num_visual, num_layers=num_layers)
+    average = true_average(name, schedule, num_visual, num_layers)
+    if name == "downsample":  # whole images only
+        assert 0.75 * budget < average <= budget
+    else:  # half a token per stage by rounding; merged tokens come in steps
+        assert average == pytest.approx(budget, abs=3 if methods()[name].merges else 1)
+
+
+def test_other_layers_than_the_authors_are_solved() -> None:
+    schedule = schedule_for("sparsevlm", 192, layers=(2, 6, 15))
+    assert schedule.layers == (2, 6, 15)
+    assert true_average("sparsevlm", schedule) == pytest.approx(192, abs=2)
+
+
+def test_an_impossible_budget_states_the_floor() -> None:
+    with pytest.raises(ValueError, match=r"average_tokens=64 is impossible .* between 144 and 576"):
+        schedule_for("fastv_progressive", 64)
+    with pytest.raises(ValueError, match=r"average_tokens=64 is impossible .* between 144 and 576"):
+        schedule_for("pyramiddrop", 64, layers=(8, 16, 24))
+    with pytest.raises(ValueError, match="between 0 and 576"):
+        schedule_for("divprune", 577)
+
+
+def test_an_unknown_method_is_named() -> None:
+    with pytest.raises(ValueError, match=r"method 'fastvv' is unknown; known methods: toprl, fastv, .*random"):
+        schedule_for("fastvv", 192)
+
+
+def test_the_registry() -> None:
+    found = methods()
+    assert list(found) == [
+        "toprl",
+        "fastv",
+        "fastv_progressive",
+        "pyramiddrop",
+        "sparsevlm",
+        "visionzip",
+        "fastervlm",
+        "divprune",
+        "downsample",
+        "oneshot",
+        "random",
+    ]
+    assert all(isinstance(one, Method) and one.name == name for name, one in found.items())
+    assert all(isinstance(found[name].policy(), Policy) for name in SOLVED)
+    found.clear()
+    assert methods()  # a copy was given away
+
+
+@pytest.mark.parametrize("num_layers", [6, 24, 28, 32, 40, 80])
+def test_default_layers_scale_with_the_depth(num_layers: int) -> None:
+    for one in methods().values():
+        layers = one.layers(num_layers)
+        assert len(layers) == len(one.stages) and layers == tuple(sorted(set(layers))) and layers[-1] < num_layers
+        assert (layers == (0,)) == (one.stages == (0,))
+        if one.stages != (0,):
+            assert one.layers(num_layers, first=3)[0] >= 3 or num_layers < 7
+    assert methods()["pyramiddrop"].layers(32) == (2, 8, 16)
+
+
+def test_the_page_on_methods_has_them_all() -> None:
+    page = (Path(__file__).parents[2] / "docs/methods.md").read_text()
+    rows = [line for line in page.splitlines() if line.startswith("| `")]
+    assert [row.split("`")[1] for row in rows] == list(methods())
+    for row, one in zip(rows, methods().values(), strict=True):
+        assert row.rstrip("| ").rsplit("| ", 1)[1] == ", ".join(map(str, one.stages))
