@@ -54,7 +54,8 @@ class StageContext:
         text_attention: call it for the same of every text token behind the images, float32 ``[B, R, V]``; the rows
             are those of ``prompt().text``.
         prompt: call it for the embeddings that entered layer 0.
-        inputs: the keyword arguments the model was called with (``pixel_values``, ``image_sizes``, ...).
+        inputs: the keyword arguments the model was called with: ``pixel_values``, ``image_sizes``, ..., or what
+            ``generate()`` of recent releases has made of them, ``mm_encoder_outputs`` alone.
     """
 
     stage: int

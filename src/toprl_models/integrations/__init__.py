@@ -1,0 +1,1 @@
+"""Plug-ins for other packages. None of them is a dependency: each is imported by the package that it is for."""

@@ -1,0 +1,179 @@
+"""The plug-in for lmms-eval: which models it adds and what their ``--model_args`` say (docs/lmms_eval.md).
+
+lmms-eval finds ``manifests`` by the entry point group ``lmms_eval.models``. The models themselves are in
+``lmms_eval_models.py``, which lmms-eval imports when one is asked for; nothing here needs lmms-eval before it calls.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from toprl_models.baselines import OneShot
+from toprl_models.methods import methods, schedule_for
+from toprl_models.policy import Policy, TopRLPolicy
+from toprl_models.pruner import attach
+from toprl_models.schedule import Schedule
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+MODELS = "toprl_models.integrations.lmms_eval_models"
+TRAINED = ("toprl", "oneshot")  # methods that are made of a trained policy
+
+
+def manifests() -> list[Any]:
+    """``lmms_eval.models.registry_v2.ModelManifest`` of each model; lmms-eval calls this."""
+    from lmms_eval.models.registry_v2 import ModelManifest
+
+    return [
+        ModelManifest("toprl_llava_hf", f"{MODELS}.LlavaHf", f"{MODELS}.LlavaHfChat"),
+        ModelManifest("toprl_qwen2_5_vl", f"{MODELS}.Qwen2_5_VL", f"{MODELS}.Qwen2_5_VLChat"),
+    ]
+
+
+@dataclass(frozen=True)
+class PruningArguments:
+    """What ``--model_args`` say about pruning.
+
+    Attributes:
+        method: a name of ``toprl_models.methods()``.
+        budget: visual tokens averaged over all decoder layers, more than 0.
+        policy: folder or Hub id of the trained policy; None for methods that have none.
+        stages: layers to prune before; None for the policy's, else those of the method's authors scaled to the depth.
+        num_visual: how many visual tokens ``budget`` is out of; None where the model says it.
+    """
+
+    method: str
+    budget: float
+    policy: str | None = None
+    stages: tuple[int, ...] | None = None
+    num_visual: int | None = None
+
+    @classmethod
+    def take_from(cls, arguments: dict[str, Any]) -> PruningArguments:
+        """Pop what concerns pruning out of a constructor's keyword arguments; the others stay.
+
+        Values are what lmms-eval makes of the text behind ``=``: bool, int or float where it looks like one, else str.
+
+        Raises:
+            ValueError: an argument is missing, has an impossible value, or does not go with another one.
+        """
+        method, policy = arguments.pop("method", None), arguments.pop("policy", None)
+        budget, num_visual = arguments.pop("budget", None), arguments.pop("num_visual", None)
+        stages, mode = arguments.pop("stages", None), arguments.pop("mode", "compact")
+        if mode != "compact":
+            raise ValueError(f"mode={mode}: an evaluation removes tokens, which is mode=compact; leave mode out")
+        return cls(
+            method=_method(method, policy),
+            budget=_positive("budget", budget, "visual tokens averaged over all layers, as in budget=192"),
+            policy=None if policy is None else str(policy),
+            stages=None if stages is None else _layers(stages),
+            num_visual=None if num_visual is None else _whole_number(num_visual),
+        )
+
+    def prepare(self, config: PretrainedConfig) -> tuple[Policy, Schedule]:
+        """The policy (on the CPU) and schedule for a model with ``config``, tried on its skeleton: no weights needed.
+
+        Raises:
+            ValueError: an impossible budget, or a policy or stages that do not fit the model.
+            TypeError: a class of models that cannot be pruned.
+        """
+        num_layers, num_visual = config.get_text_config().num_hidden_layers, self._out_of(config)
+        policy, layers = self._policy(num_layers)
+        try:
+            found = schedule_for(self.method, self.budget, num_visual=num_visual, num_layers=num_layers, layers=layers)
+        except ValueError as error:
+            stages = ":".join(map(str, layers))
+            raise ValueError(f"budget={self.budget:g}, stages={stages}: {error}") from error
+        # shares, also where authors state numbers: they hold for images of any size
+        shares = ((layer, keep / num_visual if isinstance(keep, int) else keep) for layer, keep in found.stages)
+        schedule = Schedule(tuple(shares))
+        attach(skeleton(config), policy, schedule=schedule).detach()
+        return policy, schedule
+
+    def _policy(self, num_layers: int) -> tuple[Policy, tuple[int, ...]]:
+        """The policy and the layers that it prunes before."""
+        method = methods()[self.method]
+        if self.policy is None:
+            return method.policy(), self.stages or method.layers(num_layers)
+        trained = load_policy(self.policy)
+        if self.method == "toprl":
+            return trained, self.stages or trained.stage_layers
+        layers = self.stages or method.layers(num_layers)
+        return OneShot(trained, layers[0]), layers
+
+    def _out_of(self, config: PretrainedConfig) -> int:
+        """The visual tokens that the budget is out of."""
+        if self.num_visual is not None:
+            return self.num_visual
+        if config.model_type != "llava":
+            raise ValueError(
+                f"budget={self.budget:g}: images have different numbers of visual tokens in a {config.model_type} "
+                "model; say what the budget is out of, as in num_visual=576, and each keeps the same share"
+            )
+        vision = config.vision_config
+        class_token = config.vision_feature_select_strategy == "full"
+        return (vision.image_size // vision.patch_size) ** 2 + class_token
+
+
+def load_policy(name: str) -> TopRLPolicy:
+    """A trained policy from a folder or the Hub, in eval mode.
+
+    Raises:
+        ValueError: there is none.
+    """
+    try:
+        return TopRLPolicy.from_pretrained(name).eval()
+    except (OSError, ValueError) as error:
+        raise ValueError(f"policy={name}: give a folder that training/ppo.py wrote, or a Hub id: {error}") from error
+
+
+def skeleton(config: PretrainedConfig) -> Any:
+    """The model of ``config`` without memory for its weights."""
+    from transformers import AutoModelForImageTextToText
+
+    with torch.device("meta"):
+        return AutoModelForImageTextToText.from_config(config)
+
+
+def _method(method: Any, policy: Any) -> str:
+    known = f"known methods: {', '.join(methods())}"
+    if method is None and policy is None:
+        raise ValueError(f"method is missing: give method=NAME ({known}) or policy=FOLDER_OR_HUB_ID")
+    method = "toprl" if method is None else method
+    if method not in methods():
+        raise ValueError(f"method={method} is unknown; {known}")
+    if method in TRAINED and policy is None:
+        raise ValueError(f"method={method} needs a trained policy: policy=FOLDER_OR_HUB_ID")
+    if method not in TRAINED and policy is not None:
+        raise ValueError(f"policy={policy}: method={method} takes no policy; leave one of the two out")
+    return method
+
+
+def _positive(name: str, value: Any, what: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
+        found = f"{name} is missing" if value is None else f"{name}={value} is not a positive number"
+        raise ValueError(f"{found}; give {what}")
+    return float(value)
+
+
+def _whole_number(value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"num_visual={value} is not a positive whole number; give what the budget is out of")
+    return value
+
+
+def _layers(text: Any) -> tuple[int, ...]:
+    """``2:8:16``; a single layer arrives as an int."""
+    try:
+        layers = tuple(int(part) for part in str(text).split(":"))
+        Schedule(tuple((layer, 1.0) for layer in layers))
+    except ValueError as error:
+        raise ValueError(
+            f"stages={text}: must be the layers to prune before, ascending, with colons between them, as in "
+            f"stages=2:8:16 ({error})"
+        ) from error
+    return layers
