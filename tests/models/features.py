@@ -7,7 +7,7 @@ printed at the end of a run, and ``--write-features`` stores it for ``python -m 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,21 @@ import pytest
 from tests.models.tiny_families import FAMILY_NAMES, TINY
 
 MATRIX_FILE = Path(__file__).resolve().parents[2] / "src/toprl_models/feature_matrix.json"
+
+# the registry's; nothing of toprl_models can be imported before conftest.py has chosen triton's interpreter
+METHODS = (
+    "toprl",
+    "fastv",
+    "fastv_progressive",
+    "pyramiddrop",
+    "sparsevlm",
+    "visionzip",
+    "fastervlm",
+    "divprune",
+    "downsample",
+    "oneshot",
+    "random",
+)
 
 # in the order of the printed table
 FEATURES = (
@@ -67,7 +82,29 @@ FEATURES = (
     "PEFT",
     "accelerate hooks",
     "8-bit weights",
+    # methods
+    *(f"method {name}" for name in METHODS),
 )
+
+METHODS_NOT_APPLICABLE = {
+    **{
+        (name, "qwen3_vl"): "no stage before the deepstack layers"
+        for name in ("visionzip", "fastervlm", "divprune", "downsample")
+    },
+    **{
+        (name, family): reason
+        for name in ("visionzip", "fastervlm")
+        for family, reason in {
+            "llava_onevision": "the vision tower (SigLIP) has no class token",
+            "qwen2_5_vl": "the vision tower has no class token and merges 4 patches into a token",
+            "internvl": "InternVL merges 4 patches into a token",
+        }.items()
+    },
+    **{
+        ("downsample", family): "the number of tiles follows the picture"
+        for family in ("llava_next", "llava_onevision")
+    },
+}
 
 # why a feature does not apply, by (feature, family)
 NOT_APPLICABLE: dict[tuple[str, str], str] = {
@@ -76,6 +113,7 @@ NOT_APPLICABLE: dict[tuple[str, str], str] = {
         ("flex_attention", name): "transformers refuses flex attention for this model"
         for name in ("qwen2_5_vl", "qwen3_vl")
     },
+    **{(f"method {name}", family): reason for (name, family), reason in METHODS_NOT_APPLICABLE.items()},
 }
 
 
@@ -88,6 +126,19 @@ def feature(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
         return pytest.mark.feature(name)(pytest.mark.parametrize("family", families)(function))
 
     return mark
+
+
+def each_method(
+    *names: str, families: Sequence[str] = FAMILY_NAMES
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Decorator of a test with arguments ``name`` and ``family``: evidence for methods, all or ``names``, by family."""
+    cells = [
+        pytest.param(name, family, marks=pytest.mark.feature(f"method {name}"))
+        for name in names or METHODS
+        for family in families
+        if (name, family) not in METHODS_NOT_APPLICABLE
+    ]
+    return pytest.mark.parametrize(("name", "family"), cells)
 
 
 class Matrix:
