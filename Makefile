@@ -4,9 +4,11 @@ BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt
 STAMP  := $(VENV)/.installed
 OLDEST := $(VENV)/oldest
+LMMS   := $(VENV)/lmms-eval
+LMMS_PIP := $(LMMS)/bin/python -m pip install --disable-pip-version-check -q -c constraints-lmms-eval.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-oldest test-upstream test-exhaustive feature-matrix lint format bench clean
+.PHONY: help install demo test test-oldest test-upstream test-lmms-eval test-exhaustive feature-matrix lint format bench clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1|/' | column -t -s '|'
@@ -24,7 +26,7 @@ demo: $(STAMP) ## train with PPO on the embedded tiny LLaVA, evaluate, write run
 	$(BIN)/python training/demo.py --output_dir runs/demo
 
 # one process per core and one thread per process: most of the time is spent in Triton's sequential interpreter
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal
 
 test: lint test-oldest ## lint, format check, types and all tests
 	$(PYTEST)
@@ -41,6 +43,17 @@ test-oldest: $(OLDEST)/.installed ## the tests of the models with the oldest sup
 test-upstream: $(STAMP) ## transformers' own tests with and without a pruner: TOPRL_TRANSFORMERS_TESTS=folder
 	$(PIP) -e '.[upstream]'
 	$(BIN)/python tests/upstream/run.py
+
+# an environment of its own: lmms-eval has some 50 requirements, with limits that are not ours
+$(LMMS)/.installed: pyproject.toml constraints-lmms-eval.txt
+	rm -rf $(LMMS)
+	$(PYTHON) -m venv $(LMMS)
+	$(LMMS_PIP) torch
+	$(LMMS_PIP) -e '.[models]' 'lmms_eval[video-legacy]' pytest
+	@touch $@
+
+test-lmms-eval: $(LMMS)/.installed ## the plug-in for lmms-eval, in an environment of its own (3.2 GB)
+	OMP_NUM_THREADS=1 $(LMMS)/bin/python -m pytest tests/lmms_eval
 
 test-exhaustive: $(STAMP) ## hours: every combination of sizes and dtypes, and the kernels broken on purpose
 	$(BIN)/python -m pytest -m exhaustive -rP

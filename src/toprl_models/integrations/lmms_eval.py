@@ -126,7 +126,7 @@ def load_policy(name: str) -> TopRLPolicy:
         ValueError: there is none.
     """
     try:
-        return TopRLPolicy.from_pretrained(name).eval()
+        return TopRLPolicy.from_pretrained(name)
     except (OSError, ValueError) as error:
         raise ValueError(f"policy={name}: give a folder that training/ppo.py wrote, or a Hub id: {error}") from error
 
