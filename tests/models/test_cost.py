@@ -96,12 +96,21 @@ def test_an_unpadded_batch_that_becomes_ragged_waits_once(family: str) -> None:
 
 @pytest.mark.parametrize(
     "make",
-    [FastV, PyramidDrop, RandomPolicy, lambda: TopRLPolicy(HIDDEN_SIZE, list(schedule_of("llava").layers), 8)],
+    [
+        FastV,
+        lambda: PyramidDrop("original"),
+        RandomPolicy,
+        lambda: TopRLPolicy(HIDDEN_SIZE, list(schedule_of("llava").layers), 8),
+    ],
     ids=["FastV", "PyramidDrop", "RandomPolicy", "TopRLPolicy"],
 )
 @pytest.mark.parametrize("mode", ["compact", "mask"])
 def test_no_policy_waits(make: Callable[[], Policy], mode: str) -> None:
     assert more_waits("llava", build_inputs("llava", MIXED), make(), mode) == ONE_WAIT
+
+
+def test_renumbering_waits_no_more() -> None:
+    assert more_waits("llava", build_inputs("llava", MIXED), PyramidDrop("renumbered")) == ONE_WAIT
 
 
 class Half(Policy):
