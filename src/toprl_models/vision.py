@@ -16,12 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from toprl_models.families import family_of
+from toprl_models.policy import Policy, StageContext
 
 if TYPE_CHECKING:
     from torch.utils.hooks import RemovableHandle
     from transformers import PreTrainedModel
 
-    from toprl_models.policy import Policy, StageContext
     from toprl_models.schedule import Schedule
 
 # Families with a CLIP tower whose patches become visual tokens one by one, and the attribute that holds the tower
@@ -369,3 +369,17 @@ class ClassTokenReader:
         key = keys.unflatten(-1, (-1, self._head_dim)).float()
         scores = torch.einsum("thc,tphc->thp", query, key) * self._scale
         return scores.softmax(-1)[..., 1:]
+
+
+class ClassTokenPolicy(Policy):
+    """Base of methods that choose visual tokens before layer 0, by what the vision tower's class token sees."""
+
+    positions = "renumbered"
+
+    def check(self, model: PreTrainedModel, schedule: Schedule) -> None:
+        check_before_llm(self, schedule)
+        class_token_layer(model)
+
+    def hooks(self, model: PreTrainedModel) -> list[RemovableHandle]:
+        self._reader = ClassTokenReader(model)
+        return self._reader.handles

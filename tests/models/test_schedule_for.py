@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.models.features import METHODS
 from toprl_kernels import flops
 from toprl_models import Method, Policy, Schedule, methods, schedule_for
 
@@ -72,19 +73,7 @@ def test_an_unknown_method_is_named() -> None:
 
 def test_the_registry() -> None:
     found = methods()
-    assert list(found) == [
-        "toprl",
-        "fastv",
-        "fastv_progressive",
-        "pyramiddrop",
-        "sparsevlm",
-        "visionzip",
-        "fastervlm",
-        "divprune",
-        "downsample",
-        "oneshot",
-        "random",
-    ]
+    assert list(found) == list(METHODS)
     assert all(isinstance(one, Method) and one.name == name for name, one in found.items())
     assert all(isinstance(found[name].policy(), Policy) for name in SOLVED)
     found.clear()

@@ -2,21 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from torch import Tensor
 
-from toprl_models.policy import Policy, StageContext
-from toprl_models.vision import KEPT, ClassTokenReader, check_before_llm, class_token_layer
-
-if TYPE_CHECKING:
-    from torch.utils.hooks import RemovableHandle
-    from transformers import PreTrainedModel
-
-    from toprl_models.schedule import Schedule
+from toprl_models.policy import StageContext
+from toprl_models.vision import KEPT, ClassTokenPolicy
 
 
-class FasterVLM(Policy):
+class FasterVLM(ClassTokenPolicy):
     """Keep the patches that the vision tower's class token attended to most.
 
     Score: attention of the class token to the patches in the layer whose output the projector gets (layer L - 2 of the
@@ -36,16 +28,6 @@ class FasterVLM(Policy):
         ValueError: by ``attach``, for another schedule than one stage at layer 0, or a model without a class token; in
             the forward pass, for videos and for pictures that were encoded ahead of time.
     """
-
-    positions = "renumbered"
-
-    def check(self, model: PreTrainedModel, schedule: Schedule) -> None:
-        check_before_llm(self, schedule)
-        class_token_layer(model)
-
-    def hooks(self, model: PreTrainedModel) -> list[RemovableHandle]:
-        self._reader = ClassTokenReader(model)
-        return self._reader.handles
 
     def score(self, context: StageContext) -> Tensor:
         """The attention, float32 ``[B, V]``; 2 more for what its tile keeps, -1 for newlines and padding."""

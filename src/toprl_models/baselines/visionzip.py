@@ -4,20 +4,13 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize, one_hot
 
-from toprl_models.policy import Decision, Policy, StageContext
-from toprl_models.vision import KEPT, ClassTokenReader, TileReading, check_before_llm, class_token_layer
-
-if TYPE_CHECKING:
-    from torch.utils.hooks import RemovableHandle
-    from transformers import PreTrainedModel
-
-    from toprl_models.schedule import Schedule
+from toprl_models.policy import Decision, StageContext
+from toprl_models.vision import KEPT, ClassTokenPolicy, TileReading
 
 # 30 of 192, 20 of 128, 10 of 64 and, for a tile of LLaVA-NeXT, 5 of 32: each is this share exactly
 AUTHORS_RATIO = 5 / 32
@@ -75,7 +68,7 @@ def _hosts(chosen: Tensor, num_patches: int, count: int) -> Tensor:
     return torch.cat([chosen, free[:, : count - chosen.shape[1]]], 1)
 
 
-class VisionZip(Policy):
+class VisionZip(ClassTokenPolicy):
     """Keep the patches that the vision tower's class token attended to most, and merge the others into a few tokens.
 
     Attention, keys and states are those of the layer whose output the projector gets (layer L - 2 of the released
@@ -107,8 +100,6 @@ class VisionZip(Policy):
             of time.
     """
 
-    positions = "renumbered"
-
     def __init__(self, contextual_ratio: float = AUTHORS_RATIO) -> None:
         if not 0 <= contextual_ratio < 1:
             raise ValueError(f"contextual_ratio={contextual_ratio} must be in [0, 1)")
@@ -118,14 +109,6 @@ class VisionZip(Policy):
         """Dominant (class token included) and contextual tokens of a tile that keeps ``num_tokens``, at least 1."""
         contextual = min(num_tokens - 1, math.floor(self.contextual_ratio * num_tokens + 0.5))
         return num_tokens - contextual, contextual
-
-    def check(self, model: PreTrainedModel, schedule: Schedule) -> None:
-        check_before_llm(self, schedule)
-        class_token_layer(model)
-
-    def hooks(self, model: PreTrainedModel) -> list[RemovableHandle]:
-        self._reader = ClassTokenReader(model)
-        return self._reader.handles
 
     def decide(self, context: StageContext) -> Decision:
         """Scores are the attention, mean over heads (the authors' sum ranks alike), and 2 for the new tokens' slots."""
