@@ -230,7 +230,8 @@ def build_methods(case: Case, model: LlavaForConditionalGeneration) -> Methods:
     return {
         "unpruned": None,
         "fastv": (FastV(), case.schedule((FASTV_STAGE,))),
-        "pyramiddrop": (PyramidDrop(), progressive),
+        # original positions, since the results are compared with masked attention
+        "pyramiddrop": (PyramidDrop("original"), progressive),
         "toprl": (agent, progressive),
     }
 
