@@ -8,7 +8,7 @@ LMMS   := $(VENV)/lmms-eval
 LMMS_PIP := $(LMMS)/bin/python -m pip install --disable-pip-version-check -q -c constraints-lmms-eval.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-oldest test-upstream test-lmms-eval test-exhaustive feature-matrix lint format bench clean
+.PHONY: help install demo reproduce test test-oldest test-upstream test-lmms-eval test-exhaustive feature-matrix lint format bench clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1|/' | column -t -s '|'
@@ -24,6 +24,9 @@ $(STAMP): pyproject.toml constraints.txt
 
 demo: $(STAMP) ## train with PPO on the embedded tiny LLaVA, evaluate, write runs/demo/report.html
 	$(BIN)/python training/demo.py --output_dir runs/demo
+
+reproduce: $(STAMP) ## the paper's tables and figures on the embedded model (about 35 minutes on two idle cores)
+	$(BIN)/python training/reproduce.py --all
 
 # one process per core and one thread per process: most of the time is spent in Triton's sequential interpreter
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal

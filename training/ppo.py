@@ -19,7 +19,7 @@ import sys
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -29,9 +29,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from toprl_models import Schedule, TopRLPolicy
 from toprl_models.policy import model_signature
-from training.rewards import ALPHA_SCHEDULES, REWARDS, alphas, gae, stage_rewards
+from training.rewards import ALPHA_SCHEDULES, REWARD_TERMS, REWARDS, alphas, gae, stage_rewards
 from training.rollout import Rollout, evaluate_actions, rollout
-from training.tasks import Sample, answer, encode, load_model, make_task
+from training.tasks import Sample, Task, answer, encode, load_model, make_task
 
 RATIO_LEVELS = ("token", "mean", "joint")
 
@@ -66,6 +66,9 @@ class PPOConfig:
     )
     reward: str = field(
         default="dense", metadata={"help": "r^Q at every stage or at the last", "choices": list(REWARDS)}
+    )
+    reward_terms: str = field(
+        default="both", metadata={"help": "terms of Eq. 5: r^Q, retention, or both", "choices": list(REWARD_TERMS)}
     )
     ratio_level: str = field(
         default="token",
@@ -104,6 +107,20 @@ def unpruned_quality(model: Any, processor: Any, task: Any, samples: list[Sample
         batch = samples[first : first + batch_size]
         parts.append(answer(model, processor, task, batch, encode(processor, task, batch, model.device))[1])
     return torch.cat(parts)
+
+
+class TrainingData(NamedTuple):
+    """What episodes are made of: samples of a task, and ``quality`` Q of the unpruned model on each, float32 [n]."""
+
+    task: Task
+    samples: list[Sample]
+    quality: Tensor
+
+
+def training_data(model: Any, processor: Any, task: Task, batch_size: int) -> TrainingData:
+    """All samples of ``task``, answered once by the unpruned model."""
+    samples = [task[i] for i in range(len(task))]
+    return TrainingData(task, samples, unpruned_quality(model, processor, task, samples, batch_size))
 
 
 def normalise(advantages: Tensor) -> Tensor:
@@ -249,8 +266,12 @@ class Log:
                 self.writer.add_scalar(name, value, row["iteration"])
 
 
-def main(config: PPOConfig) -> Path:
-    """Train; returns the folder of the final policy."""
+def main(config: PPOConfig, data: TrainingData | None = None) -> Path:
+    """Train; returns the folder of the final policy.
+
+    Args:
+        data: what to train on instead of --task's own samples: measured before, or of a task without a name.
+    """
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
     folder = Path(config.output_dir)
@@ -280,9 +301,10 @@ def main(config: PPOConfig) -> Path:
     (folder / "config.json").write_text(json.dumps(asdict(config), indent=1))
     log = Log(folder, start)
 
-    task = make_task(config.task, "train", config.train_size, seed=config.seed)
-    samples = [task[i] for i in range(len(task))]
-    quality = unpruned_quality(model, processor, task, samples, config.rollout_size)
+    if data is None:
+        task = make_task(config.task, "train", config.train_size, seed=config.seed)
+        data = training_data(model, processor, task, config.rollout_size)
+    task, samples, quality = data
     # Q_p / Q is undefined at Q = 0 (the unpruned model is wrong): those samples teach the actor nothing
     usable = quality.nonzero().flatten()
     if not len(usable):
@@ -310,7 +332,8 @@ def main(config: PPOConfig) -> Path:
             )
 
             # 2. reward: r_t = Q_p / Q - alpha_t L_t / L                                               (Eqs. 1, 2, 5)
-            rewards = stage_rewards(episodes.quality / quality[rows], episodes.retained, alpha, config.reward)
+            share = episodes.quality / quality[rows]
+            rewards = stage_rewards(share, episodes.retained, alpha, config.reward, config.reward_terms)
 
             # 3. advantages of the discounted return sum_t gamma^(t-1) r_t                                  (Eq. 4)
             values = torch.stack([step.value for step in episodes.steps], 1).cpu()

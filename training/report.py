@@ -28,19 +28,9 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from training.charts import CHART_STYLE, CURVES, curves_figure, retained_figure, svg
+from training.evaluation.methods import METHODS
 from training.tasks import exact_match
 
-LABELS = {
-    "full": "Full model, no pruning",
-    "toprl": "TOP-RL",
-    "fastv": "FastV",
-    "pyramiddrop": "PyramidDrop",
-    "sparsevlm": "SparseVLM",
-    "visionzip": "VisionZip",
-    "divprune": "DivPrune",
-    "random": "Random patches",
-    "untrained": "Untrained actor",
-}
 OUTLINE = (38, 50, 56)
 FADED = (244, 244, 242)  # what dropped patches fade towards
 FADE = 0.86  # how far they go there
@@ -88,7 +78,7 @@ def read(folder: Path, name: str) -> Source:
 
 
 def label(method: str) -> str:
-    return LABELS.get(method, method)
+    return METHODS[method].label if method in METHODS else method
 
 
 def percent(values: Sequence[float]) -> str:

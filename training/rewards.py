@@ -7,6 +7,7 @@ from torch import Tensor
 
 ALPHA_SCHEDULES = ("paper", "increasing_early", "constant")
 REWARDS = ("dense", "terminal")
+REWARD_TERMS = ("both", "quality", "retention")
 
 
 def alphas(num_stages: int, eta: float, schedule: str = "paper") -> Tensor:
@@ -29,7 +30,9 @@ def alphas(num_stages: int, eta: float, schedule: str = "paper") -> Tensor:
     raise ValueError(f"alpha_schedule={schedule!r} must be one of {ALPHA_SCHEDULES}")
 
 
-def stage_rewards(quality: Tensor, retained: Tensor, alpha: Tensor, reward: str = "dense") -> Tensor:
+def stage_rewards(
+    quality: Tensor, retained: Tensor, alpha: Tensor, reward: str = "dense", terms: str = "both"
+) -> Tensor:
     """r_t = r^Q - alpha_t * L_t / L (Eq. 5).
 
     Args:
@@ -37,19 +40,24 @@ def stage_rewards(quality: Tensor, retained: Tensor, alpha: Tensor, reward: str 
         retained: L_t / L after each stage, ``[B, T]``.
         alpha: ``[T]``.
         reward: "dense" gives r^Q to every stage (the paper), "terminal" to the last one only.
+        terms: "both" is Eq. 5; "quality" leaves the retention term out, "retention" leaves r^Q out (ablations).
 
     Returns:
         ``[B, T]``.
 
     Raises:
-        ValueError: unknown reward.
+        ValueError: unknown reward or terms.
     """
     if reward not in REWARDS:
         raise ValueError(f"reward={reward!r} must be one of {REWARDS}")
+    if terms not in REWARD_TERMS:
+        raise ValueError(f"terms={terms!r} must be one of {REWARD_TERMS}")
+    if terms == "retention":
+        return -alpha * retained
     shared = quality[:, None].expand_as(retained)
     if reward == "terminal":
         shared = shared * torch.nn.functional.one_hot(torch.tensor(retained.shape[1] - 1), retained.shape[1])
-    return shared - alpha * retained
+    return shared if terms == "quality" else shared - alpha * retained
 
 
 def gae(rewards: Tensor, values: Tensor, gamma: float, gae_lambda: float) -> tuple[Tensor, Tensor]:

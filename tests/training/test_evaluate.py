@@ -23,7 +23,7 @@ from training.evaluation.runner import Ranks, Runner
 from training.tasks import Sample, encode, exact_match, make_task
 
 AVERAGE = (64 + 8 + 4 + 3 * 2) / 6  # tokens over the six layers of the tiny model
-PRUNED = ("toprl", "fastv", "pyramiddrop", "random", "untrained")
+PRUNED = ("toprl", "fastv", "fastv_progressive", "pyramiddrop", "random", "untrained")
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +79,7 @@ def test_macs_are_those_of_the_schedule_and_the_actor(every_method):
 
 def test_every_answer_is_written(every_method):
     records = read_samples(every_method)
-    assert len(records) == 24 * (1 + 1 + 1 + 1 + 2 + 2 + 1)
+    assert len(records) == 24 * (1 + 1 + 1 + 1 + 1 + 2 + 2 + 1)
     first = records[0]
     assert (first["task"], first["method"], first["budget"], first["seed"]) == ("ocr", "full", "full", 0)
     assert first["kept"] == [] and first["num_visual"] == 64
@@ -106,7 +106,7 @@ def test_a_finished_evaluation_is_not_run_again(every_method, policy_folder, mon
     main(EvaluateConfig(policy=[policy_folder], keep=KEPT, limit=24, seeds=[0, 1], output_dir=str(every_method)))
     assert (every_method / "samples.jsonl").read_bytes() == before
     output = capsys.readouterr().out
-    assert "resumed: 216 answers are there already" in output and "Keep 8/4/2 tokens" in output
+    assert "resumed: 240 answers are there already" in output and "Keep 8/4/2 tokens" in output
 
 
 def test_answers_are_those_of_the_plain_loop(every_method):
@@ -428,6 +428,6 @@ def test_all_methods_at_one_budget(policy_folder, tmp_path):
 
 def test_a_method_that_does_not_fit_the_model_is_refused_at_once(tmp_path, monkeypatch):
     monkeypatch.setattr("training.evaluate.load_model", lambda *_: (build_model("qwen2_5_vl"), None))
-    with pytest.raises(ValueError, match="--method visionzip: .*no class token"):
+    with pytest.raises(ValueError, match=r"--method visionzip: .*no class token"):
         evaluate(config_of(tmp_path / "out", method=["visionzip"], stages=[], keep=[], budget=[32]))
     assert not (tmp_path / "out").exists()

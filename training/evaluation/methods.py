@@ -39,7 +39,7 @@ class Row:
     default: bool = False
 
 
-DEFAULTS = ("toprl", "fastv", "pyramiddrop", "random")
+DEFAULTS = ("toprl", "fastv", "fastv_progressive", "pyramiddrop", "random")
 _TOPRL = methods()["toprl"]
 METHODS = {
     "full": Row("Full model, no pruning", scheduled=False, default=True),
