@@ -31,7 +31,7 @@ from toprl_models import Schedule, TopRLPolicy
 from toprl_models.policy import model_signature
 from training.rewards import ALPHA_SCHEDULES, REWARD_TERMS, REWARDS, alphas, gae, stage_rewards
 from training.rollout import Rollout, evaluate_actions, rollout
-from training.tasks import Sample, Task, answer, encode, load_model, make_task
+from training.tasks import DTYPES, Sample, Task, answer, encode, load_model, make_task
 
 RATIO_LEVELS = ("token", "mean", "joint")
 
@@ -42,7 +42,14 @@ class PPOConfig:
 
     output_dir: str = field(default="runs/ppo", metadata={"help": "where metrics, checkpoint and policy go"})
     model_name_or_path: str = field(default="tiny", metadata={"help": '"tiny", a Hub id or a local folder'})
-    task: str = field(default="ocr", metadata={"help": "ocr, shape, colour, exist, count, compare or mixed"})
+    dtype: str = field(default="float32", metadata={"help": "of the model's weights", "choices": list(DTYPES)})
+    task: str = field(
+        default="ocr", metadata={"help": "ocr, shape, colour, exist, count, compare, mixed, or a name of docs/tasks.md"}
+    )
+    dataset_path: str = field(
+        default="", metadata={"help": "local data instead of the Hub; --task custom takes a JSONL or parquet file"}
+    )
+    metric: str = field(default="", metadata={"help": "the reward's Q where the task has several (custom: needed)"})
     train_size: int = field(default=2048, metadata={"help": "training samples (before those with Q = 0 go)"})
     stage_layers: list[int] = field(
         default_factory=lambda: [1, 2, 3], metadata={"help": "pruning happens before these"}
@@ -93,6 +100,8 @@ class PPOConfig:
         for name in ("train_size", "iterations", "rollout_size", "ppo_epochs", "minibatch_size", "save_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name} {getattr(self, name)} must be at least 1")
+        if self.dtype not in DTYPES:
+            raise ValueError(f"--dtype {self.dtype} must be one of {', '.join(DTYPES)}")
         for name in ("gamma", "gae_lambda", "eta"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"--{name} {getattr(self, name)} must lie in [0, 1]")
@@ -280,7 +289,7 @@ def main(config: PPOConfig, data: TrainingData | None = None) -> Path:
     torch.manual_seed(config.seed)
     generator = torch.Generator().manual_seed(config.seed)  # data order and minibatches
     sampler = torch.Generator(device).manual_seed(config.seed)  # actions
-    model, processor = load_model(config.model_name_or_path, device)
+    model, processor = load_model(config.model_name_or_path, device, getattr(torch, config.dtype))
     schedule = Schedule(tuple((layer, 1.0) for layer in config.stage_layers))
     policy = TopRLPolicy(
         model.config.get_text_config().hidden_size,
@@ -302,7 +311,8 @@ def main(config: PPOConfig, data: TrainingData | None = None) -> Path:
     log = Log(folder, start)
 
     if data is None:
-        task = make_task(config.task, "train", config.train_size, seed=config.seed)
+        options = {name: value for name in ("dataset_path", "metric") if (value := getattr(config, name))}
+        task = make_task(config.task, "train", config.train_size, seed=config.seed, **options)
         data = training_data(model, processor, task, config.rollout_size)
     task, samples, quality = data
     # Q_p / Q is undefined at Q = 0 (the unpruned model is wrong): those samples teach the actor nothing

@@ -183,3 +183,40 @@ def test_it_learns_to_find_the_digit(tmp_path):
     assert rows[-1]["reward"] > rows[0]["reward"] + 0.5
     assert rows[-1]["retained"][-1] < 0.3 < rows[0]["retained"][-1]
     assert rows[-1]["accuracy"] > 0.8
+
+
+@pytest.fixture
+def own_data(tmp_path):
+    """Scenes as anyone's JSONL file."""
+    task, rows = make_task("ocr", "train", 24), []
+    for i in range(len(task)):
+        task[i].image.save(tmp_path / f"{i}.png")
+        rows.append({"image": f"{i}.png", "question": task[i].question, "answer": task[i].answer})
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(tmp_path / "train.jsonl")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_training_on_own_data(own_data, tmp_path, dtype):
+    changes = {"task": "custom", "dataset_path": own_data, "metric": "exact_match", "iterations": 2, "dtype": dtype}
+    folder = main(small(tmp_path / "run", train_size=24, **changes))
+    policy = TopRLPolicy.from_pretrained(folder)
+    assert policy.metadata["task"] == "custom" and policy.head.weight.dtype == torch.float32
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert len(rows) == 2 and rows[0]["usable"] > 0.5
+    scenes = main(small(tmp_path / "scenes", train_size=24, iterations=2, dtype=dtype))
+    if dtype == "float32":  # the same pictures and questions under another name: the same training
+        assert all(torch.equal(one, weights(scenes)[name]) for name, one in policy.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"task": "custom"}, "custom: needs dataset_path"),
+        ({"dataset_path": "data"}, "ocr: dataset_path='data' has no meaning"),
+        ({"dtype": "int8"}, "--dtype int8 must be one of float32"),
+    ],
+)
+def test_data_that_does_not_fit_is_refused(changes, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        main(small(tmp_path, **changes))

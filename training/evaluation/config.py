@@ -10,8 +10,7 @@ from typing import Any
 from toprl_models import Schedule, schedule_for
 from toprl_models.methods import Method
 from training.evaluation.methods import METHODS
-
-DTYPES = ("float32", "bfloat16", "float16")
+from training.tasks import DTYPES
 
 
 @dataclass

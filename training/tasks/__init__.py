@@ -3,10 +3,11 @@
 from training.metrics import exact_match
 from training.tasks.base import Sample, Task
 from training.tasks.factory import TASKS, make_task
-from training.tasks.model import answer, encode, load_model, read_answers
+from training.tasks.model import DTYPES, answer, encode, load_model, read_answers
 from training.tasks.scene_task import SceneTask
 
 __all__ = [
+    "DTYPES",
     "TASKS",
     "Sample",
     "SceneTask",

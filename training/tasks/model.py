@@ -12,6 +12,8 @@ import transformers
 from toprl_models import tiny
 from training.tasks.base import Sample, Task
 
+DTYPES = ("float32", "bfloat16", "float16")  # of a model's weights, as flags name them
+
 
 def load_model(name_or_path: str, device: str, dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
     """Frozen model and processor: "tiny" for the embedded one, else a Hub id or a local folder."""
