@@ -9,9 +9,7 @@ the baselines by training/evaluate.py, and writes results.json, gallery.json and
 
 from __future__ import annotations
 
-import base64
 import datetime
-import io
 import json
 import os
 import platform
@@ -30,7 +28,7 @@ from transformers import HfArgumentParser
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from toprl_models import Schedule, TopRLPolicy, attach
-from training.report import write_report
+from training.report import gallery_entry, write_report
 from training.scenes import KINDS
 from training.tasks import answer, encode, load_model, make_task
 
@@ -127,19 +125,8 @@ def gallery(config: DemoConfig, folder: Path, runs: dict[str, list[str]], per_ki
             after, _ = answer(model, processor, task, samples, inputs)
             kept = [[[i for i in row if i >= 0] for row in stage.indices.tolist()] for stage in pruner.trace]
         for row, sample in enumerate(samples):
-            buffer = io.BytesIO()
-            sample.image.save(buffer, format="PNG")
-            entries.append(
-                {
-                    "kind": kind,
-                    "image": base64.b64encode(buffer.getvalue()).decode(),
-                    "question": sample.question,
-                    "reference": sample.answer,
-                    "full_answer": before[row],
-                    "pruned_answer": after[row],
-                    "stages": [stage[row] for stage in kept],
-                }
-            )
+            stages = [stage[row] for stage in kept]
+            entries.append({"kind": kind, **gallery_entry(sample.image, sample, before[row], after[row], stages)})
     return entries
 
 

@@ -29,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from training.charts import CHART_STYLE, CURVES, curves_figure, retained_figure, svg
 from training.evaluation.methods import METHODS
-from training.tasks import exact_match
+from training.tasks import Sample, exact_match
 
 OUTLINE = (38, 50, 56)
 FADED = (244, 244, 242)  # what dropped patches fade towards
@@ -309,6 +309,22 @@ def png_uri(image: Image.Image) -> str:
 def mark(answer: str, reference: str) -> str:
     right = bool(exact_match(answer, reference))
     return f'<span class="{"right" if right else "wrong"}">{escape(answer) or "(empty)"} {"✓" if right else "✗"}</span>'
+
+
+def gallery_entry(
+    image: Image.Image, sample: Sample, full_answer: str, pruned_answer: str, stages: Sequence[Sequence[int]]
+) -> dict[str, Any]:
+    """What is stored of a picture: itself as PNG in base64, question, answers, and the tokens kept by each stage."""
+    buffer = io.BytesIO()
+    image.save(buffer, format="PNG")
+    return {
+        "image": base64.b64encode(buffer.getvalue()).decode(),
+        "question": sample.question,
+        "reference": sample.answer,
+        "full_answer": full_answer,
+        "pruned_answer": pruned_answer,
+        "stages": stages,
+    }
 
 
 def gallery_item(item: Source, num_visual: int) -> str:

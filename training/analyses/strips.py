@@ -20,7 +20,7 @@ from training.analyses.lab import Lab
 from training.analyses.measure import facts_of, model_of, stages_for, task_of, train, training
 from training.analyses.verdicts import Estimate, Verdict, all_of, bootstrap, estimate, judge, runs
 from training.analyses.words import markdown_table
-from training.report import draw_stage
+from training.report import draw_stage, gallery_entry
 from training.scenes import KINDS, SceneDataset
 from training.tasks import answer, encode
 
@@ -50,19 +50,8 @@ def keep(arguments: dict[str, Any], folder: Path) -> dict[str, Any]:
                 f"strips: {totals[row]} visual tokens are no square grid; pictures need a model with one, as LLaVA-1.5"
             )
         size = side * max(1, 128 // side)
-        buffer = io.BytesIO()
-        ImageOps.fit(sample.image.convert("RGB"), (size, size)).save(buffer, format="PNG")
-        pictures.append(
-            {
-                "image": base64.b64encode(buffer.getvalue()).decode(),
-                "question": sample.question,
-                "reference": sample.answer,
-                "full_answer": before[row],
-                "pruned_answer": after[row],
-                "stages": [stage[row] for stage in kept],
-                "side": side,
-            }
-        )
+        shown, stages = ImageOps.fit(sample.image.convert("RGB"), (size, size)), [stage[row] for stage in kept]
+        pictures.append({**gallery_entry(shown, sample, before[row], after[row], stages), "side": side})
     return {"pictures": pictures, "last": kept[-1]}
 
 
