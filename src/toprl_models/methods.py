@@ -37,6 +37,7 @@ class Method:
         policy: makes the policy; ``TopRLPolicy`` and ``OneShot`` need arguments, the others have the authors' defaults.
         stages: the layers that prune in a decoder of 32 layers.
         staged: it may prune at any layers, any number of them.
+        trained: it is made of a trained ``TopRLPolicy``.
         merges: behind a stage there are more tokens than the schedule says: ``Policy.counts`` tells how many.
         authors: tokens that the authors keep at each stage, of 576 in 32 layers, by what they call the budget.
     """
@@ -47,6 +48,7 @@ class Method:
     policy: Callable[..., Policy]
     stages: tuple[int, ...] = PAPER_STAGES
     staged: bool = False
+    trained: bool = False
     merges: bool = False
     authors: Mapping[float, tuple[int, ...]] = field(default_factory=dict)
 
@@ -62,7 +64,7 @@ class Method:
 METHODS = {
     method.name: method
     for method in (
-        Method("toprl", "TOP-RL", "TOP-RL", TopRLPolicy, staged=True),
+        Method("toprl", "TOP-RL", "TOP-RL", TopRLPolicy, staged=True, trained=True),
         Method("fastv", "FastV", "Chen et al., ECCV 2024", FastV, (2,)),
         Method("fastv_progressive", "FastV-P", "TOP-RL, Fig. 2", FastVProgressive, (8, 16, 24), staged=True),
         Method("pyramiddrop", "PyramidDrop", "Xing et al., CVPR 2025", PyramidDrop, staged=True),
@@ -79,7 +81,7 @@ METHODS = {
         Method("fastervlm", "FasterVLM", "Zhang et al., arXiv 2412.01818", FasterVLM, BEFORE_LLM),
         Method("divprune", "DivPrune", "Alvar et al., CVPR 2025", DivPrune, BEFORE_LLM),
         Method("downsample", "Smaller image", "arXiv 2511.02650", Downsample, BEFORE_LLM),
-        Method("oneshot", "TOP-RL, one stage", "TOP-RL, appendix C", OneShot, (2,)),
+        Method("oneshot", "TOP-RL, one stage", "TOP-RL, appendix C", OneShot, (2,), trained=True),
         Method("random", "Random patches", "control", RandomPolicy, staged=True),
     )
 }

@@ -114,6 +114,7 @@ def begin(prompt: Prompt | None, embeddings: Tensor, inputs: Mapping[str, Any]) 
     counts = torch.stack([visual.sum(1), everything.sum(1), ends.long(), last_visual, behind.sum(1)]).tolist()
     num_visual, num_valid = tuple(counts[0]), tuple(counts[1])
     valid = None if min(num_valid) == visual.shape[1] else valid
+    found = Visual.of(ordinal, num_visual)
     return ForwardPass(
         prunes=True,
         length=visual.shape[1],
@@ -123,9 +124,9 @@ def begin(prompt: Prompt | None, embeddings: Tensor, inputs: Mapping[str, Any]) 
         ends_visual=tuple(bool(end) for end in counts[2]),
         past_valid=prompt.past_valid,
         ordinal=ordinal,
-        visual=Visual.of(ordinal, num_visual),
+        visual=found,
         num_visual=num_visual,
         num_text=tuple(n - v for n, v in zip(num_valid, num_visual, strict=True)),
         valid=valid,
-        entry=Entry(embeddings, Visual.of(ordinal, num_visual), visual, behind, max(counts[4]), inputs),
+        entry=Entry(embeddings, found, visual, behind, max(counts[4]), inputs),
     )

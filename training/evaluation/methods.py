@@ -47,7 +47,7 @@ METHODS = {
         name: Row(
             method.title,
             method,
-            needs_policy=name in ("toprl", "oneshot"),
+            needs_policy=method.trained,
             draws=name == "random",
             default=name in DEFAULTS,
         )

@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 MODELS = "toprl_models.integrations.lmms_eval_models"
-TRAINED = ("toprl", "oneshot")  # methods that are made of a trained policy
 
 
 def manifests() -> list[Any]:
@@ -146,9 +145,10 @@ def _method(method: Any, policy: Any) -> str:
     method = "toprl" if method is None else method
     if method not in methods():
         raise ValueError(f"method={method} is unknown; {known}")
-    if method in TRAINED and policy is None:
+    trained = methods()[method].trained
+    if trained and policy is None:
         raise ValueError(f"method={method} needs a trained policy: policy=FOLDER_OR_HUB_ID")
-    if method not in TRAINED and policy is not None:
+    if not trained and policy is not None:
         raise ValueError(f"policy={policy}: method={method} takes no policy; leave one of the two out")
     return method
 
