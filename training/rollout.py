@@ -11,7 +11,9 @@ from torch import Tensor
 
 from toprl_kernels import keep_mask_log_prob, sample_keep_mask
 from toprl_models import Decision, Policy, Schedule, StageContext, TopRLPolicy, attach
-from training.tasks import Sample, Task, answer, encode
+from training.tasks import Sample, Task, answer
+
+MAX_VISUAL = 2**24  # more visual tokens than any sample has: room for the numbers of one stage's tokens
 
 
 @dataclass
@@ -45,10 +47,15 @@ class Rollout:
 
 
 class SamplingPolicy(Policy):
-    """Samples the actor's masks instead of taking its top-k, and records the episode."""
+    """Samples the actor's masks instead of taking its top-k, and records the episode.
 
-    def __init__(self, policy: TopRLPolicy, generator: torch.Generator, tau: float) -> None:
-        self.policy, self.generator, self.tau = policy, generator, tau
+    The noise of a token is a function of the seed, the episode's number, the stage and the token's place among the
+    sample's original tokens: it does not depend on what else is in the batch, on the device, or on whether earlier
+    stages removed or masked what they dropped.
+    """
+
+    def __init__(self, policy: TopRLPolicy, seed: int, episodes: Tensor, tau: float) -> None:
+        self.policy, self.seed, self.episodes, self.tau = policy, seed, episodes, tau
         self.steps: list[Step] = []
 
     def check(self, model: Any, schedule: Schedule) -> None:
@@ -60,10 +67,11 @@ class SamplingPolicy(Policy):
         original = torch.tensor(context.num_visual, device=hidden_states.device)
         kept_fraction = context.valid_mask.sum(1) / original.clamp(min=1)
         logits = self.policy.logits(hidden_states, context.stage, context.valid_mask)
-        # one draw per *original* token, so that masked and compacted rollouts of a seed are the same episode
-        uniform = torch.rand(len(logits), max(context.num_visual), generator=self.generator, device=logits.device)
-        uniform = context.of_original(uniform.clamp(1e-7, 1 - 1e-7))
-        sample = sample_keep_mask(logits, uniform=uniform, tau=self.tau, previous_mask=context.valid_mask)
+        first = (self.episodes.to(logits.device) * len(self.policy.stage_layers) + context.stage) * MAX_VISUAL
+        token_ids = first[:, None] + context.visual_index.clamp(min=0)
+        sample = sample_keep_mask(
+            logits, seed=self.seed, token_ids=token_ids, tau=self.tau, previous_mask=context.valid_mask
+        )
         keep_mask = sample.keep_mask.bool()
         value = self.policy.value(hidden_states, context.stage, context.valid_mask, text_state, kept_fraction)
         self.steps.append(
@@ -94,18 +102,22 @@ def rollout(
     schedule: Schedule,
     task: Task,
     samples: Sequence[Sample],
+    inputs: dict[str, Any],
     *,
-    generator: torch.Generator,
+    episodes: Tensor,
+    seed: int,
     tau: float,
     mode: str,
 ) -> Rollout:
     """Let the model answer ``samples`` under sampled masks (Eq. 3 is the model's own forward pass).
 
     Args:
+        inputs: of the model for ``samples``, on its device (``encode``).
+        episodes: int64 ``[B]``, a number for each episode, all different in a training run; with ``seed`` they are
+            all that the sampled masks depend on besides the actor.
         mode: "compact" really drops tokens, "mask" uses Eqs. 6-7. Surviving tokens see the same numbers.
     """
-    sampling = SamplingPolicy(policy, generator, tau)
-    inputs = encode(processor, task, samples, model.device)
+    sampling = SamplingPolicy(policy, seed, episodes, tau)
     with attach(model, sampling, schedule=schedule, mode=mode) as pruner:  # type: ignore[arg-type]
         answers, quality = answer(model, processor, task, samples, inputs)
         counts = torch.tensor([stage.counts for stage in pruner.trace], dtype=torch.float32).T

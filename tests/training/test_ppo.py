@@ -11,9 +11,11 @@ import torch
 
 from toprl_models import Schedule, TopRLPolicy, tiny
 from training import ppo
-from training.ppo import PPOConfig, main, policy_loss
+from training.ppo import PPOConfig, main
 from training.rollout import rollout
-from training.tasks import make_task
+from training.tasks import encode, make_task
+from training.trainer import checkpoint, data
+from training.trainer.objectives import policy_loss
 
 LAYERS = [1, 2, 3]
 
@@ -69,18 +71,20 @@ def test_masked_and_compacted_rollouts_are_the_same_episode(model_and_processor)
     torch.manual_seed(0)
     policy = TopRLPolicy(tiny.HIDDEN_SIZE, LAYERS, 16, keep_bias=0.0)
     task = make_task("mixed", "train", 12)
+    samples = [task[i] for i in range(12)]
     schedule = Schedule(tuple((layer, 1.0) for layer in LAYERS))
     episodes = {}
     for mode in ("compact", "mask"):
-        generator = torch.Generator().manual_seed(1)
         episodes[mode] = rollout(
             model,
             processor,
             policy,
             schedule,
             task,
-            [task[i] for i in range(12)],
-            generator=generator,
+            samples,
+            encode(processor, task, samples, "cpu"),
+            episodes=torch.arange(12),
+            seed=1,
             tau=1.0,
             mode=mode,
         )
@@ -141,12 +145,12 @@ def test_a_checkpoint_is_never_half_written(tmp_path, monkeypatch):
     monkeypatch.setattr(torch, "save", full_disk)
     policy = TopRLPolicy(tiny.HIDDEN_SIZE, LAYERS, 16)
     with pytest.raises(OSError, match="No space"):
-        ppo.save_checkpoint(tmp_path / "run/checkpoint", policy, {})
+        checkpoint.save_checkpoint(tmp_path / "run/checkpoint", policy, {})
     after = weights(tmp_path / "run/checkpoint")
     assert all(torch.equal(good[name], after[name]) for name in good)
     # a crash between the two renames leaves the old one, which is found
     shutil.move(tmp_path / "run/checkpoint", tmp_path / "run/checkpoint.old")
-    assert ppo.load_checkpoint(tmp_path / "run/checkpoint", policy, config) is not None
+    assert checkpoint.load_checkpoint(tmp_path / "run/checkpoint", policy, config) is not None
 
 
 def test_a_wrong_ratio_is_noticed(tmp_path, monkeypatch):
@@ -164,7 +168,7 @@ def test_a_wrong_ratio_is_noticed(tmp_path, monkeypatch):
 
 
 def test_a_task_the_model_cannot_do_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(ppo, "unpruned_quality", lambda *a: torch.zeros(32))
+    monkeypatch.setattr(data, "unpruned_quality", lambda *a: torch.zeros(32))
     with pytest.raises(RuntimeError, match="answers none of 32 samples"):
         main(small(tmp_path))
 

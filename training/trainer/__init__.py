@@ -1,0 +1,1 @@
+"""The parts of the PPO trainer; training/ppo.py puts them together."""
