@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -95,6 +97,7 @@ def _double(name: str, tensor: Tensor) -> str:
     return f"{name} has dtype {str(tensor.dtype).removeprefix('torch.')}, the kernels take 16 and 32 bit"
 
 
+@functools.lru_cache(maxsize=64)
 def _expected_shapes(d1: int, d2: int, num_stages: int) -> tuple[tuple[int, ...], ...]:
     """Of the fields of ActorWeights."""
     wide, square = (d2,), (d2, d2)
