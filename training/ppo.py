@@ -4,19 +4,22 @@
     python training/ppo.py --task shape --stage_layers 1 2 3      # another question kind, other stages
     python training/ppo.py --output_dir runs/ocr --resume auto    # go on where a stopped run was
     python training/ppo.py config.yaml                            # flags from a YAML or JSON file
+    torchrun --nproc_per_node 8 training/ppo.py config.yaml       # the same policy, on 8 GPUs
 
 One iteration is: rollout -> reward (Eq. 5) -> advantages (GAE) -> PPO update. The language model is frozen; actor and
-critic learn. Writes metrics.jsonl (what each metric means: docs/training.md), TensorBoard events, checkpoint/ and the
-final policy folder, which ``TopRLPolicy.from_pretrained`` loads.
+critic learn. Writes metrics.jsonl (what each metric means: docs/training.md), validation.jsonl, TensorBoard events,
+checkpoints/, best and the final policy folder, which ``TopRLPolicy.from_pretrained`` loads.
 """
 
 from __future__ import annotations
 
+import copy
 import json
 import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import HfArgumentParser
@@ -28,11 +31,209 @@ from toprl_models.policy import model_signature
 from training.rewards import alphas, gae, stage_rewards
 from training.rollout import rollout
 from training.tasks import load_model, make_task
-from training.trainer.checkpoint import load_checkpoint, save_checkpoint
+from training.trainer.checkpoint import CheckpointError, Writer, load_checkpoint, start_anew
 from training.trainer.config import PPOConfig
+from training.trainer.console import Console
 from training.trainer.data import TrainingData, training_data
+from training.trainer.launch import sigterm_raises, torchrun_ranks
 from training.trainer.log import Log
 from training.trainer.objectives import update
+from training.trainer.ranks import Ranks
+from training.trainer.validation import split_off, validate, validation_task
+from training.trainer.watch import Watch, naming_checkpoint, require_finite
+
+
+class Trainer:
+    """One run. ``train`` is the whole of it, ``iterate`` the paper's loop body."""
+
+    def __init__(self, config: PPOConfig, data: TrainingData | None, ranks: Ranks, device: str) -> None:
+        self.config, self.ranks, self.folder = config, ranks, Path(config.output_dir)
+        torch.manual_seed(config.seed)
+        self.generator = torch.Generator().manual_seed(config.seed)  # data order and minibatches
+        self.model, self.processor = load_model(config.model_name_or_path, device, getattr(torch, config.dtype))
+        self.schedule = Schedule(tuple((layer, 1.0) for layer in config.stage_layers))
+        self.policy = TopRLPolicy(
+            self.model.config.get_text_config().hidden_size,
+            config.stage_layers,
+            actor_size=config.actor_size,
+            base_model=model_signature(self.model),
+            metadata={"task": config.task, "model": config.model_name_or_path, "ppo": asdict(config)},
+        ).to(self.model.device)
+        self.policy.check(self.model, self.schedule)
+        self.optimizer = torch.optim.Adam(self.policy.parameters(), lr=config.learning_rate, eps=1e-5)
+        self.alpha = alphas(len(config.stage_layers), config.eta, config.alpha_schedule)
+        self.iteration, self.best = 0, None  # iterations done; reward of the best validation
+        self._open_folder()
+        self._load_data(data)
+
+    def _open_folder(self) -> None:
+        config = self.config
+        if config.resume == "auto" and (state := load_checkpoint(self.folder / "checkpoints", self.policy, config)):
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.generator.set_state(state["generator"])
+            self.iteration, self.best = state["iteration"], state["best"]
+        if not self.ranks.first:
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if self.iteration:
+            print(f"resumed after iteration {self.iteration}", flush=True)
+        else:
+            start_anew(self.folder, config.overwrite)
+        (self.folder / "config.json").write_text(json.dumps(asdict(config), indent=1))
+        self.log = Log(self.folder, self.iteration, config.report_to, asdict(config))
+        self.watch = Watch(config, self.log.rows)
+        self.writer = Writer(self.folder, config.keep_checkpoints)
+
+    def _load_data(self, data: TrainingData | None) -> None:
+        config = self.config
+        held_out_task = validation_task(config) if config.eval_every and data is None else None
+        if data is None:
+            options = {name: value for name in ("dataset_path", "metric") if (value := getattr(config, name))}
+            task = make_task(config.task, "train", config.train_size, seed=config.seed, **options)
+            data = training_data(self.model, self.processor, task, config.rollout_size, ranks=self.ranks)
+        self.held_out: TrainingData | None = None
+        if held_out_task is not None:
+            self.held_out = training_data(
+                self.model, self.processor, held_out_task, config.rollout_size, ranks=self.ranks
+            )
+        elif config.eval_every:
+            data, self.held_out = split_off(data, config.eval_size)
+        self.data = data
+        # Q_p / Q is undefined at Q = 0 (the unpruned model is wrong): those samples teach the actor nothing
+        self.usable = data.quality.nonzero().flatten()
+        if not len(self.usable):
+            raise RuntimeError(
+                f"--task {config.task}: the unpruned model answers none of {len(data.samples)} samples; "
+                "nothing to learn"
+            )
+
+    def state(self) -> dict[str, Any]:
+        """What, besides the policy, the rest of the run depends on."""
+        return {
+            "iteration": self.iteration,
+            "optimizer": self.optimizer.state_dict(),
+            "generator": self.generator.get_state(),
+            "best": self.best,
+            "config": asdict(self.config),
+        }
+
+    def iterate(self) -> dict[str, Any]:
+        """One iteration; returns its row of metrics.jsonl."""
+        config, ranks = self.config, self.ranks
+        began = time.perf_counter()
+        fraction = self.iteration / max(1, config.iterations - 1)
+        for group in self.optimizer.param_groups:
+            group["lr"] = config.learning_rate * (1 - 0.9 * fraction)
+        # tau 1.0 -> 0.05; it shapes the relaxed gradient only, never the policy's probabilities
+        tau = config.tau_start * (config.tau_end / config.tau_start) ** fraction
+
+        # 1. rollout: s_{t+1} = TransformerLayers(m_t, s_t), m_t ~ pi(. | s_t), each process its share         (Eq. 3)
+        rows = self.usable[torch.randint(len(self.usable), (config.rollout_size,), generator=self.generator)]
+        share = ranks.share(config.rollout_size)
+        here = rows[share].tolist()
+        episodes = rollout(
+            self.model,
+            self.processor,
+            self.policy,
+            self.schedule,
+            self.data.task,
+            [self.data.samples[row] for row in here],
+            self.data.inputs(self.model, self.processor, here),
+            episodes=self.iteration * config.rollout_size + torch.arange(config.rollout_size)[share],
+            seed=config.seed,
+            tau=tau,
+            mode=config.rollout,
+        )
+
+        # 2. reward: r_t = Q_p / Q - alpha_t L_t / L                                                   (Eqs. 1, 2, 5)
+        device, stages = self.model.device, len(config.stage_layers)
+        mine = [
+            episodes.quality[:, None].to(device),
+            episodes.retained.to(device),
+            torch.stack([step.value for step in episodes.steps], 1),
+        ]
+        quality, retained, values = ranks.gather(torch.cat(mine, 1), len(rows)).cpu().split([1, stages, stages], 1)
+        ratio = quality[:, 0] / self.data.quality[rows]
+        rewards = stage_rewards(ratio, retained, self.alpha, config.reward, config.reward_terms)
+
+        # 3. advantages of the discounted return sum_t gamma^(t-1) r_t                                        (Eq. 4)
+        require_finite(rewards=rewards, values=values)
+        advantages, returns = gae(rewards, values, config.gamma, config.gae_lambda)
+
+        # 4. PPO update of actor and critic
+        statistics = update(self.policy, self.optimizer, episodes, advantages, returns, config, self.generator, ranks)
+
+        explained = 1 - (returns - values).var() / returns.var().clamp(min=1e-8)
+        return {
+            "iteration": self.iteration,
+            "reward": rewards.sum(1).mean().item(),
+            "reward_std": rewards.sum(1).std(correction=0).item(),
+            "accuracy": quality.mean().item(),
+            "retained": retained.mean(0).tolist(),
+            "usable": len(self.usable) / len(self.data.samples),
+            "advantage_std": advantages.std(correction=0).item(),
+            "explained_variance": explained.item(),
+            "tau": tau,
+            "learning_rate": self.optimizer.param_groups[0]["lr"],
+            **statistics,
+            "seconds": time.perf_counter() - began,
+        }
+
+    def validate(self) -> None:
+        """Answer the held-out samples; the best policy so far is kept."""
+        assert self.held_out is not None
+        row = validate(self.model, self.processor, self.policy, self.schedule, self.held_out, self.config, self.ranks)
+        row = {"iteration": self.iteration, **row}
+        is_best = self.best is None or row["reward"] > self.best
+        self.best = row["reward"] if is_best else self.best
+        if self.ranks.first:
+            self.log.validation(row)
+            if is_best:
+                self.writer.save_best(self.policy, row)
+
+    def train(self) -> Path:
+        """All iterations that are left; returns the folder of the final policy.
+
+        However the run ends, the iterations that it finished are in a checkpoint; only SIGKILL loses those since the
+        last one that was due.
+        """
+        config, console = self.config, Console(self.config, self.iteration, quiet=not self.ranks.first)
+        unsaved: tuple[TopRLPolicy, dict[str, Any]] | None = None
+        try:
+            with console:
+                while True:
+                    is_last = self.iteration == config.iterations
+                    if config.eval_every and (self.iteration % config.eval_every == 0 or is_last):
+                        self.validate()
+                    if is_last:
+                        break
+                    with naming_checkpoint(self.folder / "checkpoints", self.iteration):
+                        row = self.iterate()
+                    self.iteration += 1
+                    if self.ranks.first:
+                        unsaved = copy.deepcopy((self.policy, self.state()))
+                        self.log.write(row)
+                        console.show(row)
+                        if self.iteration % config.save_every == 0 or self.iteration == config.iterations:
+                            self.writer.save(*unsaved)
+                            unsaved = None
+                        self.watch.check(row)
+        except CheckpointError:
+            raise
+        except BaseException as error:
+            if self.ranks.first:
+                if unsaved is not None:
+                    self.writer.save(*unsaved)
+                self.writer.close()
+                console.stopped(error, unsaved[1]["iteration"] if unsaved else self.iteration)
+            raise
+        policy = self.folder / "policy"
+        if self.ranks.first:
+            self.writer.close()
+            self.log.close()
+            self.policy.save_pretrained(policy)
+            print(f"{console.status}\npolicy: {policy}".lstrip())
+        return policy
 
 
 def main(config: PPOConfig, data: TrainingData | None = None) -> Path:
@@ -41,115 +242,8 @@ def main(config: PPOConfig, data: TrainingData | None = None) -> Path:
     Args:
         data: what to train on instead of --task's own samples: measured before, or of a task without a name.
     """
-    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-
-    folder = Path(config.output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    torch.manual_seed(config.seed)
-    generator = torch.Generator().manual_seed(config.seed)  # data order and minibatches
-    model, processor = load_model(config.model_name_or_path, device, getattr(torch, config.dtype))
-    schedule = Schedule(tuple((layer, 1.0) for layer in config.stage_layers))
-    policy = TopRLPolicy(
-        model.config.get_text_config().hidden_size,
-        config.stage_layers,
-        actor_size=config.actor_size,
-        base_model=model_signature(model),
-        metadata={"task": config.task, "model": config.model_name_or_path, "ppo": asdict(config)},
-    ).to(device)
-    policy.check(model, schedule)
-    optimizer = torch.optim.Adam(policy.parameters(), lr=config.learning_rate, eps=1e-5)
-    start = 0
-    if config.resume == "auto" and (state := load_checkpoint(folder / "checkpoint", policy, config)):
-        optimizer.load_state_dict(state["optimizer"])
-        generator.set_state(state["generator"])
-        start = state["iteration"]
-        print(f"resumed after iteration {start}")
-    (folder / "config.json").write_text(json.dumps(asdict(config), indent=1))
-    log = Log(folder, start)
-
-    if data is None:
-        options = {name: value for name in ("dataset_path", "metric") if (value := getattr(config, name))}
-        task = make_task(config.task, "train", config.train_size, seed=config.seed, **options)
-        data = training_data(model, processor, task, config.rollout_size)
-    task, samples, quality = data
-    # Q_p / Q is undefined at Q = 0 (the unpruned model is wrong): those samples teach the actor nothing
-    usable = quality.nonzero().flatten()
-    if not len(usable):
-        raise RuntimeError(
-            f"--task {config.task}: the unpruned model answers none of {len(samples)} samples; nothing to learn"
-        )
-    alpha = alphas(len(config.stage_layers), config.eta, config.alpha_schedule)
-
-    columns = (TextColumn("[bold]{task.fields[task_name]}"), BarColumn(), TextColumn("{task.completed}/{task.total}"))
-    with Progress(*columns, TimeRemainingColumn(), TextColumn("{task.fields[status]}")) as progress:
-        bar = progress.add_task("ppo", total=config.iterations, completed=start, task_name=config.task, status="")
-        for iteration in range(start, config.iterations):
-            began = time.perf_counter()
-            fraction = iteration / max(1, config.iterations - 1)
-            for group in optimizer.param_groups:
-                group["lr"] = config.learning_rate * (1 - 0.9 * fraction)
-            # tau 1.0 -> 0.05; it shapes the relaxed gradient only, never the policy's probabilities
-            tau = config.tau_start * (config.tau_end / config.tau_start) ** fraction
-
-            # 1. rollout: s_{t+1} = TransformerLayers(m_t, s_t), m_t ~ pi(. | s_t)                        (Eq. 3)
-            rows = usable[torch.randint(len(usable), (config.rollout_size,), generator=generator)]
-            batch = [samples[i] for i in rows.tolist()]
-            numbers = iteration * config.rollout_size + torch.arange(config.rollout_size)
-            episodes = rollout(
-                model,
-                processor,
-                policy,
-                schedule,
-                task,
-                batch,
-                data.inputs(model, processor, rows.tolist()),
-                episodes=numbers,
-                seed=config.seed,
-                tau=tau,
-                mode=config.rollout,
-            )
-
-            # 2. reward: r_t = Q_p / Q - alpha_t L_t / L                                               (Eqs. 1, 2, 5)
-            share = episodes.quality / quality[rows]
-            rewards = stage_rewards(share, episodes.retained, alpha, config.reward, config.reward_terms)
-
-            # 3. advantages of the discounted return sum_t gamma^(t-1) r_t                                  (Eq. 4)
-            values = torch.stack([step.value for step in episodes.steps], 1).cpu()
-            advantages, returns = gae(rewards, values, config.gamma, config.gae_lambda)
-
-            # 4. PPO update of actor and critic
-            statistics = update(policy, optimizer, episodes, advantages, returns, config, generator)
-
-            explained = 1 - (returns - values).var() / returns.var().clamp(min=1e-8)
-            row = {
-                "iteration": iteration,
-                "reward": rewards.sum(1).mean().item(),
-                "accuracy": episodes.quality.mean().item(),
-                "retained": episodes.retained.mean(0).tolist(),
-                "usable": len(usable) / len(samples),
-                "explained_variance": explained.item(),
-                "tau": tau,
-                "learning_rate": optimizer.param_groups[0]["lr"],
-                "seconds": time.perf_counter() - began,
-                **statistics,
-            }
-            log.write(row)
-            kept = "/".join(f"{x:.2f}" for x in row["retained"])
-            status = f"reward {row['reward']:.3f} kept {kept} acc {row['accuracy']:.3f} kl {row['kl_k3']:.3f}"
-            progress.update(bar, advance=1, status=status)
-            if (iteration + 1) % config.save_every == 0 or iteration + 1 == config.iterations:
-                state = {
-                    "iteration": iteration + 1,
-                    "optimizer": optimizer.state_dict(),
-                    "generator": generator.get_state(),
-                    "config": asdict(config),
-                }
-                save_checkpoint(folder / "checkpoint", policy, state)
-    log.writer.close()
-    policy.save_pretrained(folder / "policy")
-    print(f"{status}\npolicy: {folder / 'policy'}" if start < config.iterations else f"policy: {folder / 'policy'}")
-    return folder / "policy"
+    with sigterm_raises(), torchrun_ranks(config.device, config.ddp_timeout) as (ranks, device):
+        return Trainer(config, data, ranks, device).train()
 
 
 if __name__ == "__main__":

@@ -1,13 +1,18 @@
-"""The reward of Eq. 5 and the advantages of generalised advantage estimation (GAE)."""
+"""The reward of Eq. 5 and its variants, and the advantages: by GAE, or within groups of a sample's episodes."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 ALPHA_SCHEDULES = ("paper", "increasing_early", "constant")
 REWARDS = ("dense", "terminal")
+REWARD_QS = ("ratio", "prob_ratio", "metric")
 REWARD_TERMS = ("both", "quality", "retention")
+MAX_PROB_RATIO = 2.0
+BUDGET_BAND = 0.1
 
 
 def alphas(num_stages: int, eta: float, schedule: str = "paper") -> Tensor:
@@ -28,6 +33,63 @@ def alphas(num_stages: int, eta: float, schedule: str = "paper") -> Tensor:
     if schedule == "constant":
         return torch.ones(num_stages)
     raise ValueError(f"alpha_schedule={schedule!r} must be one of {ALPHA_SCHEDULES}")
+
+
+def usable_samples(reward_q: str, quality: Tensor) -> Tensor:
+    """Numbers of the samples that can be trained on: Q_p / Q is undefined where the unpruned model's Q is 0.
+
+    Raises:
+        ValueError: unknown reward_q.
+    """
+    _check_reward_q(reward_q)
+    return (quality.nonzero() if reward_q == "ratio" else torch.ones_like(quality).nonzero()).flatten()
+
+
+def reward_quality(reward_q: str, pruned: Tensor, unpruned: Tensor) -> Tensor:
+    """r^Q of each episode, ``[B]``.
+
+    Args:
+        reward_q: "ratio" is Q_p / Q (Eq. 1); "metric" is Q_p; "prob_ratio" is the ratio of the reference answer's
+            probability with and without pruning, as a geometric mean over its tokens, and at most ``MAX_PROB_RATIO``:
+            where the unpruned model finds the answer all but impossible, the ratio says nothing.
+        pruned, unpruned: Q_p and Q, or mean log-probabilities (``answer_log_prob``) for "prob_ratio"; ``[B]``.
+
+    Raises:
+        ValueError: unknown reward_q.
+    """
+    _check_reward_q(reward_q)
+    if reward_q == "metric":
+        return pruned
+    return pruned / unpruned if reward_q == "ratio" else (pruned - unpruned).exp().clamp(max=MAX_PROB_RATIO)
+
+
+def _check_reward_q(reward_q: str) -> None:
+    if reward_q not in REWARD_QS:
+        raise ValueError(f"reward_q={reward_q!r} must be one of {REWARD_QS}")
+
+
+def average_tokens(retained: Tensor, num_visual: Tensor, layers: Sequence[int], num_layers: int) -> Tensor:
+    """Visual tokens of each episode averaged over all decoder layers, ``[B]``, as budgets count them.
+
+    Args:
+        retained: L_t / L, ``[B, T]``.
+        num_visual: L, ``[B]``.
+        layers: before which the stages prune.
+    """
+    lengths = torch.tensor([*layers, num_layers]).diff().to(retained) / num_layers
+    return num_visual * (layers[0] / num_layers + retained @ lengths)
+
+
+def budget_pressure(average: Tensor, budget: float) -> float:
+    """What alpha_t is multiplied with to reach a token budget: in [-1, 1], negative rewards keeping.
+
+    It is proportional to how far the rollout's mean is from the budget and reaches 1 where that is ``BUDGET_BAND`` of
+    the budget: the derivative of a quadratic penalty on the *expected* number, so that samples may still differ.
+
+    Args:
+        average: of each episode of a rollout, ``[B]``.
+    """
+    return ((average.mean() - budget) / (BUDGET_BAND * budget)).clamp(-1, 1).item()
 
 
 def stage_rewards(
@@ -79,3 +141,19 @@ def gae(rewards: Tensor, values: Tensor, gamma: float, gae_lambda: float) -> tup
         running = delta + gamma * gae_lambda * running
         advantages[:, t] = running
     return advantages, advantages + values
+
+
+def group_advantages(rewards: Tensor, gamma: float, group_size: int) -> tuple[Tensor, Tensor]:
+    """Discounted returns against their mean over the episodes of the same sample, at each stage.
+
+    Args:
+        rewards: ``[B, T]``, the episodes of a sample next to each other.
+        gamma: discount factor (Eq. 4).
+        group_size: episodes of each sample; B is a multiple of it.
+
+    Returns:
+        advantages ``[B, T]`` and returns ``[B, T]``.
+    """
+    returns, _ = gae(rewards, torch.zeros_like(rewards), gamma, 1.0)
+    groups = returns.unflatten(0, (-1, group_size))
+    return (groups - groups.mean(1, keepdim=True)).flatten(0, 1), returns

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from toprl_kernels import keep_mask_log_prob, sample_keep_mask
+from toprl_kernels import KeepMaskSample, keep_mask_log_prob, sample_keep_mask
 from toprl_models import Decision, Policy, Schedule, StageContext, TopRLPolicy, attach
 from training.tasks import Sample, Task, answer
 
@@ -61,17 +61,22 @@ class SamplingPolicy(Policy):
     def check(self, model: Any, schedule: Schedule) -> None:
         self.policy.check(model, schedule)
 
-    @torch.no_grad()
-    def decide(self, context: StageContext) -> Decision:
-        hidden_states, text_state = context.hidden_states.float(), context.text_state.float()
-        original = torch.tensor(context.num_visual, device=hidden_states.device)
-        kept_fraction = context.valid_mask.sum(1) / original.clamp(min=1)
+    def sample(self, context: StageContext) -> tuple[Tensor, KeepMaskSample]:
+        """The actor's logits ``[B, V, 2]`` and the masks drawn from them."""
+        hidden_states = context.hidden_states.to(self.policy.head.weight.dtype)
         logits = self.policy.logits(hidden_states, context.stage, context.valid_mask)
         first = (self.episodes.to(logits.device) * len(self.policy.stage_layers) + context.stage) * MAX_VISUAL
         token_ids = first[:, None] + context.visual_index.clamp(min=0)
-        sample = sample_keep_mask(
+        return logits, sample_keep_mask(
             logits, seed=self.seed, token_ids=token_ids, tau=self.tau, previous_mask=context.valid_mask
         )
+
+    @torch.no_grad()
+    def decide(self, context: StageContext) -> Decision:
+        logits, sample = self.sample(context)
+        hidden_states, text_state = context.hidden_states.float(), context.text_state.float()
+        original = torch.tensor(context.num_visual, device=hidden_states.device)
+        kept_fraction = context.valid_mask.sum(1) / original.clamp(min=1)
         keep_mask = sample.keep_mask.bool()
         value = self.policy.value(hidden_states, context.stage, context.valid_mask, text_state, kept_fraction)
         self.steps.append(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,16 +17,79 @@ from training.tasks.base import Sample, Task
 DTYPES = ("float32", "bfloat16", "float16")  # of a model's weights, as flags name them
 
 
-def load_model(name_or_path: str, device: str, dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
-    """Frozen model and processor: "tiny" for the embedded one, else a Hub id or a local folder."""
+def load_model(
+    name_or_path: str,
+    device: str,
+    dtype: torch.dtype = torch.float32,
+    attn_implementation: str | None = None,
+    device_map: str | None = None,
+) -> tuple[Any, Any]:
+    """Frozen model and processor.
+
+    Args:
+        name_or_path: "tiny" for the embedded model, else a Hub id or a local folder.
+        device: where the model goes; without meaning where ``device_map`` is given.
+        dtype: the weights' type.
+        attn_implementation: "sdpa", "eager", "flash_attention_2", ...; the model's default where it is None.
+        device_map: "auto", a device, or a JSON object from modules to devices; needs accelerate. One GPU can be named
+            in it, beside "cpu" and "disk".
+
+    Raises:
+        ValueError: the model cannot be loaded so, or ``device_map`` is no JSON.
+        ImportError: ``device_map`` without accelerate.
+    """
     transformers.utils.logging.disable_progress_bar()  # it would tear the training bar apart
-    if name_or_path == "tiny":
-        return tiny.load(device=device, dtype=dtype)
+    if name_or_path == "tiny" and device_map is None:
+        model, processor = tiny.load(device=device, dtype=dtype)
+        if attn_implementation:
+            model.set_attn_implementation(attn_implementation)
+        return model, processor
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
-    model = AutoModelForImageTextToText.from_pretrained(name_or_path, dtype=dtype)
+    options: dict[str, Any] = {"dtype": dtype}
+    if attn_implementation:
+        options["attn_implementation"] = attn_implementation
+    if device_map is not None:
+        options["device_map"] = parse_device_map(device_map)
+    folder = str(tiny.CHECKPOINT) if name_or_path == "tiny" else name_or_path
+    try:
+        model = AutoModelForImageTextToText.from_pretrained(folder, **options)
+        processor = AutoProcessor.from_pretrained(folder, padding_side="left")
+    except (OSError, ValueError, ImportError) as error:
+        chosen = "".join(f" --{name} {value}" for name, value in options.items() if name != "dtype")
+        raise ValueError(
+            f'--model_name_or_path {name_or_path}{chosen}: cannot be loaded as an image-text model; give "tiny", a Hub '
+            f"id or a local folder with config, weights and processor ({error})"
+        ) from error
     model.requires_grad_(False)
-    return model.to(device).eval(), AutoProcessor.from_pretrained(name_or_path, padding_side="left")
+    return (model if device_map is not None else model.to(device)).eval(), processor
+
+
+def parse_device_map(text: str) -> str | dict[str, Any]:
+    """The ``device_map`` of ``from_pretrained`` that a flag names.
+
+    Raises:
+        ValueError: ``text`` begins as a JSON object and is none.
+        ImportError: accelerate is missing.
+    """
+    if importlib.util.find_spec("accelerate") is None:
+        raise ImportError(f"--device_map {text} needs accelerate: pip install accelerate")
+    if not text.startswith("{"):
+        return text
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"--device_map {text}: must be auto, a device, or a JSON object ({error})") from error
+
+
+def device_of(model: Any) -> torch.device:
+    """Where the model takes its inputs and runs its layers; weights that are offloaded lie elsewhere."""
+    mapped = set(getattr(model, "hf_device_map", {}).values()) - {"disk"}
+    devices = [torch.device("cuda", one) if isinstance(one, int) else torch.device(one) for one in mapped]
+    accelerators = sorted((one for one in devices if one.type != "cpu"), key=str)
+    if accelerators:
+        return accelerators[0]
+    return torch.device("cpu") if model.device.type == "meta" else model.device
 
 
 def prompt(processor: Any, task: Task, sample: Sample) -> str:

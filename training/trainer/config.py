@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, field
 
-from training.rewards import ALPHA_SCHEDULES, REWARD_TERMS, REWARDS
+from training.rewards import ALPHA_SCHEDULES, REWARD_QS, REWARD_TERMS, REWARDS
 from training.tasks import DTYPES
+from training.trainer.log import TRACKERS
 
 RATIO_LEVELS = ("token", "mean", "joint")
+OBJECTIVES = ("ppo", "straight_through", "hybrid")
+BASELINES = ("critic", "group")
+ON_COLLAPSE = ("warn", "stop", "ignore")
 
 
 @dataclass
@@ -17,6 +22,12 @@ class PPOConfig:
     output_dir: str = field(default="runs/ppo", metadata={"help": "where metrics, checkpoint and policy go"})
     model_name_or_path: str = field(default="tiny", metadata={"help": '"tiny", a Hub id or a local folder'})
     dtype: str = field(default="float32", metadata={"help": "of the model's weights", "choices": list(DTYPES)})
+    attn_implementation: str = field(
+        default="", metadata={"help": "sdpa, eager, flash_attention_2, ...; empty leaves it to the model"}
+    )
+    device_map: str = field(
+        default="", metadata={"help": 'auto, a device, or JSON as {"": 0}, instead of --device; needs accelerate'}
+    )
     task: str = field(
         default="ocr", metadata={"help": "ocr, shape, colour, exist, count, compare, mixed, or a name of docs/tasks.md"}
     )
@@ -31,6 +42,16 @@ class PPOConfig:
     actor_size: int = field(default=64, metadata={"help": "hidden width of the actor (256 for 7B models)"})
     iterations: int = field(default=40, metadata={"help": "rollout + update rounds"})
     rollout_size: int = field(default=128, metadata={"help": "episodes per iteration"})
+    rollout_batch_size: int = field(
+        default=0, metadata={"help": "samples that the model answers at once; 0: as many as --rollout_size"}
+    )
+    cache_dir: str = field(
+        default="",
+        metadata={"help": "where the unpruned model's Q is kept; empty: cache in --output_dir; runs may share one"},
+    )
+    feature_cache_mb: float = field(
+        default=1024, metadata={"help": "host memory for what the vision tower made of images; 0 keeps nothing"}
+    )
     rollout: str = field(
         default="compact",
         metadata={"help": "drop tokens in rollouts, or mask them (Eqs. 6-7)", "choices": ["compact", "mask"]},
@@ -51,6 +72,28 @@ class PPOConfig:
     reward_terms: str = field(
         default="both", metadata={"help": "terms of Eq. 5: r^Q, retention, or both", "choices": list(REWARD_TERMS)}
     )
+    reward_q: str = field(
+        default="ratio",
+        metadata={
+            "help": "r^Q: Q_p / Q (Eq. 1), the same of the reference answer's probability, or Q_p itself",
+            "choices": list(REWARD_QS),
+        },
+    )
+    budget: float = field(
+        default=0.0,
+        metadata={"help": "average visual tokens over all layers to train for; 0 leaves the trade-off to Eq. 5"},
+    )
+    baseline: str = field(
+        default="critic",
+        metadata={"help": "of the advantages: the critic, or a sample's mean return", "choices": list(BASELINES)},
+    )
+    group_size: int = field(default=8, metadata={"help": "episodes per sample with --baseline group"})
+    objective: str = field(
+        default="ppo",
+        metadata={"help": "PPO, the relaxed mask's gradient through the model, or both", "choices": list(OBJECTIVES)},
+    )
+    straight_through_coef: float = field(default=1.0, metadata={"help": "its weight in --objective hybrid"})
+    retention_coef: float = field(default=1.0, metadata={"help": "weight of the tokens kept in its loss"})
     ratio_level: str = field(
         default="token",
         metadata={
@@ -59,6 +102,7 @@ class PPOConfig:
         },
     )
     clip_range: float = field(default=0.2, metadata={"help": "PPO's epsilon"})
+    clip_range_value: float = field(default=0.0, metadata={"help": "the same for the critic's estimates; 0 is off"})
     value_coef: float = field(default=0.5, metadata={"help": "weight of the value loss"})
     entropy_coef: float = field(default=0.003, metadata={"help": "weight of the entropy bonus"})
     max_grad_norm: float = field(default=0.5, metadata={"help": "gradient clipping"})
@@ -66,9 +110,26 @@ class PPOConfig:
     tau_start: float = field(default=1.0, metadata={"help": "first Gumbel-Softmax temperature"})
     tau_end: float = field(default=0.05, metadata={"help": "last Gumbel-Softmax temperature"})
     save_every: int = field(default=5, metadata={"help": "iterations between checkpoints"})
+    keep_checkpoints: int = field(default=2, metadata={"help": "the newest so many stay"})
+    eval_every: int = field(
+        default=10, metadata={"help": "iterations between validations on held-out samples; 0 never validates"}
+    )
+    eval_size: int = field(default=128, metadata={"help": "held-out samples"})
+    eval_keep: list[float] = field(
+        default_factory=list,
+        metadata={"help": "share of the tokens that top-k keeps at each stage of a validation; empty: 1/8, 1/16, ..."},
+    )
+    report_to: str = field(default="tensorboard", metadata={"help": "besides metrics.jsonl", "choices": list(TRACKERS)})
+    on_collapse: str = field(
+        default="warn", metadata={"help": "what a collapsed policy does, see docs", "choices": list(ON_COLLAPSE)}
+    )
     seed: int = field(default=0, metadata={"help": "seed of weights, sampling and data order"})
     device: str = field(default="", metadata={"help": "cpu, cuda, ...; empty picks CUDA where there is one"})
+    ddp_timeout: float = field(
+        default=1800.0, metadata={"help": "seconds that a process waits for the others of a torchrun"}
+    )
     resume: str = field(default="never", metadata={"help": '"auto" continues', "choices": ["never", "auto"]})
+    overwrite: bool = field(default=False, metadata={"help": "delete the run in --output_dir and start again"})
 
     def __post_init__(self) -> None:
         for name in ("train_size", "iterations", "rollout_size", "ppo_epochs", "minibatch_size", "save_every"):
@@ -79,5 +140,27 @@ class PPOConfig:
         for name in ("gamma", "gae_lambda", "eta"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"--{name} {getattr(self, name)} must lie in [0, 1]")
+        for name in ("keep_checkpoints", "eval_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{name} {getattr(self, name)} must be at least 1")
+        if self.eval_every < 0:
+            raise ValueError(f"--eval_every {self.eval_every} must be 0 (never) or more")
+        if self.eval_keep and len(self.eval_keep) != len(self.stage_layers):
+            raise ValueError(
+                f"--eval_keep {self.eval_keep}: one share per stage is needed; --stage_layers {self.stage_layers}"
+            )
+        shares = [1.0, *self.eval_keep]
+        if any(not 0 <= share <= before for before, share in itertools.pairwise(shares)):
+            raise ValueError(f"--eval_keep {self.eval_keep}: shares lie in [0, 1] and never grow")
+        for name, known in (("report_to", TRACKERS), ("on_collapse", ON_COLLAPSE)):
+            if getattr(self, name) not in known:
+                raise ValueError(f"--{name} {getattr(self, name)} must be one of {', '.join(known)}")
+        for name in ("rollout_batch_size", "feature_cache_mb"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"--{name} {getattr(self, name)} must be 0 or more")
+        if self.device and self.device_map:
+            raise ValueError(f"--device {self.device} --device_map {self.device_map}: give one of them")
+        if not self.ddp_timeout > 0:
+            raise ValueError(f"--ddp_timeout {self.ddp_timeout} must be more than 0 seconds")
         if not 0 < self.tau_end <= self.tau_start:
             raise ValueError(f"--tau_start {self.tau_start} --tau_end {self.tau_end}: need 0 < tau_end <= tau_start")

@@ -2,57 +2,152 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 import torch
 from torch import Tensor, nn
 
 from toprl_models import TopRLPolicy
-from training.rollout import Rollout, evaluate_actions
+from training.rollout import Rollout
 from training.trainer.config import PPOConfig
+from training.trainer.packed import PackedRollout, Tokens, segment_sum
+from training.trainer.ranks import Ranks
+
+# Of episodes (numbers within this process's share) out of a minibatch of so many: loss and statistics, each a sum over
+# these episodes divided by that number
+TaskLoss = Callable[[Tensor, int], tuple[Tensor, dict[str, Tensor]]]
+PPO_STATISTICS = ("policy_loss", "value_loss", "entropy", "kl_k1", "kl_k3", "clip_fraction", "ratio_mean")
+TASK_STATISTICS = ("answer_loss", "relaxed_retention")
+
+
+class Targets(NamedTuple):
+    """What the S segments (an episode at a stage each, stage by stage) of a minibatch are trained on, each ``[S]``.
+
+    The weights make sums over all segments, of all processes, the mean over the stages of a mean over tokens
+    (``token_weight``), over ratios (``ratio_weight``: of tokens, or of episodes that have any) or over episodes
+    (``row_weight``).
+    """
+
+    advantage: Tensor
+    returns: Tensor
+    token_weight: Tensor
+    ratio_weight: Tensor
+    row_weight: Tensor
 
 
 def normalise(advantages: Tensor) -> Tensor:
-    """Zero mean and unit deviation within a minibatch of one stage."""
+    """Zero mean and unit deviation within a minibatch ``[M, T]``, each stage by itself."""
     if len(advantages) < 2:
         return advantages
-    return (advantages - advantages.mean()) / (advantages.std() + 1e-8)
+    return (advantages - advantages.mean(0)) / (advantages.std(0) + 1e-8)
+
+
+def targets(advantages: Tensor, returns: Tensor, counts: Tensor, mine: Tensor, token_level: bool) -> Targets:
+    """For the rows ``mine`` (bool ``[M]``) of a minibatch of M episodes over all processes; all on the host.
+
+    Args:
+        advantages, returns: ``[M, T]``.
+        counts: int64 ``[M, T]``, surviving tokens before each stage acts.
+        token_level: whether each token has its own ratio.
+    """
+    size, stages = counts.shape
+    per_token = 1 / counts.sum(0).clamp(min=1) / stages
+    per_row = torch.full((stages,), 1 / size / stages)
+    # an episode without tokens has no action, hence no ratio
+    per_ratio = per_token.expand_as(counts) if token_level else (counts > 0) / (counts > 0).sum(0).clamp(min=1) / stages
+    values = (normalise(advantages), returns, per_token.expand_as(counts), per_ratio, per_row.expand_as(counts))
+    return Targets(*(value[mine].T.flatten() for value in values))
 
 
 def policy_loss(
-    log_prob: Tensor, old_log_prob: Tensor, valid: Tensor, advantage: Tensor, config: PPOConfig
+    log_ratio: Tensor, lengths: Tensor, segment: Tensor, advantage: Tensor, weight: Tensor, config: PPOConfig
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """PPO's clipped surrogate over the surviving tokens of one stage.
+    """PPO's clipped surrogate over the surviving tokens of S segments.
 
     Args:
-        log_prob, old_log_prob: ``[B, V]``, 0 where a token was dropped before.
-        valid: bool ``[B, V]``.
-        advantage: ``[B]``.
+        log_ratio: of the recorded actions, new minus old, ``[n]``.
+        lengths: int64 ``[S]``, the tokens of each segment; ``segment`` int64 ``[n]`` tells the segment of each token.
+        advantage, weight: ``[S]``.
 
     Returns:
-        The loss and its statistics (clip fraction, k1 and k3 estimates of KL(old || new), largest ratio).
+        The loss, and sums of its statistics with the same weights (k1 and k3 estimate KL(old || new)); ``ratio_max``
+        is the largest ratio.
     """
-    weight = valid.float()
-    tokens = weight.sum(1)
-    log_ratio = (log_prob - old_log_prob) * weight
     if config.ratio_level == "token":
-        advantage = advantage[:, None].expand_as(log_ratio)
+        advantage, weight = advantage[segment], weight[segment]
     else:
-        log_ratio = log_ratio.sum(1)
+        log_ratio = segment_sum(log_ratio, lengths)
         if config.ratio_level == "mean":
-            log_ratio = log_ratio / tokens.clamp(min=1)
-        weight = (tokens > 0).float()
+            log_ratio = log_ratio / lengths.clamp(min=1)
     log_ratio = log_ratio.clamp(-10, 10)  # exp of an outlier would be infinite
     ratio = log_ratio.exp()
     clipped = ratio.clamp(1 - config.clip_range, 1 + config.clip_range)
-    surrogate = torch.minimum(ratio * advantage, clipped * advantage)
-    total = weight.sum().clamp(min=1)
+    loss = -(torch.minimum(ratio * advantage, clipped * advantage) @ weight)
     with torch.no_grad():
-        statistics = {
-            "clip_fraction": (((ratio - 1).abs() > config.clip_range) * weight).sum() / total,
-            "kl_k1": -(log_ratio * weight).sum() / total,
-            "kl_k3": ((ratio - 1 - log_ratio) * weight).sum() / total,
-            "ratio_max": (ratio * weight).max() if weight.numel() else ratio.new_tensor(1.0),
-        }
-    return -(surrogate * weight).sum() / total, statistics
+        outside = ((ratio - 1).abs() > config.clip_range).to(ratio.dtype)
+        sums = torch.stack([-log_ratio, ratio - 1 - log_ratio, outside, ratio]) @ weight
+        statistics = dict(zip(("kl_k1", "kl_k3", "clip_fraction", "ratio_mean"), sums, strict=True))
+        statistics["ratio_max"] = ratio.max() if len(ratio) else ratio.new_zeros(())
+    return loss, statistics
+
+
+def value_loss(value: Tensor, old_value: Tensor, returns: Tensor, clip_range: float) -> Tensor:
+    """Half the squared error of each estimate; with a clip range no less than that of the clipped estimate."""
+    error = (value - returns).square()
+    if clip_range:
+        clipped = old_value + (value - old_value).clamp(-clip_range, clip_range)
+        error = torch.maximum(error, (clipped - returns).square())
+    return 0.5 * error
+
+
+def ppo_loss(
+    policy: TopRLPolicy, tokens: Tokens, target: Targets, config: PPOConfig
+) -> tuple[Tensor, dict[str, Tensor], Tensor]:
+    """The part of a minibatch's loss that belongs to ``tokens``; its statistics and the log-ratios ``[n]``."""
+    log_prob, entropy = tokens.evaluate(policy)
+    log_ratio = log_prob - tokens.log_prob
+    clipped, statistics = policy_loss(
+        log_ratio, tokens.lengths, tokens.segment, target.advantage, target.ratio_weight, config
+    )
+    bonus = entropy @ target.token_weight[tokens.segment]
+    loss = clipped - config.entropy_coef * bonus
+    error = clipped.new_zeros(())
+    if config.baseline == "critic":
+        error = value_loss(tokens.values(policy), tokens.value, target.returns, config.clip_range_value)
+        error = error @ target.row_weight
+        loss = loss + config.value_coef * error
+    return loss, statistics | {"policy_loss": clipped, "value_loss": error, "entropy": bonus}, log_ratio.detach()
+
+
+def check_ratio(log_ratio: Tensor, lengths: Tensor, stages: int, ranks: Ranks) -> None:
+    """Before the first step the policy is the one that acted; every process raises where one of them finds otherwise.
+
+    Raises:
+        RuntimeError: some log-ratio is not 0 up to rounding.
+    """
+    parts = log_ratio.abs().split(lengths.view(stages, -1).sum(1).tolist())
+    gaps = torch.stack([part.max() if len(part) else part.new_zeros(()) for part in parts])
+    for stage, gap in enumerate(ranks.gather(gaps[None], ranks.size).amax(0).tolist()):
+        if not gap < 1e-4:  # nor NaN
+            raise RuntimeError(f"stage {stage}: ratio is not 1 before the first step (log gap {gap:.2e})")
+
+
+def gradient_step(
+    policy: TopRLPolicy, optimizer: torch.optim.Optimizer, loss: Tensor, ranks: Ranks, max_grad_norm: float
+) -> Tensor:
+    """One step on the sum of the ``loss`` of all processes; returns the norm of its gradient before clipping.
+
+    Raises:
+        RuntimeError: a gradient is not finite.
+    """
+    optimizer.zero_grad(set_to_none=True)
+    if loss.requires_grad:  # no episode of the minibatch is this process's
+        loss.backward()
+    ranks.sum_gradients(list(policy.parameters()))
+    norm = nn.utils.clip_grad_norm_(policy.parameters(), max_grad_norm, error_if_nonfinite=True)
+    optimizer.step()
+    return norm
 
 
 def update(
@@ -63,40 +158,67 @@ def update(
     returns: Tensor,
     config: PPOConfig,
     generator: torch.Generator,
+    ranks: Ranks = Ranks(),  # noqa: B008 - frozen
+    task_loss: TaskLoss | None = None,
 ) -> dict[str, float]:
-    """PPO epochs over one rollout; returns the mean of each statistic over the minibatches done."""
-    size = len(episodes.quality)
-    sums: dict[str, float] = {}
-    done, epochs_done, first = 0, 0, True
-    for _ in range(config.ppo_epochs):
-        kl = 0.0
-        for rows in torch.randperm(size, generator=generator).split(config.minibatch_size):
-            losses, statistics = [], []
-            for stage, step in enumerate(episodes.steps):
-                batch = step.select(rows.to(step.value.device))
-                log_prob, entropy, value = evaluate_actions(policy, batch, stage)
-                if first and not torch.allclose(log_prob, batch.log_prob, atol=1e-4):
-                    gap = (log_prob - batch.log_prob).abs().max().item()
-                    raise RuntimeError(f"stage {stage}: ratio is not 1 before the first step (log gap {gap:.2e})")
-                advantage = normalise(advantages[rows, stage]).to(value.device)
-                loss, one = policy_loss(log_prob, batch.log_prob, batch.valid_mask, advantage, config)
-                value_loss = 0.5 * (value - returns[rows, stage].to(value.device)).square().mean()
-                bonus = entropy.sum() / batch.valid_mask.sum().clamp(min=1)
-                losses.append(loss + config.value_coef * value_loss - config.entropy_coef * bonus)
-                statistics.append({**one, "policy_loss": loss, "value_loss": value_loss, "entropy": bonus})
-            first = False
-            optimizer.zero_grad(set_to_none=True)
-            torch.stack(losses).mean().backward()
-            norm = nn.utils.clip_grad_norm_(policy.parameters(), config.max_grad_norm, error_if_nonfinite=True)
-            optimizer.step()
-            for name in statistics[0]:
-                values = [float(s[name].detach()) for s in statistics]
-                mean = max(values) if name == "ratio_max" else sum(values) / len(values)
-                sums[name] = sums.get(name, 0.0) + mean
-                kl += mean / max(1, size / config.minibatch_size) if name == "kl_k3" else 0.0
-            sums["grad_norm"] = sums.get("grad_norm", 0.0) + float(norm)
+    """The gradient steps over one rollout of B episodes.
+
+    With PPO there are ``config.ppo_epochs`` passes, fewer where ``config.target_kl`` is passed; the straight-through
+    loss is part of the first pass, since it runs the model again. It is the only loss, and there is one pass, with
+    ``--objective straight_through``.
+
+    Args:
+        episodes: those that are this process's, ``ranks.share(B)``.
+        advantages, returns: ``[B, T]`` of all processes, on the host.
+        generator: of the minibatches; in the same state in all processes.
+        task_loss: of the objectives straight_through and hybrid.
+
+    Returns:
+        Means over the minibatches done (``ratio_max``: the largest), the same in all processes.
+
+    Raises:
+        RuntimeError: the recorded log-probabilities are not those of ``policy``; a gradient is not finite.
+    """
+    uses_ppo = config.objective != "straight_through"
+    size, stages = advantages.shape
+    share, device = ranks.share(size), episodes.steps[0].value.device
+    packed = PackedRollout(episodes.steps)
+    counts = ranks.gather(packed.counts.T.to(device), size).cpu()
+    names = PPO_STATISTICS * uses_ppo + TASK_STATISTICS * (task_loss is not None)
+    totals, norm_total, largest = torch.zeros(len(names)), 0.0, 0.0
+    done = epochs = 0
+    while epochs < (config.ppo_epochs if uses_ppo else 1):
+        # on the device until the pass ends, so that no minibatch waits for it
+        sums = {name: torch.zeros((), device=device) for name in names}
+        peak, norms = torch.zeros((), device=device), torch.zeros((), device=device)
+        minibatches = torch.randperm(size, generator=generator).split(config.minibatch_size)
+        for rows in minibatches:
+            mine = (rows >= share.start) & (rows < share.stop)
+            own = rows[mine] - share.start
+            loss, statistics = torch.zeros((), device=device), {}
+            if uses_ppo:
+                target = targets(advantages[rows], returns[rows], counts[rows], mine, config.ratio_level == "token")
+                target = Targets(*(value.to(device, non_blocking=True) for value in target))
+                tokens = packed.select(own)
+                loss, statistics, log_ratio = ppo_loss(policy, tokens, target, config)
+                if not done:
+                    check_ratio(log_ratio, tokens.lengths, stages, ranks)
+                peak = torch.maximum(peak, statistics.pop("ratio_max"))
+            if task_loss is not None and not epochs and len(own):
+                relaxed, more = task_loss(own, len(rows))
+                loss = loss + relaxed * (config.straight_through_coef if uses_ppo else 1.0)
+                statistics = statistics | more
+            for name, value in statistics.items():
+                sums[name] += value.detach()
+            norms += gradient_step(policy, optimizer, loss, ranks, config.max_grad_norm)
             done += 1
-        epochs_done += 1
-        if config.target_kl and kl > config.target_kl:
+        epochs += 1
+        means = ranks.sum(torch.stack([sums[name] for name in names])).cpu() / len(minibatches)
+        totals, norm_total = totals + means, norm_total + norms.item() / len(minibatches)
+        largest = max(largest, ranks.gather(peak[None], ranks.size).max().item())
+        if uses_ppo and config.target_kl and means[names.index("kl_k3")] > config.target_kl:
             break
-    return {name: total / done for name, total in sums.items()} | {"epochs": float(epochs_done)}
+    # the straight-through loss is in the first pass alone
+    result = {n: t / (1 if n in TASK_STATISTICS else epochs) for n, t in zip(names, totals.tolist(), strict=True)}
+    result |= {"grad_norm": norm_total / epochs, "epochs": float(epochs)}
+    return result | ({"ratio_max": largest} if uses_ppo else {})

@@ -2,11 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+
+
+@contextmanager
+def _named_failure() -> Iterator[None]:
+    """The backends report a lost connection or their own time-out, which says little to whoever reads it."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise RuntimeError(
+            f"another process of this run died, or did not come within --ddp_timeout; its own output says why ({error})"
+        ) from error
 
 
 @dataclass(frozen=True)
@@ -35,7 +47,8 @@ class Ranks:
         if self.size == 1:
             return values
         total = values.clone()
-        torch.distributed.all_reduce(total)
+        with _named_failure():
+            torch.distributed.all_reduce(total)
         return total
 
     def gather(self, values: Tensor, total: int) -> Tensor:
@@ -47,7 +60,8 @@ class Ranks:
         padded = values.new_zeros(longest, *values.shape[1:])
         padded[: len(values)] = values
         parts = [torch.empty_like(padded) for _ in blocks]
-        torch.distributed.all_gather(parts, padded)
+        with _named_failure():
+            torch.distributed.all_gather(parts, padded)
         return torch.cat([part[: b.stop - b.start] for part, b in zip(parts, blocks, strict=True)])
 
     def sum_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
@@ -59,6 +73,7 @@ class Ranks:
                 parameter.grad = torch.zeros_like(parameter)
         gradients = [p.grad for p in parameters if p.grad is not None]
         flat = torch.cat([g.flatten() for g in gradients])
-        torch.distributed.all_reduce(flat)
+        with _named_failure():
+            torch.distributed.all_reduce(flat)
         for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
             gradient.copy_(part.view_as(gradient))

@@ -1,0 +1,99 @@
+"""Training runs in processes of their own that can be killed.
+
+Started as a script it imports the trainer once and then forks a process per request, because an import takes longer
+than the training that the tests do. It computes nothing itself: a fork of a process with running threads may hang.
+
+Each request on stdin is a JSON list of processes; each is {"config": flags, "environment": variables}. The answer is a
+JSON list of process ids, and later, for each process that ended, {"pid": ..., "code": exit code or minus the signal}.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+class Runner:
+    """Starts training processes; a context manager."""
+
+    def __enter__(self) -> Runner:
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+        self._server = subprocess.Popen(
+            [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+        )
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        assert self._server.stdin is not None
+        self._server.stdin.close()
+        self._server.wait()
+
+    def start(self, log: Path, *processes: dict[str, Any]) -> list[int]:
+        """Start processes together; their output goes to ``log``. Returns their ids."""
+        assert self._server.stdin is not None and self._server.stdout is not None
+        self._server.stdin.write(json.dumps({"log": str(log), "processes": processes}) + "\n")
+        self._server.stdin.flush()
+        return json.loads(self._server.stdout.readline())
+
+    def wait(self, *pids: int) -> list[int]:
+        """Exit codes; minus the signal where one ended the process."""
+        assert self._server.stdin is not None and self._server.stdout is not None
+        self._server.stdin.write(json.dumps({"wait": pids}) + "\n")
+        self._server.stdin.flush()
+        return json.loads(self._server.stdout.readline())
+
+
+def _child(log: str, process: dict[str, Any]) -> None:
+    """The forked process: train and leave without running the parent's clean-up."""
+    output = os.open(log, os.O_CREAT | os.O_APPEND | os.O_WRONLY)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    os.environ.update(process["environment"])
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    code = 1
+    try:
+        from training.ppo import PPOConfig, main
+
+        main(PPOConfig(**process["config"]))
+        code = 0
+    except SystemExit as end:
+        code = int(end.code or 0)
+    except BaseException:
+        import traceback
+
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def _serve() -> None:
+    import torch.utils.tensorboard  # noqa: F401 slow to import, and each process needs it
+    import transformers.models.llava.modeling_llava  # noqa: F401
+
+    import training.ppo  # noqa: F401
+
+    for line in sys.stdin:
+        request = json.loads(line)
+        if "wait" in request:
+            answer = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in request["wait"]]
+        else:
+            answer = []
+            for process in request["processes"]:
+                pid = os.fork()
+                if not pid:
+                    _child(request["log"], process)
+                answer.append(pid)
+        print(json.dumps(answer), flush=True)
+
+
+if __name__ == "__main__":
+    _serve()
