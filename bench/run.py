@@ -31,7 +31,7 @@ sys.path.insert(0, str(HERE.parent))  # so that ``bench`` is found when this fil
 
 from bench.report import Report, columns_of  # noqa: E402
 
-SUITES = ("kernels", "prefill", "overhead")
+SUITES = ("kernels", "prefill", "overhead", "trainer")
 # What a terminal has room for; the files have every column
 PRINTED = {
     "kernels": (
@@ -98,10 +98,14 @@ def run_suite(suite: str, quick: bool, device: torch.device, report: Report) -> 
         from bench import prefill
 
         report.add(prefill.run(quick, device))
-    else:
+    elif suite == "overhead":
         from bench import overhead
 
         report.add(overhead.run(quick, device))
+    else:
+        from bench import trainer
+
+        report.add(trainer.run(quick, device))
 
 
 def draw(report: Report, device: torch.device) -> None:

@@ -144,7 +144,7 @@ def main(config: DemoConfig) -> None:
     def train(kind: str, name: str) -> None:
         seed = name.rsplit("seed", 1)[1]
         flags = ["--task", kind, "--seed", seed, "--output_dir", str(folder / name), "--stage_layers", *layers]
-        run_script("ppo.py", [*flags, "--iterations", str(config.iterations)], folder / f"{name}.log")
+        run_script("ppo.py", [*flags, "--iterations", str(config.iterations), "--overwrite"], folder / f"{name}.log")
         rows = (folder / name / "metrics.jsonl").read_text().splitlines()
         last = json.loads(rows[-1])
         kept = "/".join(f"{x:.2f}" for x in last["retained"])

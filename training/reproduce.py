@@ -42,11 +42,11 @@ def compact(value: Any) -> str:
     return re.sub(r"\[\s+([^\[\]{}\"]*?)\s+\]", lambda found: "[" + re.sub(r",\s+", ", ", found[1]) + "]", text) + "\n"
 
 
-def environment(config: ReproduceConfig) -> dict[str, Any]:
+def environment(device: str) -> dict[str, Any]:
     """What a number means nothing without."""
-    device = torch.cuda.get_device_name(config.device) if config.device.startswith("cuda") else "CPU"
+    name = torch.cuda.get_device_name(device) if device.startswith("cuda") else f"{os.cpu_count()} CPU cores"
     return {
-        "device": device if device != "CPU" else f"{os.cpu_count()} CPU cores",
+        "device": name,
         "python": platform.python_version(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
@@ -73,7 +73,7 @@ def reproduce(analysis: Analysis, config: ReproduceConfig, lab: Lab) -> bool:
     print(f"{analysis.name}: {analysis.title}", flush=True)
     lab.seconds = 0.0
     result = analysis.run(config, lab)
-    record = {"settings": settings, "environment": environment(config), "seconds": round(lab.seconds, 1)}
+    record = {"settings": settings, "environment": environment(config.device), "seconds": round(lab.seconds, 1)}
     path.parent.mkdir(parents=True, exist_ok=True)
     write_whole(path, compact({**record, "result": result}))
     return True

@@ -12,7 +12,6 @@ REWARDS = ("dense", "terminal")
 REWARD_QS = ("ratio", "prob_ratio", "metric")
 REWARD_TERMS = ("both", "quality", "retention")
 MAX_PROB_RATIO = 2.0
-BUDGET_BAND = 0.1
 
 
 def alphas(num_stages: int, eta: float, schedule: str = "paper") -> Tensor:
@@ -68,28 +67,43 @@ def _check_reward_q(reward_q: str) -> None:
         raise ValueError(f"reward_q={reward_q!r} must be one of {REWARD_QS}")
 
 
-def average_tokens(retained: Tensor, num_visual: Tensor, layers: Sequence[int], num_layers: int) -> Tensor:
-    """Visual tokens of each episode averaged over all decoder layers, ``[B]``, as budgets count them.
+def retention_term(
+    retained: Tensor, num_visual: Tensor, layers: Sequence[int], num_layers: int, budget: float
+) -> Tensor:
+    """What the rewards of an episode pay for the tokens it keeps, ``[B, T]``; differentiable.
+
+    Without a budget (0) it is L_t / L (Eq. 5). With one it is, at every stage, how far the episode's average of tokens
+    over all decoder layers is from the budget, as a share of the budget.
 
     Args:
         retained: L_t / L, ``[B, T]``.
         num_visual: L, ``[B]``.
-        layers: before which the stages prune.
+        layers: before which the stages prune, of ``num_layers``.
+        budget: average tokens over all layers, as ``Schedule.average_tokens`` counts them.
     """
-    lengths = torch.tensor([*layers, num_layers]).diff().to(retained) / num_layers
-    return num_visual * (layers[0] / num_layers + retained @ lengths)
+    if not budget:
+        return retained
+    spans = torch.tensor([*layers, num_layers]).diff().to(retained)
+    average = num_visual.to(retained) * (layers[0] + retained @ spans) / num_layers
+    return ((average - budget).abs() / budget)[:, None].expand_as(retained)
 
 
-def budget_pressure(average: Tensor, budget: float) -> float:
-    """What alpha_t is multiplied with to reach a token budget: in [-1, 1], negative rewards keeping.
-
-    It is proportional to how far the rollout's mean is from the budget and reaches 1 where that is ``BUDGET_BAND`` of
-    the budget: the derivative of a quadratic penalty on the *expected* number, so that samples may still differ.
+def check_budget(budget: float, num_visual: int, layers: Sequence[int], num_layers: int) -> None:
+    """Refuse a budget that no policy can reach.
 
     Args:
-        average: of each episode of a rollout, ``[B]``.
+        num_visual: visual tokens of the sample that has most.
+
+    Raises:
+        ValueError: the message states the bounds.
     """
-    return ((average.mean() - budget) / (BUDGET_BAND * budget)).clamp(-1, 1).item()
+    floor = num_visual * layers[0] / num_layers
+    if budget and not floor <= budget <= num_visual:
+        raise ValueError(
+            f"--budget {budget:g} is impossible with --stage_layers {' '.join(map(str, layers))}: the first "
+            f"{layers[0]} of {num_layers} layers see all visual tokens (up to {num_visual}), so it lies between "
+            f"{floor:g} and {num_visual}"
+        )
 
 
 def stage_rewards(
@@ -98,8 +112,8 @@ def stage_rewards(
     """r_t = r^Q - alpha_t * L_t / L (Eq. 5).
 
     Args:
-        quality: r^Q = Q_p / Q of each sample, ``[B]``.
-        retained: L_t / L after each stage, ``[B, T]``.
+        quality: r^Q of each sample, ``[B]`` (``reward_quality``).
+        retained: L_t / L after each stage, ``[B, T]``, or what stands for it (``retention_term``).
         alpha: ``[T]``.
         reward: "dense" gives r^Q to every stage (the paper), "terminal" to the last one only.
         terms: "both" is Eq. 5; "quality" leaves the retention term out, "retention" leaves r^Q out (ablations).

@@ -20,8 +20,9 @@ MAX_VISUAL = 2**24  # more visual tokens than any sample has: room for the numbe
 class Step:
     """One stage of a batch of episodes: state s_t, action m_t and what the policy said of it.
 
-    Shapes: hidden_states ``[B, V, d]``; valid_mask, keep_mask (bool) and log_prob ``[B, V]``; text_state ``[B, d]``;
-    kept_fraction ``[B]`` (surviving share before the action) and value ``[B]``.
+    Shapes: hidden_states ``[B, V, D]`` and text_state ``[B, D]``, as ``TopRLPolicy.inputs`` gives them (the question
+    is in them where the policy sees it); valid_mask, keep_mask (bool) and log_prob ``[B, V]``; kept_fraction ``[B]``
+    (surviving share before the action) and value ``[B]``.
     """
 
     hidden_states: Tensor
@@ -56,14 +57,16 @@ class SamplingPolicy(Policy):
 
     def __init__(self, policy: TopRLPolicy, seed: int, episodes: Tensor, tau: float) -> None:
         self.policy, self.seed, self.episodes, self.tau = policy, seed, episodes, tau
+        self.attention_from = policy.attention_from
         self.steps: list[Step] = []
 
     def check(self, model: Any, schedule: Schedule) -> None:
         self.policy.check(model, schedule)
 
-    def sample(self, context: StageContext) -> tuple[Tensor, KeepMaskSample]:
-        """The actor's logits ``[B, V, 2]`` and the masks drawn from them."""
-        hidden_states = context.hidden_states.to(self.policy.head.weight.dtype)
+    def sample(self, context: StageContext, hidden_states: Tensor | None = None) -> tuple[Tensor, KeepMaskSample]:
+        """The actor's logits ``[B, V, 2]`` and the masks drawn from them; ``hidden_states``: what the actor reads."""
+        if hidden_states is None:
+            hidden_states = self.policy.inputs(context)[0]
         logits = self.policy.logits(hidden_states, context.stage, context.valid_mask)
         first = (self.episodes.to(logits.device) * len(self.policy.stage_layers) + context.stage) * MAX_VISUAL
         token_ids = first[:, None] + context.visual_index.clamp(min=0)
@@ -73,8 +76,8 @@ class SamplingPolicy(Policy):
 
     @torch.no_grad()
     def decide(self, context: StageContext) -> Decision:
-        logits, sample = self.sample(context)
-        hidden_states, text_state = context.hidden_states.float(), context.text_state.float()
+        hidden_states, text_state = self.policy.inputs(context)
+        logits, sample = self.sample(context, hidden_states)
         original = torch.tensor(context.num_visual, device=hidden_states.device)
         kept_fraction = context.valid_mask.sum(1) / original.clamp(min=1)
         keep_mask = sample.keep_mask.bool()
@@ -89,7 +92,7 @@ class ArgmaxPolicy(Policy):
     """Keeps what the actor finds more likely kept than dropped: as many tokens as it wants, without sampling."""
 
     def __init__(self, policy: TopRLPolicy) -> None:
-        self.policy = policy
+        self.policy, self.attention_from = policy, policy.attention_from
 
     def check(self, model: Any, schedule: Schedule) -> None:
         self.policy.check(model, schedule)

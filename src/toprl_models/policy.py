@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor, nn
 
@@ -34,6 +35,20 @@ class PromptEmbeddings(NamedTuple):
     text_valid: Tensor
 
 
+class TextStates(NamedTuple):
+    """The text tokens behind the last visual token as they enter a stage's layer, rows padded with zeros at their end.
+
+    Shapes: ``states`` ``[B, R, d]``; ``valid`` bool ``[B, R]`` is False for padding.
+    """
+
+    states: Tensor
+    valid: Tensor
+
+
+def _without_text() -> TextStates:
+    raise RuntimeError("this StageContext was made without text_states")
+
+
 @dataclass(frozen=True)
 class StageContext:
     """What a policy may look at when stage ``stage`` decides (state s_t of the paper, and what baselines need).
@@ -56,6 +71,8 @@ class StageContext:
         prompt: call it for the embeddings that entered layer 0.
         inputs: the keyword arguments the model was called with: ``pixel_values``, ``image_sizes``, ..., or what
             ``generate()`` of recent releases has made of them, ``mm_encoder_outputs`` alone.
+        text_states: call it for the states of the text tokens behind the images, the rows of ``text_attention()``;
+            ValueError where a prompt ends in a visual token and has none. Contexts made by hand may leave it out.
     """
 
     stage: int
@@ -70,6 +87,7 @@ class StageContext:
     text_attention: Callable[[], Tensor]
     prompt: Callable[[], PromptEmbeddings]
     inputs: Mapping[str, Any]
+    text_states: Callable[[], TextStates] = _without_text
 
     def of_original(self, values: Tensor) -> Tensor:
         """What is given per original visual token, ``[B, max(num_visual)]``, for the slots of this stage: ``[B, V]``.
@@ -129,6 +147,31 @@ class Policy:
         """Raise when the policy does not fit the model or the schedule; called by ``attach`` before anything else."""
 
 
+CONDITIONS = ("none", "text")
+TEXT_SCORES = 3
+# the scores and zeros behind them: rows of the actor's input stay aligned for the kernels
+TEXT_COLUMNS = 16
+
+
+def text_scores(context: StageContext) -> Tensor:
+    """How much the question attends to each visual token, float32 ``[B, V, TEXT_SCORES]``; needs "current" attention.
+
+    Softmax of the queries and keys of the stage's layer, rotary positions included, mean over heads: the largest of
+    the text tokens behind the images, their mean, and that of the last one. Each is a logarithm with mean 0 and
+    deviation 1 over the sample's surviving tokens, so that neither their number nor the share of text keys matters;
+    0 where ``valid_mask`` is False. No gradient.
+    """
+    attention, (_, are_text) = context.text_attention(), context.text_states()
+    number = are_text.sum(1)[:, None]
+    last = attention.gather(1, (number - 1)[..., None].expand(-1, -1, attention.shape[2]))[:, 0]
+    scores = torch.stack([attention.amax(1), attention.sum(1) / number, last], -1)
+    weight = context.valid_mask[..., None].to(scores.dtype)
+    tokens = weight.sum(1, keepdim=True).clamp(min=1)
+    scores = (scores + 1e-6).log() * weight  # exp(-14): below that the softmax is rounding
+    scores = (scores - scores.sum(1, keepdim=True) / tokens) * weight
+    return scores / (scores.square().sum(1, keepdim=True) / tokens + 1e-4).sqrt()
+
+
 def model_signature(model: PreTrainedModel) -> dict[str, Any]:
     """What a learned policy must agree on with the model it is attached to."""
     text = model.config.get_text_config()
@@ -147,6 +190,12 @@ class TopRLPolicy(nn.Module, Policy, PyTorchModelHubMixin):
     half mean over the surviving tokens, two ``actor_size -> actor_size`` layers, keep and drop logits. The critic sees
     the mean of the surviving tokens, the last prompt token's state, the kept fraction and the stage.
 
+    With ``condition_on="text"`` both also see the question, at the stage's layer: the actor's input is wider, the rest
+    is the same. Behind the token's state h_i stand the mean state of the text tokens behind the images and
+    ``text_scores``, all of the same weight::
+
+        [LayerNorm(h_i), LayerNorm(mean_r h_r), sqrt(d / 3) * text_scores_i, 0 ...]        2 d + TEXT_COLUMNS wide
+
     Args:
         hidden_size: width d of the decoder.
         stage_layers: the layers the stages prune before; their number is T.
@@ -154,12 +203,13 @@ class TopRLPolicy(nn.Module, Policy, PyTorchModelHubMixin):
         base_model: ``model_signature(model)`` of the model it is trained for; checked on ``attach``.
         keep_bias: initial keep logit, so that training starts from keeping most tokens.
         metadata: free JSON data (task, metrics), stored with the policy.
+        condition_on: "none" is the paper's state, in which the actor sees visual tokens alone; "text" the question too.
 
     Saving and loading are PyTorchModelHubMixin's: ``save_pretrained(folder)``, ``push_to_hub(id)``,
     ``TopRLPolicy.from_pretrained(folder_or_id)``; loading is strict.
 
     Raises:
-        ValueError: a non-positive size, an odd ``actor_size``, no stage.
+        ValueError: a non-positive size, an odd ``actor_size``, no stage, an unknown ``condition_on``.
     """
 
     def __init__(
@@ -170,6 +220,7 @@ class TopRLPolicy(nn.Module, Policy, PyTorchModelHubMixin):
         base_model: dict[str, Any] | None = None,
         keep_bias: float = 1.5,
         metadata: dict[str, Any] | None = None,
+        condition_on: str = "none",
     ) -> None:
         super().__init__()
         if hidden_size < 1:
@@ -178,25 +229,30 @@ class TopRLPolicy(nn.Module, Policy, PyTorchModelHubMixin):
             raise ValueError(f"actor_size={actor_size} must be even and positive (half local, half global)")
         if not stage_layers:
             raise ValueError("stage_layers is empty; name the layers that prune")
+        if condition_on not in CONDITIONS:
+            raise ValueError(f"condition_on={condition_on!r} must be one of {', '.join(CONDITIONS)}")
         self.hidden_size = hidden_size
         self.stage_layers = tuple(stage_layers)
         self.base_model = base_model
         self.metadata = metadata or {}
+        self.condition_on = condition_on
+        self.attention_from = "current" if condition_on == "text" else "none"
+        self.input_size = 2 * hidden_size + TEXT_COLUMNS if condition_on == "text" else hidden_size
         num_stages = len(stage_layers)
-        self.norm = nn.LayerNorm(hidden_size)
+        self.norm = nn.LayerNorm(self.input_size)
         self.stage_bias = nn.Parameter(torch.zeros(num_stages, actor_size))
-        self.fc1 = nn.Linear(hidden_size, actor_size)
+        self.fc1 = nn.Linear(self.input_size, actor_size)
         self.fc2 = nn.Linear(actor_size, actor_size)
         self.fc3 = nn.Linear(actor_size, actor_size)
         self.head = nn.Linear(actor_size, 2)
         self.critic = nn.Sequential(
-            nn.Linear(2 * hidden_size + 1 + num_stages, actor_size),
+            nn.Linear(2 * self.input_size + 1 + num_stages, actor_size),
             nn.GELU(),
             nn.Linear(actor_size, actor_size),
             nn.GELU(),
             nn.Linear(actor_size, 1),
         )
-        self.critic_norm = nn.LayerNorm(hidden_size)
+        self.critic_norm = nn.LayerNorm(self.input_size)
         # Orthogonal, small policy head and unit value head, as PPO implementations do
         for layer in (m for m in self.modules() if isinstance(m, nn.Linear)):
             nn.init.orthogonal_(layer.weight, 2**0.5)
@@ -224,8 +280,30 @@ class TopRLPolicy(nn.Module, Policy, PyTorchModelHubMixin):
             head_bias=self.head.bias,
         )
 
+    def inputs(self, context: StageContext) -> tuple[Tensor, Tensor]:
+        """What actor and critic read of a stage: tokens ``[B, V, input_size]`` and text ``[B, input_size]``.
+
+        In the dtype of the policy. Nothing in them is learned, so that they are recorded once per episode. With
+        ``condition_on="none"`` they are the states themselves.
+
+        Raises:
+            ValueError: ``condition_on="text"`` and a prompt that ends in a visual token.
+        """
+        dtype = self.head.weight.dtype
+        hidden_states, text_state = context.hidden_states.to(dtype), context.text_state.to(dtype)
+        if self.condition_on == "none":
+            return hidden_states, text_state
+        states, are_text = context.text_states()
+        pooled = states.to(dtype).sum(1) / are_text.sum(1)[:, None]
+        width = (self.hidden_size,)
+        scores = (self.hidden_size / TEXT_SCORES) ** 0.5 * text_scores(context).to(dtype)
+        question = F.layer_norm(pooled, width)[:, None].expand_as(hidden_states)
+        tokens = torch.cat([F.layer_norm(hidden_states, width), question, scores], -1)
+        text = torch.cat([text_state, pooled], -1)
+        return F.pad(tokens, (0, TEXT_COLUMNS - TEXT_SCORES)), F.pad(text, (0, TEXT_COLUMNS))
+
     def logits(self, hidden_states: Tensor, stage: int, valid_mask: Tensor) -> Tensor:
-        """Keep and drop logits ``[B, V, 2]`` of the visual tokens at ``stage``."""
+        """Keep and drop logits ``[B, V, 2]`` of the visual tokens ``[B, V, input_size]`` (``inputs``) at ``stage``."""
         if hidden_states.shape[1] == 0:  # an earlier stage dropped everything
             return hidden_states.new_zeros(len(hidden_states), 0, 2)
         return actor_score(hidden_states, stage, self.actor_weights(), valid_mask=valid_mask)
@@ -236,10 +314,10 @@ class TopRLPolicy(nn.Module, Policy, PyTorchModelHubMixin):
         """The critic's estimate ``[B]`` of the discounted reward from ``stage`` on.
 
         Args:
-            hidden_states: ``[B, V, d]`` visual token states.
+            hidden_states: ``[B, V, input_size]`` visual tokens (``inputs``).
             stage: 0-based.
             valid_mask: bool ``[B, V]``, the surviving tokens.
-            text_state: ``[B, d]`` state of the last prompt token.
+            text_state: ``[B, input_size]`` the last prompt token's state, and what else ``inputs`` gives of the text.
             kept_fraction: ``[B]`` surviving share of the original tokens before this stage acts.
         """
         weight = valid_mask.to(hidden_states.dtype)[..., None]
@@ -252,7 +330,7 @@ class TopRLPolicy(nn.Module, Policy, PyTorchModelHubMixin):
     def score(self, context: StageContext) -> Tensor:
         """Keep logit minus drop logit: its top-k are the tokens most likely kept."""
         with torch.no_grad():
-            logits = self.logits(context.hidden_states.to(self.head.weight.dtype), context.stage, context.valid_mask)
+            logits = self.logits(self.inputs(context)[0], context.stage, context.valid_mask)
         return logits[..., 0] - logits[..., 1]
 
     def check(self, model: PreTrainedModel, schedule: Schedule) -> None:

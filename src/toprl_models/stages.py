@@ -12,7 +12,7 @@ from torch.nn.functional import pad
 
 from toprl_kernels import topk_compact
 from toprl_models.attention import gather_slots, query_attention
-from toprl_models.policy import Decision, Policy, PromptEmbeddings, StageContext
+from toprl_models.policy import Decision, Policy, PromptEmbeddings, StageContext, TextStates
 from toprl_models.schedule import Schedule
 
 
@@ -180,10 +180,23 @@ def stage_context(
         weights = query_attention(chosen, source, forward.position_embeddings, queries, seen)
         return weights.gather(2, visual.slots[:, None].expand(-1, queries.shape[1], -1))
 
-    def text_attention() -> Tensor:
+    def text_slots() -> tuple[Tensor, Tensor]:
         composed = composed_indices(forward, stage)
         here = entry.is_behind if composed is None else entry.is_behind.gather(1, composed)
-        queries, are_text = entry.behind(here if valid is None else here & valid)
+        return entry.behind(here if valid is None else here & valid)
+
+    def text_states() -> TextStates:
+        if any(forward.ends_visual):
+            raise ValueError(
+                f"input_ids: row {forward.ends_visual.index(True)} ends in a visual token, so that there is no text "
+                "behind the images whose states a policy could see: append the question; with prefill_chunk_size, "
+                "choose a size that leaves it in the images' chunk (or None)"
+            )
+        slots, are_text = text_slots()
+        return TextStates(gather_slots(hidden_states, slots).masked_fill(~are_text[..., None], 0), are_text)
+
+    def text_attention() -> Tensor:
+        queries, are_text = text_slots()
         return attention(queries).masked_fill(~are_text[..., None], 0)
 
     def prompt() -> PromptEmbeddings:
@@ -211,6 +224,7 @@ def stage_context(
         text_attention=text_attention,
         prompt=prompt,
         inputs=entry.inputs,
+        text_states=text_states,
     )
 
 

@@ -91,13 +91,13 @@ def parts_of(family: str) -> tuple[Any, Any]:
 
 @pytest.fixture(scope="module")
 def data_of(tmp_path_factory):
-    """TrainingData of a family, made once: a function of its name and of the cache's size."""
+    """TrainingData of one file: a function of the cache's size and depth."""
     folder = write_data(tmp_path_factory.mktemp("data"), ROWS).parent
 
-    def make(megabytes: float = 64) -> TrainingData:
+    def make(megabytes: float = 64, depth: int = 0) -> TrainingData:
         task = own_task(folder)
         samples = [task[i] for i in range(ROWS)]
-        return TrainingData(task, samples, torch.ones(ROWS), FeatureCache(megabytes))
+        return TrainingData(task, samples, torch.ones(ROWS), FeatureCache(megabytes, depth))
 
     return make
 
@@ -186,6 +186,47 @@ def test_features_of_videos(family):
         expected = model.base_model(**inputs).last_hidden_state[0]
         assert visual_mask(inputs).any()
         torch.testing.assert_close(together[row, -len(expected) :], expected, atol=ATOL, rtol=1e-4)
+
+
+@pytest.mark.since("5.23")
+@pytest.mark.parametrize("family", FAMILY_NAMES)
+def test_the_layers_before_the_first_stage_run_once(family, data_of):
+    """Rollouts that take them from the cache are the same episodes, in both modes, and the layers are left alone."""
+    (model, reader), rows = parts_of(family), [0, 1, 4, 3]
+    data, layers = data_of(depth=LAYERS[0]), list(model.get_decoder().layers)
+    data.features.plan(model, reader, data.task, data.samples)
+    assert data.features.depth == LAYERS[0]
+    plain = episodes_of(family, data_of(), rows)
+    asked = []
+    handles = [layer.self_attn.register_forward_hook(lambda *_: asked.append(1)) for layer in layers[: LAYERS[0]]]
+    for mode in ("compact", "mask"):
+        data.inputs(model, reader, rows)
+        asked.clear()
+        with data.skipping(model, reader, rows):
+            found = episodes_of(family, data, rows, mode)
+        assert len(asked) == LAYERS[0] * (data.task.max_new_tokens - 1)  # no prefill
+        assert found.answers == plain.answers and torch.equal(found.retained, plain.retained)
+        if mode == "compact":
+            for one, other in zip(found.steps, plain.steps, strict=True):
+                assert torch.equal(one.keep_mask, other.keep_mask)
+                torch.testing.assert_close(one.log_prob, other.log_prob, atol=ATOL, rtol=0)
+                here = one.valid_mask
+                torch.testing.assert_close(one.hidden_states[here], other.hidden_states[here], atol=ATOL, rtol=1e-4)
+    for handle in handles:
+        handle.remove()
+    assert list(model.get_decoder().layers) == layers and not any("forward" in vars(layer) for layer in layers)
+    other = data_of(depth=LAYERS[0])
+    other.inputs(model, reader, [3, 5, 0])
+    for row in rows:
+        ours, theirs = (one.features.encoded(model, reader, one.task, one.samples[row]).prefix for one in (data, other))
+        assert torch.equal(ours.states, theirs.states) and torch.equal(ours.keys[1], theirs.keys[1])
+
+
+@pytest.mark.since("5.23")
+def test_prefixes_are_kept_if_all_fit(data_of):
+    (model, reader), data = parts_of("llava"), data_of(0.1, LAYERS[0])
+    data.features.plan(model, reader, data.task, data.samples)
+    assert data.features.depth == 0 and data.features.encoded(model, reader, data.task, data.samples[0]).prefix is None
 
 
 @pytest.mark.parametrize("family", ["llava_next", "qwen3_vl"])

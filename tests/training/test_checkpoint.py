@@ -219,22 +219,22 @@ def test_a_writer_killed_at_random_moments(tmp_path):
         env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)},
     )
     assert server.stdin is not None and server.stdout is not None
-    last, moments = 0, set()
+    last, cut_off = 0, 0
     for _ in range(20):
         server.stdin.write("\n")
         server.stdin.flush()
-        pid = int(server.stdout.readline().split()[1])
-        time.sleep(random.uniform(0.02, 0.2))
+        pid = int(server.stdout.readline().removeprefix("pid"))
+        last = int(server.stdout.readline().removeprefix("saved"))
+        time.sleep(random.uniform(0, 0.1))
         os.kill(pid, signal.SIGKILL)
         while (line := server.stdout.readline())[:4] != "dead":
             last = int(line.removeprefix("saved"))
         assert line == "dead 9\n"
-        moments.add(tuple(path.name for path in tmp_path.iterdir() if path.suffix == ".tmp"))
+        cut_off += any(path.suffix == ".tmp" for path in tmp_path.iterdir())
         assert loaded(tmp_path) in (last, last + 1)
-        last = loaded(tmp_path)
     server.stdin.close()
     assert server.wait() == 0
-    assert last > 5 and len(moments) > 3
+    assert last >= 20 and cut_off
 
 
 def truncate(path: Path) -> None:
@@ -293,7 +293,9 @@ def test_the_best_policy_is_replaced_whole(tmp_path):
 
 
 def test_a_new_run_does_not_begin_over_another(tmp_path):
+    (tmp_path / "policy").mkdir()
     start_anew(tmp_path, overwrite=False)
+    assert names(tmp_path) == ["policy"]  # there is no run that it could be of
     save(tmp_path / "checkpoints", 3)
     save_best(tmp_path, make_policy(), {"iteration": 0})
     with pytest.raises(ValueError, match=r"holds a run \(iteration_000003\).*--resume auto.*--overwrite"):

@@ -138,24 +138,24 @@ def test_what_q_depends_on_is_in_the_name(model_and_processor, task, tmp_path):
 @pytest.mark.parametrize("damage", ["cut", "text", "nan", "longer"])
 def test_a_corrupt_file_is_named(damage, tmp_path):
     path, identity = tmp_path / "quality-0.safetensors", {"data": "a"}
-    measure_once(path, identity, 20, 8, lambda rows: torch.ones(len(rows)), Ranks())
+    measure_once("quality", path, identity, 20, 8, lambda rows: torch.ones(len(rows)), Ranks())
     if damage == "cut":
         path.write_bytes(path.read_bytes()[:-10])
     elif damage == "text":
         path.write_text("not what it was")
     elif damage == "nan":
         path.unlink()
-        measure_once(path, identity, 20, 8, lambda rows: torch.full((len(rows),), torch.nan), Ranks())
+        measure_once("quality", path, identity, 20, 8, lambda rows: torch.full((len(rows),), torch.nan), Ranks())
     total = 10 if damage == "longer" else 20
     with pytest.raises(ValueError, match=rf"--cache_dir: .*{path.name} is corrupt .*delete it"):
-        measure_once(path, identity, total, 8, refuse, Ranks())
+        measure_once("quality", path, identity, total, 8, refuse, Ranks())
 
 
 def test_a_file_of_something_else_is_named(tmp_path):
     path = tmp_path / "quality-0.safetensors"
-    measure_once(path, {"data": "a", "model": 1}, 4, 4, lambda rows: torch.ones(4), Ranks())
+    measure_once("quality", path, {"data": "a", "model": 1}, 4, 4, lambda rows: torch.ones(4), Ranks())
     with pytest.raises(ValueError, match=r"quality-0\.safetensors holds numbers of another data; delete it"):
-        measure_once(path, {"data": "b", "model": 1}, 4, 4, refuse, Ranks())
+        measure_once("quality", path, {"data": "b", "model": 1}, 4, 4, refuse, Ranks())
 
 
 def test_a_full_disk_leaves_the_last_file(tmp_path, monkeypatch):
@@ -174,7 +174,7 @@ def test_a_full_disk_leaves_the_last_file(tmp_path, monkeypatch):
         return torch.tensor(rows).float()
 
     with pytest.raises(OSError, match="No space left"):
-        measure_once(path, {}, 10, 4, measure, Ranks())
+        measure_once("quality", path, {}, 10, 4, measure, Ranks())
     assert read_column(path, {}, 10).tolist() == [0, 1, 2, 3]
     assert [one.name for one in tmp_path.iterdir()] == [path.name]
 
@@ -240,7 +240,7 @@ def shared_pass(path: Path, size: int, stop_after: int = 10**6) -> tuple[list[Te
 
     def work(rank: int) -> None:
         with contextlib.suppress(KeyboardInterrupt, threading.BrokenBarrierError):
-            results[rank] = measure_once(path, {"a": 1}, 29, 4, measure, Threads(rank, size, meeting))
+            results[rank] = measure_once("quality", path, {"a": 1}, 29, 4, measure, Threads(rank, size, meeting))
 
     threads = [threading.Thread(target=work, args=(rank,)) for rank in range(size)]
     for thread in threads:

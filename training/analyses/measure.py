@@ -126,6 +126,7 @@ def training(config: ReproduceConfig, task: str, seed: int, layers: Sequence[int
             "train_size": config.train_size,
             "actor_size": config.actor_size,
             "device": config.device,
+            "eval_every": 0,  # what is evaluated, and how, is the analysis's
             **flags,
         },
     }

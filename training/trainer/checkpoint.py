@@ -122,7 +122,7 @@ def _publish(parent: Path, name: str, write: Callable[[Path], None], link: Path,
 
 def _remove(path: Path) -> None:
     """A folder first loses its name, so that one that is half removed is not taken for a checkpoint."""
-    if path.is_symlink():
+    if path.is_symlink() or path.is_file():
         path.unlink()
         return
     if path.suffix != ".tmp":
@@ -197,7 +197,7 @@ def load_checkpoint(folder: Path, policy: TopRLPolicy, config: PPOConfig) -> dic
 
 
 def start_anew(folder: Path, overwrite: bool) -> None:
-    """Let a run that is not resumed begin in ``folder``: no checkpoint or best policy of another run is in it.
+    """Let a run that is not resumed begin in ``folder``: no checkpoint or policy of another run is left in it.
 
     Raises:
         ValueError: there are checkpoints and not ``overwrite``.
@@ -209,7 +209,7 @@ def start_anew(folder: Path, overwrite: bool) -> None:
             "--output_dir, or delete it and start again (--overwrite)"
         )
     (folder / "best").unlink(missing_ok=True)
-    for name in ("best_policies", "checkpoints"):
+    for name in ("best_policies", "checkpoints", *(["policy"] if found else [])):
         shutil.rmtree(folder / name, ignore_errors=True)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from dataclasses import dataclass, field
 
+from toprl_models.policy import CONDITIONS
 from training.rewards import ALPHA_SCHEDULES, REWARD_QS, REWARD_TERMS, REWARDS
 from training.tasks import DTYPES
 from training.trainer.log import TRACKERS
@@ -40,6 +41,13 @@ class PPOConfig:
         default_factory=lambda: [1, 2, 3], metadata={"help": "pruning happens before these"}
     )
     actor_size: int = field(default=64, metadata={"help": "hidden width of the actor (256 for 7B models)"})
+    condition_on: str = field(
+        default="none",
+        metadata={
+            "help": "what the actor sees: visual tokens (the paper), or the question too",
+            "choices": list(CONDITIONS),
+        },
+    )
     iterations: int = field(default=40, metadata={"help": "rollout + update rounds"})
     rollout_size: int = field(default=128, metadata={"help": "episodes per iteration"})
     rollout_batch_size: int = field(
@@ -93,7 +101,7 @@ class PPOConfig:
         metadata={"help": "PPO, the relaxed mask's gradient through the model, or both", "choices": list(OBJECTIVES)},
     )
     straight_through_coef: float = field(default=1.0, metadata={"help": "its weight in --objective hybrid"})
-    retention_coef: float = field(default=1.0, metadata={"help": "weight of the tokens kept in its loss"})
+    retention_coef: float = field(default=0.1, metadata={"help": "weight of the tokens kept in its loss"})
     ratio_level: str = field(
         default="token",
         metadata={
@@ -114,7 +122,7 @@ class PPOConfig:
     eval_every: int = field(
         default=10, metadata={"help": "iterations between validations on held-out samples; 0 never validates"}
     )
-    eval_size: int = field(default=128, metadata={"help": "held-out samples"})
+    eval_size: int = field(default=64, metadata={"help": "held-out samples"})
     eval_keep: list[float] = field(
         default_factory=list,
         metadata={"help": "share of the tokens that top-k keeps at each stage of a validation; empty: 1/8, 1/16, ..."},
@@ -152,12 +160,30 @@ class PPOConfig:
         shares = [1.0, *self.eval_keep]
         if any(not 0 <= share <= before for before, share in itertools.pairwise(shares)):
             raise ValueError(f"--eval_keep {self.eval_keep}: shares lie in [0, 1] and never grow")
-        for name, known in (("report_to", TRACKERS), ("on_collapse", ON_COLLAPSE)):
+        choices = {
+            "report_to": TRACKERS,
+            "on_collapse": ON_COLLAPSE,
+            "condition_on": CONDITIONS,
+            "reward_q": REWARD_QS,
+            "baseline": BASELINES,
+            "objective": OBJECTIVES,
+            "ratio_level": RATIO_LEVELS,
+        }
+        for name, known in choices.items():
             if getattr(self, name) not in known:
                 raise ValueError(f"--{name} {getattr(self, name)} must be one of {', '.join(known)}")
-        for name in ("rollout_batch_size", "feature_cache_mb"):
+        coefficients = ("clip_range_value", "straight_through_coef", "retention_coef")
+        for name in ("rollout_batch_size", "feature_cache_mb", "budget", *coefficients):
             if getattr(self, name) < 0:
                 raise ValueError(f"--{name} {getattr(self, name)} must be 0 or more")
+        if self.budget and self.reward_terms == "quality":
+            raise ValueError(
+                f"--budget {self.budget:g} has no meaning with --reward_terms quality; leave one of them out"
+            )
+        if self.baseline == "group" and (self.group_size < 2 or self.rollout_size % self.group_size):
+            raise ValueError(
+                f"--group_size {self.group_size} must be at least 2 and divide --rollout_size {self.rollout_size}"
+            )
         if self.device and self.device_map:
             raise ValueError(f"--device {self.device} --device_map {self.device_map}: give one of them")
         if not self.ddp_timeout > 0:

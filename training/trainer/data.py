@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from training.tasks import Sample, Task, answer, device_of, encode
 from training.trainer.features import FeatureCache, collate, takes_features
+from training.trainer.prefix import skipping
 from training.trainer.quality_cache import column_path, identity_of, measure_once
 from training.trainer.ranks import Ranks
 
@@ -40,6 +42,13 @@ class TrainingData:
             return encode(processor, self.task, [self.samples[row] for row in rows], device_of(model))
         encoded = [self.features.encoded(model, processor, self.task, self.samples[row]) for row in rows]
         return collate(encoded, pad_token_of(processor), device_of(model))
+
+    def skipping(self, model: Any, processor: Any, rows: Sequence[int]) -> AbstractContextManager[None]:
+        """Within, a prefill of the batch of these samples takes the layers before the first stage from the cache."""
+        if not self.features.depth:
+            return nullcontext()
+        encoded = [self.features.encoded(model, processor, self.task, self.samples[row]) for row in rows]
+        return skipping(model, [one.prefix for one in encoded if one.prefix])
 
 
 def pad_token_of(processor: Any) -> int:
@@ -100,8 +109,9 @@ def measured(
     path = None
     if cache_dir is not None:
         identity = identity_of(model, processor, data.task, data.samples, batch_size, column)
+        identity["generation"]["features"] = data.features.enabled and takes_features(model)
         path = column_path(cache_dir, column, identity)
-    return measure_once(path, identity, len(data.samples), batch_size, batch, ranks)
+    return measure_once(column, path, identity, len(data.samples), batch_size, batch, ranks)
 
 
 def training_data(
@@ -126,6 +136,7 @@ def training_data(
     """
     samples = [task[i] for i in range(len(task))]
     features = FeatureCache(FEATURE_CACHE_MB) if features is None else features
+    features.plan(model, processor, task, samples)
     data = TrainingData(task, samples, torch.zeros(len(samples)), features)
     folder = None if cache_dir is None else Path(cache_dir)
     data.quality = unpruned_quality(model, processor, data, batch_size, folder, ranks)

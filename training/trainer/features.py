@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -13,20 +13,26 @@ from torch.nn.functional import pad
 from transformers.modeling_outputs import ModelOutput
 
 from training.tasks import Sample, Task, device_of, encode
+from training.trainer.prefix import Prefix, prefix_of
 
 MODALITIES = {"image": "get_image_features", "video": "get_video_features"}
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """One sample on the host: ``inputs`` without padding, pixels and batch mates; ``features`` by modality."""
+    """One sample on the host: ``inputs`` without padding, pixels and batch mates; ``features`` by modality.
+
+    ``prefix`` is what the layers before the first stage make of it, where that is kept.
+    """
 
     inputs: dict[str, Any]
     features: dict[str, dict[str, Any]]
+    prefix: Prefix | None = None
 
     @property
     def bytes(self) -> int:
-        return sum(tensor.nbytes for tensor in _tensors([self.inputs, self.features]))
+        prefix = self.prefix.bytes if self.prefix else 0
+        return prefix + sum(tensor.nbytes for tensor in _tensors([self.inputs, self.features]))
 
 
 class FeatureCache:
@@ -35,25 +41,44 @@ class FeatureCache:
     Samples are encoded one at a time, so that the numbers do not depend on which others are in the batch or on what
     is kept already: a resumed run sees the bits that the uninterrupted one saw. Once it is full, further samples are
     encoded each time they come; nothing is thrown out, as samples are drawn at random and none is more likely next.
+
+    Args:
+        megabytes: of host memory.
+        depth: decoder layers before the first stage. What they make of a sample is kept too, if there is room for that
+            of every sample (``plan``).
     """
 
-    def __init__(self, megabytes: float) -> None:
-        self.free = int(megabytes * 2**20)
+    def __init__(self, megabytes: float, depth: int = 0) -> None:
+        self.free, self.depth = int(megabytes * 2**20), depth
         self.enabled = self.free > 0
         self._kept: dict[str, Encoded] = {}  # by key of the sample
 
     def __len__(self) -> int:
         return len(self._kept)
 
+    def plan(self, model: Any, processor: Any, task: Task, samples: Sequence[Sample]) -> None:
+        """Keep no prefixes if those of ``samples``, taken to be as large as the first one's, would not fit."""
+        if self.depth and not (self.enabled and takes_features(model)):
+            self.depth = 0
+        if self.depth and self._make(model, processor, task, samples[0]).bytes * len(samples) > self.free:
+            self.depth = 0
+
     def encoded(self, model: Any, processor: Any, task: Task, sample: Sample) -> Encoded:
         """What the model is called with for ``sample``."""
         if sample.key in self._kept:
             return self._kept[sample.key]
-        one = encode_features(model, encode(processor, task, [sample], device_of(model)))
+        one = self._make(model, processor, task, sample)
         if one.bytes <= self.free:
             self.free -= one.bytes
             self._kept[sample.key] = one
         return one
+
+    def _make(self, model: Any, processor: Any, task: Task, sample: Sample) -> Encoded:
+        device = device_of(model)
+        one = encode_features(model, encode(processor, task, [sample], device))
+        if not self.depth:
+            return one
+        return replace(one, prefix=prefix_of(model, collate([one], 0, device), self.depth))
 
 
 def takes_features(model: Any) -> bool:
@@ -75,9 +100,10 @@ def encode_features(model: Any, inputs: dict[str, Any]) -> Encoded:
     if "pixel_values_images" in rest:  # Video-LLaVA's processor still gives it the name that the model has dropped
         rest["pixel_values"] = rest.pop("pixel_values_images")
     for modality, name in MODALITIES.items():
-        encoder = getattr(model.base_model, name, None)
-        names = inspect.signature(encoder).parameters if encoder is not None else {}
-        arguments = {key: rest[key] for key in names if key in rest}
+        if not hasattr(model.base_model, name):
+            continue
+        encoder = getattr(model.base_model, name)
+        arguments = {key: rest[key] for key in inspect.signature(encoder).parameters if key in rest}
         pixels = [key for key in arguments if key.startswith("pixel_values")]
         if pixels:
             output = encoder(**arguments, return_dict=True)

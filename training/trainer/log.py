@@ -35,7 +35,6 @@ class Log:
         self, folder: Path, iteration: int, report_to: str = "tensorboard", settings: Mapping[str, Any] | None = None
     ) -> None:
         self.tracker = make_tracker(report_to, folder, iteration, settings or {})
-        self.writer = self.tracker
         self.metrics, self.validations = folder / "metrics.jsonl", folder / "validation.jsonl"
         self.rows = _cut(self.metrics, iteration)  # a row tells the iteration it is of, from 0 ...
         _cut(self.validations, iteration)  # ... and a validation, how many were done before it: the next is due now
@@ -46,7 +45,7 @@ class Log:
         self.tracker.log(flat(row), row["iteration"])
 
     def validation(self, row: dict[str, Any]) -> None:
-        """One validation, ``row["iteration"]`` iterations after the start."""
+        """One validation, before the iteration ``row["iteration"]``."""
         _append(self.validations, row)
         self.tracker.log({f"validation/{name}": value for name, value in flat(row).items()}, row["iteration"])
 

@@ -164,8 +164,8 @@ def update(
     """The gradient steps over one rollout of B episodes.
 
     With PPO there are ``config.ppo_epochs`` passes, fewer where ``config.target_kl`` is passed; the straight-through
-    loss is part of the first pass, since it runs the model again. It is the only loss, and there is one pass, with
-    ``--objective straight_through``.
+    loss is part of the first pass, since it runs the model again. With ``--objective straight_through`` it is the only
+    loss, of one pass; PPO's are measured all the same.
 
     Args:
         episodes: those that are this process's, ``ranks.share(B)``.
@@ -184,7 +184,7 @@ def update(
     share, device = ranks.share(size), episodes.steps[0].value.device
     packed = PackedRollout(episodes.steps)
     counts = ranks.gather(packed.counts.T.to(device), size).cpu()
-    names = PPO_STATISTICS * uses_ppo + TASK_STATISTICS * (task_loss is not None)
+    names = PPO_STATISTICS + TASK_STATISTICS * (task_loss is not None)
     totals, norm_total, largest = torch.zeros(len(names)), 0.0, 0.0
     done = epochs = 0
     while epochs < (config.ppo_epochs if uses_ppo else 1):
@@ -195,19 +195,18 @@ def update(
         for rows in minibatches:
             mine = (rows >= share.start) & (rows < share.stop)
             own = rows[mine] - share.start
-            loss, statistics = torch.zeros((), device=device), {}
-            if uses_ppo:
-                target = targets(advantages[rows], returns[rows], counts[rows], mine, config.ratio_level == "token")
-                target = Targets(*(value.to(device, non_blocking=True) for value in target))
-                tokens = packed.select(own)
+            target = targets(advantages[rows], returns[rows], counts[rows], mine, config.ratio_level == "token")
+            target = Targets(*(value.to(device, non_blocking=True) for value in target))
+            tokens = packed.select(own)
+            with torch.set_grad_enabled(uses_ppo):
                 loss, statistics, log_ratio = ppo_loss(policy, tokens, target, config)
-                if not done:
-                    check_ratio(log_ratio, tokens.lengths, stages, ranks)
-                peak = torch.maximum(peak, statistics.pop("ratio_max"))
+            if not done:
+                check_ratio(log_ratio, tokens.lengths, stages, ranks)
+            peak = torch.maximum(peak, statistics.pop("ratio_max"))
             if task_loss is not None and not epochs and len(own):
                 relaxed, more = task_loss(own, len(rows))
-                loss = loss + relaxed * (config.straight_through_coef if uses_ppo else 1.0)
-                statistics = statistics | more
+                loss = loss + relaxed * config.straight_through_coef if uses_ppo else relaxed
+                statistics |= more
             for name, value in statistics.items():
                 sums[name] += value.detach()
             norms += gradient_step(policy, optimizer, loss, ranks, config.max_grad_norm)
@@ -216,9 +215,8 @@ def update(
         means = ranks.sum(torch.stack([sums[name] for name in names])).cpu() / len(minibatches)
         totals, norm_total = totals + means, norm_total + norms.item() / len(minibatches)
         largest = max(largest, ranks.gather(peak[None], ranks.size).max().item())
-        if uses_ppo and config.target_kl and means[names.index("kl_k3")] > config.target_kl:
+        if config.target_kl and means[names.index("kl_k3")] > config.target_kl:
             break
     # the straight-through loss is in the first pass alone
     result = {n: t / (1 if n in TASK_STATISTICS else epochs) for n, t in zip(names, totals.tolist(), strict=True)}
-    result |= {"grad_norm": norm_total / epochs, "epochs": float(epochs)}
-    return result | ({"ratio_max": largest} if uses_ppo else {})
+    return result | {"ratio_max": largest, "grad_norm": norm_total / epochs, "epochs": float(epochs)}

@@ -32,7 +32,7 @@ class _Spread(torch.autograd.Function):
         return values.index_select(0, segment)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
         return segment_sum(gradient, *ctx.saved_tensors), None, None
 
 
@@ -87,22 +87,22 @@ class PackedRollout:
     """
 
     def __init__(self, steps: Sequence[Step]) -> None:
+        self.counts = torch.stack([step.valid_mask.sum(1) for step in steps]).cpu()
+        self._ends = self.counts.flatten().cumsum(0).view_as(self.counts)
+        shape, width = steps[0].hidden_states.shape[-1:], steps[0].hidden_states.shape[-1]
         stages = torch.eye(len(steps), device=steps[0].value.device)
-        features, pooled, known = [], [], []
-        for step, stage in zip(steps, stages, strict=True):
+        self.features = steps[0].hidden_states.new_empty(int(self.counts.sum()), width + len(steps))
+        pooled, known, parts = [], [], self.features.split(self.counts.sum(1).tolist())
+        for step, stage, part in zip(steps, stages, parts, strict=True):
             states, weight = step.hidden_states, step.valid_mask.to(step.hidden_states.dtype)[..., None]
-            rows = F.layer_norm(states[step.valid_mask], states.shape[-1:])
-            features.append(torch.cat([rows, stage.expand(len(rows), -1)], 1))
+            part[:, :width], part[:, width:] = F.layer_norm(states[step.valid_mask], shape), stage
             mean = (states * weight).sum(1) / weight.sum(1).clamp(min=1)
-            pooled.append(F.layer_norm(torch.stack([mean, step.text_state], 1), states.shape[-1:]))
+            pooled.append(F.layer_norm(torch.stack([mean, step.text_state], 1), shape))
             known.append(torch.cat([step.kept_fraction[:, None].to(mean), stage.expand(len(mean), -1)], 1))
-        self.features = torch.cat(features)
         self.keep_mask = torch.cat([step.keep_mask[step.valid_mask] for step in steps])
         self.log_prob = torch.cat([step.log_prob[step.valid_mask] for step in steps])
         self.pooled, self.known = torch.stack(pooled), torch.stack(known)
         self.value = torch.stack([step.value for step in steps])
-        self.counts = torch.stack([step.valid_mask.sum(1) for step in steps]).cpu()
-        self._ends = self.counts.flatten().cumsum(0).view_as(self.counts)
 
     def select(self, rows: Tensor) -> Tokens:
         """The tokens of the episodes ``rows`` (int64 on the host), without waiting for the device."""

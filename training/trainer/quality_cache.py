@@ -23,6 +23,7 @@ SAMPLED = 64  # weights of each parameter that go into the fingerprint of a mode
 
 
 def measure_once(
+    column: str,
     path: Path | None,
     identity: dict[str, Any],
     total: int,
@@ -36,6 +37,7 @@ def measure_once(
     it was. Batches are the same whatever is known already and however many processes share them.
 
     Args:
+        column: what is measured, for the progress bar.
         path: the file; None keeps nothing. Only the first process reads and writes it.
         identity: what the numbers depend on, a part of the file.
         measure: gives the numbers of the samples of these indices, float32 ``[n]``.
@@ -43,20 +45,25 @@ def measure_once(
     Raises:
         ValueError: the file is corrupt or of something else; the message names it and the fix.
     """
+    from rich.progress import Progress
+
     known = torch.zeros(0)
     if path is not None and ranks.first:
         known = read_column(path, identity, total)
     done = int(ranks.sum(torch.tensor(len(known))))
     values = ranks.sum(pad(known, (0, done - len(known))))
-    while done < total:
-        firsts = range(done, total, batch_size)[: ranks.size]
-        own = [list(range(first, min(first + batch_size, total))) for first in firsts[ranks.share(len(firsts))]]
-        parts = [pad(part, (0, batch_size - len(part))) for part in map(measure, own)]
-        found = ranks.gather(torch.stack(parts) if parts else torch.zeros(0, batch_size), len(firsts))
-        values = torch.cat([values, found.flatten()])[:total]
-        done = len(values)
-        if path is not None and ranks.first:
-            write_column(path, identity, values)
+    with Progress(disable=not ranks.first or done == total, transient=True) as progress:
+        bar = progress.add_task(f"unpruned model: {column}", total=total, completed=done)
+        while done < total:
+            firsts = range(done, total, batch_size)[: ranks.size]
+            own = [list(range(first, min(first + batch_size, total))) for first in firsts[ranks.share(len(firsts))]]
+            parts = [pad(part, (0, batch_size - len(part))) for part in map(measure, own)]
+            found = ranks.gather(torch.stack(parts) if parts else torch.zeros(0, batch_size), len(firsts))
+            values = torch.cat([values, found.flatten()])[:total]
+            done = len(values)
+            if path is not None and ranks.first:
+                write_column(path, identity, values)
+            progress.update(bar, completed=done)
     return values
 
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from toprl_models import Decision, Schedule, StageContext, TopRLPolicy, attach
+from training.rewards import retention_term
 from training.rollout import SamplingPolicy
 from training.tasks import Sample
 from training.trainer.teacher_forcing import answer_log_prob
@@ -24,7 +25,11 @@ class RelaxedPolicy(SamplingPolicy):
 
     Attributes:
         retained: after each stage, the mean of its mask over a sample's original tokens, ``[B]``: L_t / L.
+        num_visual: the original tokens L, ``[B]``.
     """
+
+    # the exact derivative at a dropped token that would have dominated drowns all others: 1e9 in the embedded model
+    bounded_mask_grad = True
 
     def __init__(self, policy: TopRLPolicy, seed: int, episodes: Tensor, tau: float) -> None:
         super().__init__(policy, seed, episodes, tau)
@@ -35,14 +40,17 @@ class RelaxedPolicy(SamplingPolicy):
         logits, sample = self.sample(context)
         # m_t = m_{t-1} * sample: the slots are the same at every stage in mode "mask"
         self.keep_mask = sample.keep_mask if self.keep_mask is None else self.keep_mask * sample.keep_mask
-        original = torch.tensor(context.num_visual, device=logits.device).clamp(min=1)
-        self.retained.append(self.keep_mask.sum(1) / original)
+        self.num_visual = torch.tensor(context.num_visual, device=logits.device)
+        self.retained.append(self.keep_mask.sum(1) / self.num_visual.clamp(min=1))
         return Decision((logits[..., 0] - logits[..., 1]).detach(), self.keep_mask)
 
 
 @dataclass
 class StraightThrough:
     """Loss of the episodes of an iteration: -log p(answer) + ``retention_coef`` * sum over t of alpha_t L_t / L.
+
+    log p is the mean over the tokens of the reference answer and the end token; a budget replaces L_t / L as in the
+    reward (``retention_term``).
 
     Attributes:
         samples: of this process's episodes.
@@ -62,6 +70,7 @@ class StraightThrough:
     tau: float
     alpha: Tensor
     retention_coef: float
+    budget: float
 
     def __call__(self, rows: Tensor, size: int) -> tuple[Tensor, dict[str, Tensor]]:
         """The sum over the episodes ``rows`` divided by ``size``, and its two parts."""
@@ -73,6 +82,8 @@ class StraightThrough:
             )
         answer_loss = -log_prob.sum() / size
         retained = torch.stack(relaxed.retained, 1)  # [B, T]
-        retention = (retained @ self.alpha.to(retained)).sum() / size
+        num_layers = self.model.config.get_text_config().num_hidden_layers
+        term = retention_term(retained, relaxed.num_visual, self.schedule.layers, num_layers, self.budget)
+        retention = (term @ self.alpha.to(term)).sum() / size
         loss = answer_loss + self.retention_coef * retention
         return loss, {"answer_loss": answer_loss, "relaxed_retention": retention}

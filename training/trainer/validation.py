@@ -4,22 +4,22 @@ from __future__ import annotations
 
 import time
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from toprl_models import Policy, Schedule, TopRLPolicy, attach
-from training.rewards import alphas, stage_rewards
+from training.rewards import alphas, retention_term, reward_quality, stage_rewards, usable_samples
 from training.rollout import ArgmaxPolicy
 from training.tasks import Task, answer, device_of, make_task
 from training.tasks.benchmarks import BENCHMARKS
-from training.tasks.factory import SCENES
 from training.trainer.config import PPOConfig
 from training.trainer.data import TrainingData
 from training.trainer.ranks import Ranks
 
-MAX_SHARE = 5  # at most a fifth of the training samples is split off
+MAX_SHARE = 5  # a fifth of the training samples is the most that is split off
 
 
 def validation_task(config: PPOConfig) -> Task | None:
@@ -28,13 +28,11 @@ def validation_task(config: PPOConfig) -> Task | None:
     The split that results are reported on never is one. Its samples do not depend on --seed, so that the curves of
     several seeds compare.
     """
-    if config.task in SCENES:
-        return make_task(config.task, "validation", config.eval_size)
-    splits = {"validation": None, "test": None} if config.task == "custom" else BENCHMARKS[config.task].splits
-    names = [name for name in ("validation", "val") if name in splits]
-    if config.task != "custom":
-        names = [name for name in names if splits[name] != splits["test"]]
-    if not names or (config.dataset_path and config.dataset_path.endswith((".json", ".jsonl", ".parquet"))):
+    names = ["validation"]  # scenes, own data
+    if config.task in BENCHMARKS:
+        splits = BENCHMARKS[config.task].splits
+        names = [name for name in ("validation", "val") if name in splits and splits[name] != splits["test"]]
+    if not names or Path(config.dataset_path or ".").is_file():
         return None
     options = {name: value for name in ("dataset_path", "metric") if (value := getattr(config, name))}
     try:
@@ -88,18 +86,21 @@ def validate(
         ValueError: the unpruned model answers none of the samples.
     """
     began = time.perf_counter()
-    # as in training: Q_p / Q is undefined at Q = 0
-    usable = torch.ones_like(data.quality, dtype=torch.bool) if config.reward_q == "metric" else data.quality > 0
-    if not usable.any():
+    # what --reward_q prob_ratio stands for is the metric of the answers, so that they are measured here
+    reward_q = "metric" if config.reward_q == "metric" else "ratio"
+    usable = usable_samples(reward_q, data.quality)
+    if not len(usable):
         raise ValueError(
-            f"--eval_size {config.eval_size}: the unpruned model answers none of the {len(usable)} held-out samples, "
-            "so that they have no reward; take more, or --eval_every 0"
+            f"--eval_size {config.eval_size}: the unpruned model answers none of the {len(data.samples)} held-out "
+            "samples, so that they have no reward; take more, or --eval_every 0"
         )
-    quality, retained = _answer(model, processor, ArgmaxPolicy(policy), schedule, data, config, ranks)
-    topk_quality, topk_retained = _answer(model, processor, policy, topk_schedule(config), data, config, ranks)
+    quality, retained, num_visual = _answer(model, processor, ArgmaxPolicy(policy), schedule, data, config, ranks)
+    topk_quality, topk_retained, _ = _answer(model, processor, policy, topk_schedule(config), data, config, ranks)
+    num_layers = model.config.get_text_config().num_hidden_layers
+    share = reward_quality(reward_q, quality[usable], data.quality[usable])
+    term = retention_term(retained[usable], num_visual[usable], config.stage_layers, num_layers, config.budget)
     alpha = alphas(len(config.stage_layers), config.eta, config.alpha_schedule)
-    share = quality if config.reward_q == "metric" else quality / data.quality
-    rewards = stage_rewards(share[usable], retained[usable], alpha, config.reward, config.reward_terms)
+    rewards = stage_rewards(share, term, alpha, config.reward, config.reward_terms)
     return {
         "reward": rewards.sum(1).mean().item(),
         "accuracy": quality.mean().item(),
@@ -119,19 +120,19 @@ def _answer(
     data: TrainingData,
     config: PPOConfig,
     ranks: Ranks,
-) -> tuple[Tensor, Tensor]:
-    """Q_p ``[n]`` and L_t / L ``[n, T]`` of all samples, on the host; each process answers its share of them."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Q_p ``[n]``, L_t / L ``[n, T]`` and L ``[n]`` of all samples, on the host; each process answers its share."""
     number = len(data.samples)
     mine = list(range(number))[ranks.share(number)]
     batch_size = config.rollout_batch_size or -(-config.rollout_size // ranks.size)
-    parts = [torch.zeros(0, 1 + len(config.stage_layers))]
+    parts = [torch.zeros(0, 2 + len(config.stage_layers))]
     for first in range(0, len(mine), batch_size):
         rows = mine[first : first + batch_size]
         inputs = data.inputs(model, processor, rows)
         with attach(model, policy, schedule=schedule, mode=config.rollout) as pruner:  # type: ignore[arg-type]
             _, quality = answer(model, processor, data.task, [data.samples[i] for i in rows], inputs)
             counts = torch.tensor([stage.counts for stage in pruner.trace], dtype=torch.float32).T
-            retained = counts / torch.tensor(pruner.trace[0].num_visual)[:, None]
-        parts.append(torch.cat([quality[:, None], retained], 1))
+            num_visual = torch.tensor(pruner.trace[0].num_visual)[:, None]
+        parts.append(torch.cat([quality[:, None], counts / num_visual, num_visual], 1))
     table = ranks.gather(torch.cat(parts).to(device_of(model)), number).cpu()
-    return table[:, 0], table[:, 1:]
+    return table[:, 0], table[:, 1:-1], table[:, -1]

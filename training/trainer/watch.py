@@ -68,7 +68,9 @@ class Watch:
         """
         self.rows.append(row)
         found = findings(self.rows, self.config.iterations) if self.config.on_collapse != "ignore" else {}
-        new = [f"iteration {row['iteration']}: {text}" for kind, text in found.items() if kind not in self._active]
+        new = [
+            f"iteration {row['iteration']}: {kind}: {text}" for kind, text in found.items() if kind not in self._active
+        ]
         self._active = set(found)
         if new and self.config.on_collapse == "stop":
             raise CollapseError("; ".join(new))
@@ -90,9 +92,9 @@ def findings(rows: Sequence[dict[str, Any]], iterations: int) -> dict[str, str]:
         found |= _collapse(last, max(row["accuracy"] for row in rows))
     if min(row.get("advantage_std", 1.0), row.get("reward_std", 1.0)) < 1e-6:
         found["zero advantage"] = "all episodes of the rollout are equally good, so that nothing can be learned"
-    if row["entropy"] < 0.01 and row["iteration"] < iterations / 2:
+    if row["entropy"] < 0.05 and row["iteration"] < iterations / 2:
         found["entropy gone"] = f"entropy is {row['entropy']:.4f} nats in the first half: exploration has ended"
-    if row["ratio_max"] > 100 or row["kl_k3"] > 1:
+    if row["ratio_max"] > 10 or row["kl_k3"] > 0.5:
         found["update too large"] = f"largest ratio {row['ratio_max']:.1f}, KL {row['kl_k3']:.2f}"
     return found
 
