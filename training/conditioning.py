@@ -111,11 +111,13 @@ def train(arguments: dict[str, Any], folder: Path) -> Result:
 
 
 def controls(arguments: dict[str, Any], folder: Path) -> Result:
-    """What needs no training: unpruned, and by attention alone; and which samples ask for a place in the picture."""
+    """What needs no training: unpruned, and by the last token's attention alone (PyramidDrop's score, positions as in
+    the other columns); and which samples ask for a place in the picture.
+    """
     data = _data(arguments["task"], "test", arguments["test_size"])
     layers = arguments["stage_layers"]
     by_attention = {
-        name_of(keep): answers(PyramidDrop(), Schedule(tuple(zip(layers, keep, strict=True))), data)[0]
+        name_of(keep): answers(PyramidDrop("original"), Schedule(tuple(zip(layers, keep, strict=True))), data)[0]
         for keep in KEEPS
     }
     return {

@@ -22,23 +22,38 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import HfArgumentParser
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from toprl_models import Schedule, TopRLPolicy
 from toprl_models.policy import model_signature
-from training.rewards import alphas, gae, stage_rewards
-from training.rollout import rollout
-from training.tasks import load_model, make_task
+from training.rewards import (
+    alphas,
+    check_budget,
+    gae,
+    group_advantages,
+    retention_term,
+    reward_quality,
+    stage_rewards,
+    usable_samples,
+)
+from training.rollout import Rollout, rollout
+from training.tasks import device_of, load_model, make_task
 from training.trainer.checkpoint import CheckpointError, Writer, load_checkpoint, start_anew
 from training.trainer.config import PPOConfig
 from training.trainer.console import Console
-from training.trainer.data import TrainingData, training_data
+from training.trainer.data import TrainingData, measured, training_data
+from training.trainer.episodes import concatenate
+from training.trainer.features import FeatureCache
 from training.trainer.launch import sigterm_raises, torchrun_ranks
 from training.trainer.log import Log
 from training.trainer.objectives import update
+from training.trainer.profile import Phases
 from training.trainer.ranks import Ranks
+from training.trainer.straight_through import StraightThrough
+from training.trainer.teacher_forcing import answer_log_prob, pruned_log_prob
 from training.trainer.validation import split_off, validate, validation_task
 from training.trainer.watch import Watch, naming_checkpoint, require_finite
 
@@ -50,7 +65,15 @@ class Trainer:
         self.config, self.ranks, self.folder = config, ranks, Path(config.output_dir)
         torch.manual_seed(config.seed)
         self.generator = torch.Generator().manual_seed(config.seed)  # data order and minibatches
-        self.model, self.processor = load_model(config.model_name_or_path, device, getattr(torch, config.dtype))
+        self.model, self.processor = load_model(
+            config.model_name_or_path,
+            device,
+            getattr(torch, config.dtype),
+            config.attn_implementation or None,
+            config.device_map or None,
+        )
+        self.device = device_of(self.model)
+        self.phases = Phases(self.device)
         self.schedule = Schedule(tuple((layer, 1.0) for layer in config.stage_layers))
         self.policy = TopRLPolicy(
             self.model.config.get_text_config().hidden_size,
@@ -58,10 +81,14 @@ class Trainer:
             actor_size=config.actor_size,
             base_model=model_signature(self.model),
             metadata={"task": config.task, "model": config.model_name_or_path, "ppo": asdict(config)},
-        ).to(self.model.device)
+        ).to(self.device)
         self.policy.check(self.model, self.schedule)
         self.optimizer = torch.optim.Adam(self.policy.parameters(), lr=config.learning_rate, eps=1e-5)
         self.alpha = alphas(len(config.stage_layers), config.eta, config.alpha_schedule)
+        if config.rollout_size < ranks.size:
+            raise ValueError(
+                f"--rollout_size {config.rollout_size}: {ranks.size} processes need at least one episode each"
+            )
         self.iteration, self.best = 0, None  # iterations done; reward of the best validation
         self._open_folder()
         self._load_data(data)
@@ -86,21 +113,35 @@ class Trainer:
 
     def _load_data(self, data: TrainingData | None) -> None:
         config = self.config
+        batch_size = config.rollout_batch_size or config.rollout_size
+        cache_dir = config.cache_dir or self.folder / "cache"
+        features = FeatureCache(config.feature_cache_mb, min(config.stage_layers))
         held_out_task = validation_task(config) if config.eval_every and data is None else None
         if data is None:
             options = {name: value for name in ("dataset_path", "metric") if (value := getattr(config, name))}
             task = make_task(config.task, "train", config.train_size, seed=config.seed, **options)
-            data = training_data(self.model, self.processor, task, config.rollout_size, ranks=self.ranks)
+            data = training_data(self.model, self.processor, task, batch_size, cache_dir, features, self.ranks)
         self.held_out: TrainingData | None = None
         if held_out_task is not None:
             self.held_out = training_data(
-                self.model, self.processor, held_out_task, config.rollout_size, ranks=self.ranks
+                self.model, self.processor, held_out_task, batch_size, cache_dir, features, self.ranks
             )
         elif config.eval_every:
             data, self.held_out = split_off(data, config.eval_size)
         self.data = data
-        # Q_p / Q is undefined at Q = 0 (the unpruned model is wrong): those samples teach the actor nothing
-        self.usable = data.quality.nonzero().flatten()
+        self.unpruned = data.quality
+        if config.reward_q == "prob_ratio":
+            self.unpruned = measured(
+                self.model,
+                self.processor,
+                data,
+                batch_size,
+                "answer_log_prob",
+                lambda samples, inputs: answer_log_prob(self.model, self.processor, samples, inputs),
+                Path(cache_dir),
+                self.ranks,
+            )
+        self.usable = usable_samples(config.reward_q, self.unpruned)
         if not len(self.usable):
             raise RuntimeError(
                 f"--task {config.task}: the unpruned model answers none of {len(data.samples)} samples; "
@@ -128,40 +169,31 @@ class Trainer:
         tau = config.tau_start * (config.tau_end / config.tau_start) ** fraction
 
         # 1. rollout: s_{t+1} = TransformerLayers(m_t, s_t), m_t ~ pi(. | s_t), each process its share         (Eq. 3)
-        rows = self.usable[torch.randint(len(self.usable), (config.rollout_size,), generator=self.generator)]
+        repeats = config.group_size if config.baseline == "group" else 1
+        drawn = torch.randint(len(self.usable), (config.rollout_size // repeats,), generator=self.generator)
+        rows = self.usable[drawn].repeat_interleave(repeats)
         share = ranks.share(config.rollout_size)
-        here = rows[share].tolist()
-        episodes = rollout(
-            self.model,
-            self.processor,
-            self.policy,
-            self.schedule,
-            self.data.task,
-            [self.data.samples[row] for row in here],
-            self.data.inputs(self.model, self.processor, here),
-            episodes=self.iteration * config.rollout_size + torch.arange(config.rollout_size)[share],
-            seed=config.seed,
-            tau=tau,
-            mode=config.rollout,
-        )
+        numbers = self.iteration * config.rollout_size + torch.arange(config.rollout_size)
+        at_once = config.rollout_batch_size or config.rollout_size
+        parts = zip(rows[share].split(at_once), numbers[share].split(at_once), strict=True)
+        episodes = concatenate([self.rollout(here.tolist(), mine, tau) for here, mine in parts])
 
         # 2. reward: r_t = Q_p / Q - alpha_t L_t / L                                                   (Eqs. 1, 2, 5)
-        device, stages = self.model.device, len(config.stage_layers)
-        mine = [
-            episodes.quality[:, None].to(device),
-            episodes.retained.to(device),
-            torch.stack([step.value for step in episodes.steps], 1),
-        ]
-        quality, retained, values = ranks.gather(torch.cat(mine, 1), len(rows)).cpu().split([1, stages, stages], 1)
-        ratio = quality[:, 0] / self.data.quality[rows]
-        rewards = stage_rewards(ratio, retained, self.alpha, config.reward, config.reward_terms)
+        quality, retained, values, rewards = self.rewards(episodes, rows)
 
         # 3. advantages of the discounted return sum_t gamma^(t-1) r_t                                        (Eq. 4)
         require_finite(rewards=rewards, values=values)
-        advantages, returns = gae(rewards, values, config.gamma, config.gae_lambda)
+        if config.baseline == "group":
+            advantages, returns = group_advantages(rewards, config.gamma, repeats)
+        else:
+            advantages, returns = gae(rewards, values, config.gamma, config.gae_lambda)
 
         # 4. PPO update of actor and critic
-        statistics = update(self.policy, self.optimizer, episodes, advantages, returns, config, self.generator, ranks)
+        task_loss = None if config.objective == "ppo" else self.task_loss(rows[share].tolist(), numbers[share], tau)
+        with self.phases("update"):
+            statistics = update(
+                self.policy, self.optimizer, episodes, advantages, returns, config, self.generator, ranks, task_loss
+            )
 
         explained = 1 - (returns - values).var() / returns.var().clamp(min=1e-8)
         return {
@@ -177,7 +209,63 @@ class Trainer:
             "learning_rate": self.optimizer.param_groups[0]["lr"],
             **statistics,
             "seconds": time.perf_counter() - began,
+            **{f"seconds_{name}": seconds for name, seconds in self.phases.take().items()},
         }
+
+    def rollout(self, rows: list[int], numbers: Tensor, tau: float) -> Rollout:
+        """Episodes with these numbers, of the samples with those; layers before the first stage are remembered."""
+        config, policy, schedule = self.config, self.policy, self.schedule
+        samples = [self.data.samples[row] for row in rows]
+        same: dict[str, Any] = {"episodes": numbers, "seed": config.seed, "mode": config.rollout}
+        with self.phases("data"):
+            inputs = self.data.inputs(self.model, self.processor, rows)
+        with self.phases("rollout"), self.data.skipping(self.model, self.processor, rows):
+            episodes = rollout(
+                self.model, self.processor, policy, schedule, self.data.task, samples, inputs, **same, tau=tau
+            )
+            if config.reward_q == "prob_ratio":
+                episodes.log_prob = pruned_log_prob(
+                    self.model, self.processor, policy, schedule, samples, inputs, **same
+                )
+        return episodes
+
+    def rewards(self, episodes: Rollout, rows: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Of the episodes of all processes, on the host: Q_p ``[B]``, L_t / L, values and rewards ``[B, T]``.
+
+        Args:
+            episodes: this process's.
+            rows: numbers of all processes' samples, ``[B]``.
+        """
+        config, stages, layers = self.config, len(self.config.stage_layers), self.config.stage_layers
+        pruned = episodes.quality if episodes.log_prob is None else episodes.log_prob
+        known = torch.stack([episodes.quality, pruned.cpu(), episodes.num_visual], 1)
+        values = torch.stack([step.value for step in episodes.steps], 1)
+        mine = torch.cat([known.to(self.device), episodes.retained.to(self.device), values], 1)
+        known, retained, values = self.ranks.gather(mine, len(rows)).cpu().split([3, stages, stages], 1)
+        quality, pruned, num_visual = known.unbind(1)
+        num_layers = self.model.config.get_text_config().num_hidden_layers
+        check_budget(config.budget, int(num_visual.max()), layers, num_layers)
+        term = retention_term(retained, num_visual, layers, num_layers, config.budget)
+        ratio = reward_quality(config.reward_q, pruned, self.unpruned[rows])
+        return quality, retained, values, stage_rewards(ratio, term, self.alpha, config.reward, config.reward_terms)
+
+    def task_loss(self, rows: list[int], numbers: Tensor, tau: float) -> StraightThrough:
+        """The differentiable loss of this process's episodes."""
+        config = self.config
+        return StraightThrough(
+            self.model,
+            self.processor,
+            self.policy,
+            self.schedule,
+            [self.data.samples[row] for row in rows],
+            lambda chosen: self.data.inputs(self.model, self.processor, [rows[i] for i in chosen]),
+            episodes=numbers,
+            seed=config.seed,
+            tau=tau,
+            alpha=self.alpha,
+            retention_coef=config.retention_coef,
+            budget=config.budget,
+        )
 
     def validate(self) -> None:
         """Answer the held-out samples; the best policy so far is kept."""
@@ -197,6 +285,7 @@ class Trainer:
         However the run ends, the iterations that it finished are in a checkpoint; only SIGKILL loses those since the
         last one that was due.
         """
+        self.phases.take()
         config, console = self.config, Console(self.config, self.iteration, quiet=not self.ranks.first)
         unsaved: tuple[TopRLPolicy, dict[str, Any]] | None = None
         try:
@@ -204,7 +293,8 @@ class Trainer:
                 while True:
                     is_last = self.iteration == config.iterations
                     if config.eval_every and (self.iteration % config.eval_every == 0 or is_last):
-                        self.validate()
+                        with self.phases("validation"):
+                            self.validate()
                     if is_last:
                         break
                     with naming_checkpoint(self.folder / "checkpoints", self.iteration):
@@ -212,8 +302,9 @@ class Trainer:
                     self.iteration += 1
                     if self.ranks.first:
                         unsaved = copy.deepcopy((self.policy, self.state()))
-                        self.log.write(row)
-                        console.show(row)
+                        with self.phases("log"):
+                            self.log.write(row)
+                            console.show(row)
                         if self.iteration % config.save_every == 0 or self.iteration == config.iterations:
                             self.writer.save(*unsaved)
                             unsaved = None
@@ -225,6 +316,7 @@ class Trainer:
                 if unsaved is not None:
                     self.writer.save(*unsaved)
                 self.writer.close()
+                self.log.close()
                 console.stopped(error, unsaved[1]["iteration"] if unsaved else self.iteration)
             raise
         policy = self.folder / "policy"

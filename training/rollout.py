@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from toprl_kernels import KeepMaskSample, keep_mask_log_prob, sample_keep_mask
+from toprl_kernels import KeepMaskSample, sample_keep_mask
 from toprl_models import Decision, Policy, Schedule, StageContext, TopRLPolicy, attach
 from training.tasks import Sample, Task, answer
 
@@ -33,18 +33,21 @@ class Step:
     kept_fraction: Tensor
     value: Tensor
 
-    def select(self, rows: Tensor) -> Step:
-        return Step(**{f.name: getattr(self, f.name)[rows] for f in fields(self)})
-
 
 @dataclass
 class Rollout:
-    """A batch of episodes: ``steps[t]`` for each stage, quality Q_p ``[B]`` and retained L_t / L ``[B, T]``."""
+    """A batch of episodes.
+
+    ``steps[t]`` for each stage; quality Q_p ``[B]``, retained L_t / L ``[B, T]``, num_visual L ``[B]`` on the host;
+    log_prob ``[B]``, of the reference answer under these masks, where it was asked for.
+    """
 
     steps: list[Step]
     quality: Tensor
     retained: Tensor
+    num_visual: Tensor
     answers: list[str]
+    log_prob: Tensor | None = None
 
 
 class SamplingPolicy(Policy):
@@ -129,13 +132,5 @@ def rollout(
     with attach(model, sampling, schedule=schedule, mode=mode) as pruner:  # type: ignore[arg-type]
         answers, quality = answer(model, processor, task, samples, inputs)
         counts = torch.tensor([stage.counts for stage in pruner.trace], dtype=torch.float32).T
-        retained = counts / torch.tensor(pruner.trace[0].num_visual)[:, None]
-    return Rollout(sampling.steps, quality, retained, answers)
-
-
-def evaluate_actions(policy: TopRLPolicy, step: Step, stage: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Log-probability and entropy ``[B, V]`` of the recorded actions under the present actor, and value ``[B]``."""
-    logits = policy.logits(step.hidden_states, stage, step.valid_mask)
-    log_prob, entropy = keep_mask_log_prob(logits, step.keep_mask, previous_mask=step.valid_mask)
-    value = policy.value(step.hidden_states, stage, step.valid_mask, step.text_state, step.kept_fraction)
-    return log_prob, entropy, value
+        num_visual = torch.tensor(pruner.trace[0].num_visual)
+    return Rollout(sampling.steps, quality, counts / num_visual[:, None], num_visual, answers)

@@ -25,12 +25,13 @@ def toprl_masked_forward(
     scaling: float | None = None,
     dropout: float = 0.0,
     toprl_keep_mask: Tensor | None = None,
+    toprl_bounded_mask_grad: bool = False,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """An attention function of transformers: ``[B, H, Nq, D]`` in, ``([B, Nq, H, D], None)`` out.
 
     ``attention_mask`` is the 2-D padding mask that ``padding_mask`` below made, ``toprl_keep_mask`` [B, N] comes from
-    the pruner's layer hook; without it all tokens are kept.
+    the pruner's layer hook; without it all tokens are kept. ``toprl_bounded_mask_grad`` is the policy's.
     """
     if kwargs.get("output_attentions"):
         raise ValueError(
@@ -44,7 +45,14 @@ def toprl_masked_forward(
     if toprl_keep_mask is None:
         toprl_keep_mask = torch.ones(key.shape[0], key.shape[2], dtype=torch.bool, device=key.device)
     output = masked_attention(
-        query, key, value, toprl_keep_mask, key_padding_mask=attention_mask, is_causal=True, scale=scaling
+        query,
+        key,
+        value,
+        toprl_keep_mask,
+        key_padding_mask=attention_mask,
+        is_causal=True,
+        scale=scaling,
+        bounded_mask_grad=toprl_bounded_mask_grad,
     )
     return output.transpose(1, 2).contiguous(), None
 

@@ -122,10 +122,12 @@ class Policy:
         positions: "original" when survivors keep their positions, "renumbered" when they and all behind them get
             consecutive ones at each stage, in which decoding goes on. M-RoPE positions (Qwen) are places in the image,
             not numbers, and always stay. Mode "mask" removes nothing, so that it knows original positions only.
+        bounded_mask_grad: of a floating keep_mask in mode "mask", see ``toprl_kernels.masked_attention``.
     """
 
     attention_from: str = "none"
     positions: str = "original"
+    bounded_mask_grad: bool = False
 
     def score(self, context: StageContext) -> Tensor:
         """Scores ``[B, V]``, the larger the more worth keeping; NaN ranks last."""

@@ -221,6 +221,7 @@ class Pruner:
             cache = kwargs.get("past_key_values")
             if self.mode == "mask":
                 changed["toprl_keep_mask"] = self._keep_mask(forward, number, index, cache, hidden_states)
+                changed["toprl_bounded_mask_grad"] = self.policy.bounded_mask_grad
             else:
                 self._shorten(forward, number, index, hidden_states, changed)
         if args:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -250,7 +251,7 @@ def test_a_rollout_in_parts(family, data_of):
 
 def test_parts_of_different_stages_are_refused(data_of):
     one = episodes_of("llava", data_of(), [0])
-    two = Rollout(one.steps[:1], one.quality, one.retained, one.answers)
+    two = replace(one, steps=one.steps[:1])
     with pytest.raises(ValueError, match=r"rollouts have \[2, 1\] stages"):
         concatenate([one, two])
     with pytest.raises(ValueError, match="rollouts is empty"):

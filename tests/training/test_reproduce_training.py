@@ -34,7 +34,7 @@ def test_reward_terms_by_hand():
 
 def small(folder, **changes) -> PPOConfig:
     values = {"iterations": 3, "rollout_size": 16, "minibatch_size": 8, "train_size": 24, "actor_size": 16}
-    return PPOConfig(output_dir=str(folder), device="cpu", **(values | changes))
+    return PPOConfig(output_dir=str(folder), device="cpu", eval_every=0, **(values | changes))
 
 
 def weights(folder):

@@ -1,9 +1,8 @@
-"""Training data: Q measured once and kept on disk, inputs of batches, loading a model as the flags say."""
+"""Training data: Q measured once and kept on disk, inputs of batches, wall time by phase."""
 
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import json
 import threading
 import time
@@ -16,9 +15,8 @@ import torch
 from torch import Tensor
 
 from toprl_models import tiny
-from training.tasks import device_of, encode, load_model, make_task
+from training.tasks import encode, make_task
 from training.trainer import data as data_module
-from training.trainer.config import PPOConfig
 from training.trainer.data import FeatureCache, TrainingData, measured, pad_token_of, training_data
 from training.trainer.profile import Phases
 from training.trainer.quality_cache import column_path, identity_of, measure_once, read_column
@@ -339,76 +337,6 @@ def test_a_tokenizer_without_a_pad_token():
     processor.tokenizer.pad_token = None
     with pytest.raises(ValueError, match=r"has no pad token; set processor\.tokenizer\.pad_token"):
         pad_token_of(processor)
-
-
-# -- loading -------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("device_map", ["cpu", '{"": "cpu"}'])
-def test_a_device_map(device_map, task):
-    model, processor = load_model("tiny", "", torch.bfloat16, "eager", device_map)
-    assert device_of(model) == torch.device("cpu") and model.dtype == torch.bfloat16
-    assert model.config.get_text_config()._attn_implementation == "eager"
-    expected, _ = tiny.load(dtype=torch.bfloat16)
-    theirs = expected.state_dict()
-    assert all(torch.equal(one, theirs[name]) for name, one in model.state_dict().items())
-    data = training_data(model, processor, task, BATCH)
-    assert data.quality.mean() > 0.5
-
-
-def test_weights_on_disk_run_where_the_map_says(task, tmp_path):
-    """With offloaded weights ``model.device`` is "meta"; inputs go where the layers run."""
-    from accelerate import disk_offload
-
-    model, processor = tiny.load()
-    data = training_data(model, processor, task, BATCH)
-    disk_offload(model, tmp_path / "offload", execution_device=torch.device("cpu"))
-    assert model.device.type == "meta" and device_of(model) == torch.device("cpu")
-    assert torch.equal(cached((model, processor), task, tmp_path / "cache").quality, data.quality)
-
-
-def test_the_map_names_the_device():
-    model, _ = tiny.load()
-    model.hf_device_map = {"model.vision_tower": "cpu", "model.language_model": 1, "lm_head": "disk"}
-    assert device_of(model) == torch.device("cuda", 1)
-
-
-@pytest.mark.parametrize(
-    ("name", "changes", "message"),
-    [
-        ("no/such-model", {}, "--model_name_or_path no/such-model: cannot be loaded"),
-        ("no/such-model", {"attn_implementation": "eager"}, "--attn_implementation eager: cannot be loaded"),
-        ("tiny", {"device_map": "{oops"}, "--device_map {oops: must be auto, a device, or a JSON object"),
-        ("tiny", {"device_map": "nowhere"}, "--model_name_or_path tiny --device_map nowhere: cannot be loaded"),
-    ],
-)
-def test_what_cannot_be_loaded(name, changes, message):
-    with pytest.raises(ValueError, match=message):
-        load_model(name, "cpu", **changes)
-
-
-def test_a_folder_without_a_model(tmp_path):
-    with pytest.raises(ValueError, match=rf"--model_name_or_path {tmp_path}: cannot be loaded .*local folder"):
-        load_model(str(tmp_path), "cpu")
-
-
-def test_a_device_map_needs_accelerate(monkeypatch):
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ImportError, match="--device_map auto needs accelerate: pip install accelerate"):
-        load_model("tiny", "cpu", device_map="auto")
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"device": "cpu", "device_map": "auto"}, "--device cpu --device_map auto: give one of them"),
-        ({"rollout_batch_size": -1}, "--rollout_batch_size -1 must be 0 or more"),
-        ({"feature_cache_mb": -0.5}, "--feature_cache_mb -0.5 must be 0 or more"),
-    ],
-)
-def test_flags_that_do_not_fit(changes, message):
-    with pytest.raises(ValueError, match=message):
-        PPOConfig(**changes)
 
 
 # -- phases --------------------------------------------------------------------------------------------------------

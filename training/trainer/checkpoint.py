@@ -39,6 +39,7 @@ MAY_CHANGE = (
     "report_to",
     "on_collapse",
     "ddp_timeout",
+    "cache_dir",
 )
 
 

@@ -111,7 +111,7 @@ def measured(
         identity = identity_of(model, processor, data.task, data.samples, batch_size, column)
         identity["generation"]["features"] = data.features.enabled and takes_features(model)
         path = column_path(cache_dir, column, identity)
-    return measure_once(column, path, identity, len(data.samples), batch_size, batch, ranks)
+    return measure_once(column, path, identity, len(data.samples), batch_size, batch, ranks, device_of(model))
 
 
 def training_data(

@@ -13,6 +13,7 @@ from training.rollout import Rollout
 from training.trainer.config import PPOConfig
 from training.trainer.packed import PackedRollout, Tokens, segment_sum
 from training.trainer.ranks import Ranks
+from training.trainer.watch import require_finite
 
 # Of episodes (numbers within this process's share) out of a minibatch of so many: loss and statistics, each a sum over
 # these episodes divided by that number
@@ -139,13 +140,14 @@ def gradient_step(
     """One step on the sum of the ``loss`` of all processes; returns the norm of its gradient before clipping.
 
     Raises:
-        RuntimeError: a gradient is not finite.
+        NotFiniteError: the loss or a gradient is not finite; the weights are as they were.
     """
     optimizer.zero_grad(set_to_none=True)
-    if loss.requires_grad:  # no episode of the minibatch is this process's
+    if loss.requires_grad:  # not the straight-through loss alone of no episode
         loss.backward()
     ranks.sum_gradients(list(policy.parameters()))
-    norm = nn.utils.clip_grad_norm_(policy.parameters(), max_grad_norm, error_if_nonfinite=True)
+    norm = nn.utils.clip_grad_norm_(policy.parameters(), max_grad_norm)
+    require_finite(loss=loss.detach(), gradient_norm=norm)
     optimizer.step()
     return norm
 
@@ -177,7 +179,8 @@ def update(
         Means over the minibatches done (``ratio_max``: the largest), the same in all processes.
 
     Raises:
-        RuntimeError: the recorded log-probabilities are not those of ``policy``; a gradient is not finite.
+        RuntimeError: the recorded log-probabilities are not those of ``policy``.
+        NotFiniteError: a loss or gradient is not finite.
     """
     uses_ppo = config.objective != "straight_through"
     size, stages = advantages.shape

@@ -30,6 +30,7 @@ def measure_once(
     batch_size: int,
     measure: Callable[[list[int]], Tensor],
     ranks: Ranks,
+    device: torch.device | str = "cpu",
 ) -> Tensor:
     """A number for each of ``total`` samples, float32 ``[total]``, from ``path`` as far as it is there.
 
@@ -40,7 +41,8 @@ def measure_once(
         column: what is measured, for the progress bar.
         path: the file; None keeps nothing. Only the first process reads and writes it.
         identity: what the numbers depend on, a part of the file.
-        measure: gives the numbers of the samples of these indices, float32 ``[n]``.
+        measure: gives the numbers of the samples of these indices, float32 ``[n]`` on the CPU.
+        device: on which processes exchange numbers (nccl knows no other than the GPU).
 
     Raises:
         ValueError: the file is corrupt or of something else; the message names it and the fix.
@@ -50,15 +52,16 @@ def measure_once(
     known = torch.zeros(0)
     if path is not None and ranks.first:
         known = read_column(path, identity, total)
-    done = int(ranks.sum(torch.tensor(len(known))))
-    values = ranks.sum(pad(known, (0, done - len(known))))
+    done = int(ranks.sum(torch.tensor(len(known), device=device)))
+    values = ranks.sum(pad(known, (0, done - len(known))).to(device)).cpu()
     with Progress(disable=not ranks.first or done == total, transient=True) as progress:
         bar = progress.add_task(f"unpruned model: {column}", total=total, completed=done)
         while done < total:
             firsts = range(done, total, batch_size)[: ranks.size]
             own = [list(range(first, min(first + batch_size, total))) for first in firsts[ranks.share(len(firsts))]]
             parts = [pad(part, (0, batch_size - len(part))) for part in map(measure, own)]
-            found = ranks.gather(torch.stack(parts) if parts else torch.zeros(0, batch_size), len(firsts))
+            mine = torch.stack(parts) if parts else torch.zeros(0, batch_size)
+            found = ranks.gather(mine.to(device), len(firsts)).cpu()
             values = torch.cat([values, found.flatten()])[:total]
             done = len(values)
             if path is not None and ranks.first:
