@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from importlib import metadata
-
 import pytest
-from packaging.version import Version
 
 from tests.models.tiny_families import build_inputs, build_model
 from toprl_models import Policy
@@ -15,15 +12,6 @@ BATCHES = {
     "padded": (("image",), ("image", "image"), ()),
     "padded_all": (("image", "image"), ("image",), ("image",)),
 }
-
-
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out what the installed release of transformers lacks or does wrong without a pruner, too."""
-    installed = Version(metadata.version("transformers"))
-    needed = {item: item.get_closest_marker("since") for item in items}
-    too_old = [item for item, marker in needed.items() if marker and installed < Version(marker.args[0])]
-    config.hook.pytest_deselected(items=too_old)
-    items[:] = [item for item in items if item not in too_old]
 
 
 class HashPolicy(Policy):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -305,3 +306,11 @@ def test_recorded_actions_have_ratio_one():
     packed = PackedRollout(episodes["compact"].steps).select(torch.arange(6))
     torch.testing.assert_close(packed.evaluate(policy)[0], packed.log_prob, rtol=0, atol=1e-4)
     torch.testing.assert_close(packed.values(policy), packed.value, rtol=0, atol=1e-4)
+
+
+def test_the_page_shows_the_stored_numbers():
+    from training.conditioning import table
+
+    docs = Path(__file__).resolve().parents[2] / "docs"
+    stored = json.loads((docs / "results" / "conditioning.json").read_text())
+    assert table(stored) in (docs / "conditioning.md").read_text()
