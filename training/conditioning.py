@@ -209,7 +209,7 @@ def figure(result: Result) -> Figure:
                 axes.plot([place + 0.12] * len(one), 100 * one.mean(1), "_", color=colour, ms=5)
         axes.set_xticks(range(len(names)), names)
         axes.set_title(f"{kind}, %")
-    panels[0].legend(loc="lower left", fontsize=7.5)
+    panels[0].legend(loc="center left", fontsize=7.5)
     drawn.supxlabel("visual tokens kept behind the three stages, of 64", fontsize=8.5, color="#5d666f")
     return drawn
 

@@ -63,7 +63,7 @@ class CurvesConfig:
 def train(arguments: dict[str, Any], folder: Path) -> dict[str, Any]:
     """One training; its validations and the mean seconds of its iterations."""
     output = folder / "trainings" / digest(arguments)
-    main(PPOConfig(output_dir=str(output), resume="auto", **arguments))
+    main(PPOConfig(output_dir=str(output), cache_dir=str(folder / "cache"), resume="auto", **arguments))
     validations, metrics = (
         [json.loads(line) for line in (output / f"{name}.jsonl").read_text().splitlines()]
         for name in ("validation", "metrics")

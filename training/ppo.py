@@ -80,6 +80,7 @@ class Trainer:
             config.stage_layers,
             actor_size=config.actor_size,
             base_model=model_signature(self.model),
+            condition_on=config.condition_on,
             metadata={"task": config.task, "model": config.model_name_or_path, "ppo": asdict(config)},
         ).to(self.device)
         self.policy.check(self.model, self.schedule)

@@ -94,7 +94,13 @@ def _untrained(policy: TopRLPolicy, model: Any, seed: int) -> TopRLPolicy:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(10_000 + seed)
         size = policy.fc1.out_features
-        fresh = TopRLPolicy(policy.hidden_size, list(policy.stage_layers), size, model_signature(model))
+        fresh = TopRLPolicy(
+            policy.hidden_size,
+            list(policy.stage_layers),
+            size,
+            model_signature(model),
+            condition_on=policy.condition_on,
+        )
     return fresh.to(model.device).eval()
 
 
