@@ -1,7 +1,8 @@
 """Training runs in processes of their own that can be killed.
 
-Started as a script it imports the trainer once and then forks a process per request, because an import takes longer
-than the training that the tests do. It computes nothing itself: a fork of a process with running threads may hang.
+Started as a script it imports the trainer and reads the scenes' images once and then forks a process per request,
+because both take longer than the training that the tests do. It runs no model itself: a fork of a process with running
+threads may hang.
 
 Each request on stdin is a JSON list of processes; each is {"config": flags, "environment": variables}. The answer is a
 JSON list of process ids, and later, for each process that ended, {"pid": ..., "code": exit code or minus the signal}.
@@ -80,7 +81,9 @@ def _serve() -> None:
     import transformers.models.llava.modeling_llava  # noqa: F401
 
     import training.ppo  # noqa: F401
+    from training.scenes import load_sources
 
+    load_sources("train")
     for line in sys.stdin:
         request = json.loads(line)
         if "wait" in request:

@@ -20,7 +20,14 @@ def run(*arguments: str, cwd: Path) -> str:
 
 @pytest.mark.parametrize(
     "script",
-    ["training/ppo.py", "training/evaluate.py", "training/demo.py", "training/pretrain_tiny.py", "bench/run.py"],
+    [
+        "training/ppo.py",
+        "training/evaluate.py",
+        "training/demo.py",
+        "training/pretrain_tiny.py",
+        "training/curves.py",
+        "bench/run.py",
+    ],
 )
 def test_help_from_any_folder(script, tmp_path):
     assert "usage:" in run(str(ROOT / script), "--help", cwd=tmp_path)

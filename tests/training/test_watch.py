@@ -7,6 +7,7 @@ import json
 import math
 import os
 import sys
+import threading
 import types
 
 import pytest
@@ -153,6 +154,7 @@ def test_a_resumed_log_goes_on_where_the_checkpoint_was(tmp_path, end):
 def test_cutting_never_leaves_half_a_file(tmp_path, monkeypatch):
     log = Log(tmp_path, 0, "none")
     write(log, 0, 6)
+    log.close()
     before = (tmp_path / "metrics.jsonl").read_bytes()
 
     def killed(*args):
@@ -170,11 +172,32 @@ def test_a_line_that_is_no_row_is_named(tmp_path):
         Log(tmp_path, 3, "none")
 
 
+def test_rows_are_written_behind_the_run(tmp_path, monkeypatch):
+    """Who writes does not wait; what went wrong comes with a later call, and again nothing is lost before it."""
+    log, goes_on = Log(tmp_path, 0, "none"), threading.Event()
+    monkeypatch.setattr(log.tracker, "log", lambda *args: goes_on.wait(10))
+    write(log, 0, 3)
+    assert len(contents(tmp_path / "metrics.jsonl")) < 3
+    goes_on.set()
+    log.close()
+    assert len(contents(tmp_path / "metrics.jsonl")) == 3
+
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    log = Log(tmp_path, 3, "none")
+    monkeypatch.setattr(log.tracker, "log", full)
+    write(log, 3, 4)
+    with pytest.raises(OSError, match="No space left"):
+        log.close()
+
+
 def test_tensorboard_gets_every_number(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     log = Log(tmp_path, 0)
-    write(log, 0, 3)  # what a killed run has written is there without closing
+    write(log, 0, 3)
+    log._pending[-1].result()  # what a killed run has written is there without closing
     events = EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
     assert [event.value for event in events.Scalars("retained/stage_2")] == [0.25] * 3

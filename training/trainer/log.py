@@ -6,6 +6,7 @@ import importlib
 import json
 import os
 from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,9 @@ TRACKERS = ("tensorboard", "wandb", "trackio", "none")
 class Log:
     """metrics.jsonl (one row per iteration), validation.jsonl, and the tracker of --report_to.
 
-    A resumed run first cuts off what it will write again, and a line that a killed process left unfinished.
+    A resumed run first cuts off what it will write again, and a line that a killed process left unfinished. Rows are
+    written by a thread of its own, in their order, so that no rollout waits for a disk or a tracker; what went wrong is
+    raised by the next call or by ``close``.
 
     Args:
         folder: of the run.
@@ -39,18 +42,34 @@ class Log:
         self.rows = _cut(self.metrics, iteration)  # a row tells the iteration it is of, from 0 ...
         _cut(self.validations, iteration)  # ... and a validation, how many were done before it: the next is due now
 
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="log")
+        self._pending: list[Future[None]] = []
+
     def write(self, row: dict[str, Any]) -> None:
         """One iteration."""
-        _append(self.metrics, row)
-        self.tracker.log(flat(row), row["iteration"])
+        self._later(self.metrics, row, "")
 
     def validation(self, row: dict[str, Any]) -> None:
-        """One validation, before the iteration ``row["iteration"]``."""
-        _append(self.validations, row)
-        self.tracker.log({f"validation/{name}": value for name, value in flat(row).items()}, row["iteration"])
+        """One validation, ``row["iteration"]`` iterations after the start."""
+        self._later(self.validations, row, "validation/")
 
     def close(self) -> None:
+        """Wait until all rows are written."""
+        self._thread.shutdown()
+        self._raise()
         self.tracker.close()
+
+    def _later(self, path: Path, row: dict[str, Any], prefix: str) -> None:
+        self._raise()
+        self._pending.append(self._thread.submit(self._write, path, row, prefix))
+
+    def _write(self, path: Path, row: dict[str, Any], prefix: str) -> None:
+        _append(path, row)
+        self.tracker.log({f"{prefix}{name}": value for name, value in flat(row).items()}, row["iteration"])
+
+    def _raise(self) -> None:
+        while self._pending and self._pending[0].done():
+            self._pending.pop(0).result()
 
 
 def flat(row: Mapping[str, Any]) -> dict[str, float]:
