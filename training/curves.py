@@ -127,7 +127,7 @@ def figure(result: dict[str, Any]) -> Figure:
                       ha="right", fontsize=8, color="#5d666f")  # fmt: skip
         axes.set_title(title)
         axes.set_xlabel("iterations")
-    panels[0].legend(loc="lower right", fontsize=8)
+    panels[0].legend(loc="lower right", bbox_to_anchor=(1, 0.1), fontsize=8)
     return drawn
 
 
