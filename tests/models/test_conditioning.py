@@ -249,6 +249,7 @@ def test_no_text_behind_the_image_is_refused(mode):
         stage_scores(model, cut, make_policy(), ALL, mode)
 
 
+@pytest.mark.since("5.23")
 def test_prefill_in_chunks():
     """A chunk's question is what follows in the same chunk; a chunk that ends in the image is refused."""
     model, inputs = build_model(), build_inputs("llava", BATCHES["single"])
