@@ -46,6 +46,7 @@ class DemoConfig:
     )
     seeds: int = field(default=3, metadata={"help": "seeds of the first kind; the others get one"})
     iterations: int = field(default=40, metadata={"help": "PPO iterations per run"})
+    train_size: int = field(default=2048, metadata={"help": "training samples per kind"})
     stage_layers: list[int] = field(
         default_factory=lambda: [1, 2, 3], metadata={"help": "pruning happens before these"}
     )
@@ -144,7 +145,8 @@ def main(config: DemoConfig) -> None:
     def train(kind: str, name: str) -> None:
         seed = name.rsplit("seed", 1)[1]
         flags = ["--task", kind, "--seed", seed, "--output_dir", str(folder / name), "--stage_layers", *layers]
-        run_script("ppo.py", [*flags, "--iterations", str(config.iterations), "--overwrite"], folder / f"{name}.log")
+        flags += ["--iterations", str(config.iterations), "--train_size", str(config.train_size), "--overwrite"]
+        run_script("ppo.py", flags, folder / f"{name}.log")
         rows = (folder / name / "metrics.jsonl").read_text().splitlines()
         last = json.loads(rows[-1])
         kept = "/".join(f"{x:.2f}" for x in last["retained"])

@@ -35,7 +35,7 @@ def test_help_from_any_folder(script, tmp_path):
 
 @pytest.mark.slow
 def test_the_demo_on_a_small_scale(tmp_path):
-    flags = "--tasks ocr shape --seeds 1 --iterations 2 --size 16".split()
+    flags = "--tasks ocr shape --seeds 1 --iterations 2 --size 16 --train_size 64".split()
     output = run(str(ROOT / "training/demo.py"), "--output_dir", str(tmp_path), *flags, cwd=tmp_path)
     assert "Report:" in output
     results = json.loads((tmp_path / "results.json").read_text())
