@@ -19,6 +19,7 @@ import platform
 import re
 import sys
 from argparse import Namespace
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -79,8 +80,8 @@ def reproduce(analysis: Analysis, config: ReproduceConfig, lab: Lab) -> bool:
     return True
 
 
-def publish(config: ReproduceConfig) -> Path:
-    """Draw all figures and write the page from what is on the disk; its path.
+def publish(config: ReproduceConfig, drawn: Collection[str] = tuple(ANALYSES)) -> Path:
+    """Draw the figures ``drawn`` and write the page, from what is on the disk; its path.
 
     Raises:
         FileNotFoundError: there are no results.
@@ -89,9 +90,10 @@ def publish(config: ReproduceConfig) -> Path:
     records = read(folder)
     if not records:
         raise FileNotFoundError(f"--output_dir {folder} holds no results/*.json; name an analysis to run")
-    for name, record in records.items():
-        with styled():
-            save(ANALYSES[name].figure(record["result"]), folder / f"{name}.png")
+    for name in drawn:
+        if name in records:
+            with styled():
+                save(ANALYSES[name].figure(records[name]["result"]), folder / f"{name}.png")
     page = folder.with_suffix(".md")
     write_page(page, ANALYSES, records)
     return page
@@ -133,7 +135,7 @@ def main(arguments: list[str]) -> None:
     with Lab(Path(config.work_dir), config.workers) as lab:
         for name in ANALYSES if chosen.all else chosen.names:
             if reproduce(ANALYSES[name], config, lab):
-                publish(config)
+                publish(config, [name])
     print(f"page: {publish(config)}")
 
 
