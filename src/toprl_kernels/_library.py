@@ -36,7 +36,6 @@ class RegisteredOp:
         self.name = name
         self.overload = overload
         self.implementation = implementation
-        self.function = function
         # Function.apply in Python looks for a setup_context of its own and unwraps functorch's tensors; there are
         # neither here, and it costs 2.5 us
         self.apply: Callable[..., Any] | None = None

@@ -49,6 +49,13 @@ def colours_of(levels: dict[str, str]) -> dict[str, str]:
     return found
 
 
+def colour_bar(image: Any, axes: Axes | Sequence[Axes], **place: float) -> None:
+    """The scale of a ``heat_map``, beside ``axes``; ``place``: arguments of matplotlib's ``colorbar``."""
+    bar = image.figure.colorbar(image, ax=axes, **place)
+    bar.outline.set_visible(False)
+    bar.set_label("% of the full model's accuracy")
+
+
 def heat_map(
     axes: Axes, values: Sequence[Sequence[float]], rows: Sequence[str], columns: Sequence[str], low: float, high: float
 ) -> Any:

@@ -121,9 +121,7 @@ def figure(result: Result) -> Figure:
     for axes in panels[len(tasks) :]:
         axes.axis("off")
     drawn.supxlabel("pruning ratio (share of visual tokens removed)", fontsize=8.5, color="#5d666f")
-    bar = drawn.colorbar(image, ax=drawn.axes, fraction=0.025, aspect=30)
-    bar.outline.set_visible(False)
-    bar.set_label("% of the full model's accuracy")
+    plots.colour_bar(image, drawn.axes, fraction=0.025, aspect=30)
     return drawn
 
 

@@ -188,9 +188,7 @@ def figure(result: Result) -> Figure:
         axes.add_patch(plots.frame(place))
     axes.set_xlabel("evaluated on")
     axes.set_ylabel("trained on")
-    bar = drawn.colorbar(image, ax=axes, fraction=0.05)
-    bar.outline.set_visible(False)
-    bar.set_label("% of the full model's accuracy")
+    plots.colour_bar(image, axes, fraction=0.05)
     return drawn
 
 
