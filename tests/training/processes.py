@@ -4,8 +4,11 @@ Started as a script it imports the trainer and reads the scenes' images once and
 because both take longer than the training that the tests do. It runs no model itself: a fork of a process with running
 threads may hang.
 
-Each request on stdin is a JSON list of processes; each is {"config": flags, "environment": variables}. The answer is a
-JSON list of process ids, and later, for each process that ended, {"pid": ..., "code": exit code or minus the signal}.
+A request is a line of JSON on stdin and its answer one on stdout. {"log": file, "processes": [{"config": flags,
+"environment": variables, "signal": {"signal": number, "iteration": i, "calls": n}}]} is answered by their ids, and
+{"wait": ids} by their exit codes, or minus the signal that ended them. "signal" may be left out. With it the process
+signals itself after n calls of Python functions in its main thread from the start of iteration i: a moment that is
+drawn by the test, and the same one however fast the machine is.
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -51,6 +55,27 @@ class Runner:
         return json.loads(self._server.stdout.readline())
 
 
+def _signal_itself(signal: int, iteration: int, calls: int) -> None:
+    """Arrange for a signal in the middle of an iteration."""
+    from training.ppo import Trainer
+
+    iterate, left = Trainer.iterate, calls
+
+    def count(frame: FrameType, event: str, argument: object) -> None:
+        nonlocal left
+        left -= event == "call"
+        if left < 0:
+            sys.setprofile(None)
+            os.kill(os.getpid(), signal)
+
+    def counted(trainer: Trainer) -> dict[str, Any]:
+        if trainer.iteration == iteration:
+            sys.setprofile(count)
+        return iterate(trainer)
+
+    Trainer.iterate = counted  # type: ignore[method-assign]
+
+
 def _child(log: str, process: dict[str, Any]) -> None:
     """The forked process: train and leave without running the parent's clean-up."""
     output = os.open(log, os.O_CREAT | os.O_APPEND | os.O_WRONLY)
@@ -62,6 +87,8 @@ def _child(log: str, process: dict[str, Any]) -> None:
     try:
         from training.ppo import PPOConfig, main
 
+        if "signal" in process:
+            _signal_itself(**process["signal"])
         main(PPOConfig(**process["config"]))
         code = 0
     except SystemExit as end:
