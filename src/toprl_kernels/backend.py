@@ -27,6 +27,9 @@ BACKENDS = ("auto", "eager", "triton", "reference")
 ENVIRONMENT_VARIABLE = "TOPRL_KERNELS_BACKEND"
 OPS = ("masked_attention", "topk_compact", "compact_cache", "actor_score", "sample_keep_mask")
 MEASURED_OPS = ("actor_score",)  # Triton only where a measurement says that it is faster
+# os.environ.get of a variable that is not set raises and catches a KeyError: 0.7 us of every call, against 0.05
+_ENVIRON = getattr(os.environ, "_data", os.environ)
+_KEY = os.environ.encodekey(ENVIRONMENT_VARIABLE)
 
 
 class Choice(NamedTuple):
@@ -90,7 +93,7 @@ def choose(
     """
     from_environment = backend is None
     if backend is None:
-        backend = os.environ.get(ENVIRONMENT_VARIABLE) or "auto"
+        backend = (os.environ.get(ENVIRONMENT_VARIABLE) if _KEY in _ENVIRON else None) or "auto"
     is_double = dtype == torch.float64
     interpreted = backend == "triton" and interpreting()  # nobody else runs kernels on CPU tensors
     return _decide(op, backend, from_environment, device, input_obstacle, is_double, definition_because, interpreted)

@@ -43,7 +43,7 @@ def _logits_fake(hidden_states: Tensor, valid_mask: Tensor | None, *arguments: A
 
 def _forward(hidden_states: Tensor, valid_mask: Tensor | None, *arguments: Any) -> tuple[Tensor, ...]:
     logits, activations = _run(hidden_states, valid_mask, arguments, True)
-    return logits, *(activations or (logits.new_empty(0) for _ in range(3)))
+    return logits, *(activations or [logits.new_empty(0) for _ in range(3)])
 
 
 def _forward_fake(hidden_states: Tensor, valid_mask: Tensor | None, *arguments: Any) -> tuple[Tensor, ...]:
@@ -76,14 +76,13 @@ def _backward_fake(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *tensors, ctx.stage, backend = inputs
-    ctx.is_kept = backend == "eager"
-    ctx.mark_non_differentiable(*output[1:])
+    ctx.stage = inputs[-2]
+    ctx.is_kept = inputs[-1] == "eager"
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*tensors, *output[1:])
+    ctx.save_for_backward(*inputs[:-2], *output[1:])
 
 
-def _autograd(ctx: Any, grad_logits: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+def _autograd(ctx: Any, grad_logits: Tensor | None) -> tuple[Tensor | None, ...]:
     needs = [ctx.needs_input_grad[0], *ctx.needs_input_grad[2 : 2 + _NUM_WEIGHTS]]
     if grad_logits is None or not any(needs):
         return (None,) * (len(INPUTS) + 3)
@@ -112,4 +111,6 @@ training_op = register(
     _forward_fake,
     setup_context=_setup_context,
     backward=_autograd,
+    num_inputs=2 + _NUM_WEIGHTS,
+    only_first=True,
 )

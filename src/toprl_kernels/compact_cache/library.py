@@ -100,6 +100,7 @@ forward_op = register(
     _forward_fake,
     setup_context=_setup_context,
     backward=_backward,
+    num_inputs=2,
 )
 inplace_op = register(
     "compact_cache_(Tensor(a!) keys, Tensor(b!) values, Tensor indices, str backend) -> ()",

@@ -70,4 +70,5 @@ forward_op = register(
     _forward_fake,
     setup_context=_setup_context,
     backward=_backward,
+    num_inputs=1,
 )

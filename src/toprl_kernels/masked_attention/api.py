@@ -75,14 +75,21 @@ def masked_attention(
         >>> bool(torch.allclose(masked_attention(q, k, v, nothing_kept), v))
         True
     """
-    if torch.is_autocast_enabled(query.device.type):  # as torch does for scaled_dot_product_attention
+    may_cast = torch.compiler.is_compiling() or torch._C._is_any_autocast_enabled()  # the latter is quick
+    if may_cast and torch.is_autocast_enabled(query.device.type):  # as torch does for scaled_dot_product_attention
         dtype = torch.get_autocast_dtype(query.device.type)
         query, key, value = _autocast(query, dtype), _autocast(key, dtype), _autocast(value, dtype)
     if not _fits(query, key, value, keep_mask, key_padding_mask):
         _explain_misfit(query, key, value, keep_mask, key_padding_mask)
-    scale = 1.0 / math.sqrt(query.shape[3]) if scale is None else float(scale)
+    head_dim = query.shape[3]
+    scale = 1.0 / math.sqrt(head_dim) if scale is None else float(scale)
     choice = choose(
-        OP, backend, query.device, _obstacle(query), dtype=query.dtype, definition_because=_tiny(query, keep_mask)
+        OP,
+        backend,
+        query.device,
+        _obstacle(query.dtype, head_dim),
+        dtype=query.dtype,
+        definition_because=_tiny(query, keep_mask),
     )
     if choice.name == "reference":
         return masked_attention_reference(
@@ -95,7 +102,7 @@ def masked_attention(
             scale=scale,
             bounded_mask_grad=bounded_mask_grad,
         )
-    if query.numel() == 0 or key.shape[2] == 0:
+    if query.numel() == 0:  # so is it without keys, since Nq <= N
         return torch.zeros_like(query) + 0 * query  # connected to the graph
     return library.forward(
         query, key, value, keep_mask, key_padding_mask, is_causal, scale, bounded_mask_grad, choice.name
@@ -119,11 +126,11 @@ def _tiny(query: Tensor, keep_mask: Tensor) -> str | None:
     return None
 
 
-def _obstacle(query: Tensor) -> str | None:
-    if query.dtype not in check.HALF_AND_SINGLE:
-        return f"query has dtype {str(query.dtype).removeprefix('torch.')}, the kernels take float16, bfloat16, float32"
-    if query.shape[3] > MAX_HEAD_DIM:
-        return f"head dim D={query.shape[3]}, the kernels take D <= {MAX_HEAD_DIM}"
+def _obstacle(dtype: torch.dtype, head_dim: int) -> str | None:
+    if dtype not in check.HALF_AND_SINGLE:
+        return f"query has dtype {str(dtype).removeprefix('torch.')}, the kernels take float16, bfloat16, float32"
+    if head_dim > MAX_HEAD_DIM:
+        return f"head dim D={head_dim}, the kernels take D <= {MAX_HEAD_DIM}"
     return None
 
 

@@ -45,13 +45,12 @@ def _backward_fake(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    query, key, value, keep_mask, key_padding_mask, *ctx.options = inputs
-    ctx.mark_non_differentiable(output[1])
+    ctx.options = inputs[5:]
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(query, key, value, keep_mask, key_padding_mask, *output)
+    ctx.save_for_backward(*inputs[:5], *output)
 
 
-def _autograd(ctx: Any, grad_output: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
+def _autograd(ctx: Any, grad_output: Tensor | None) -> tuple[Tensor | None, ...]:
     needs = list(ctx.needs_input_grad[:4])
     if grad_output is None or not any(needs):
         return (None,) * 9
@@ -76,4 +75,6 @@ forward = register(
     _forward_fake,
     setup_context=_setup_context,
     backward=_autograd,
+    num_inputs=4,
+    only_first=True,
 )

@@ -56,13 +56,12 @@ def _backward_fake(gradient: Tensor, indices: Tensor, num_tokens: int, padded: b
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Outputs) -> None:
     hidden_states, _, k, _, valid_mask, _, _, _, ctx.backend = inputs
-    ctx.mark_non_differentiable(*output[1:])
     ctx.save_for_backward(output[1])
     ctx.num_tokens = hidden_states.shape[1]
     ctx.padded = k is not None or valid_mask is not None
 
 
-def _backward(ctx: Any, gradient: Tensor, *unused: Tensor | None) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
     (indices,) = ctx.saved_tensors
     scattered = backward_op(gradient, indices, ctx.num_tokens, ctx.padded, ctx.backend)
     return (scattered, *[None] * 8)
@@ -80,4 +79,6 @@ forward_op = register(
     _forward_fake,
     setup_context=_setup_context,
     backward=_backward,
+    num_inputs=1,
+    only_first=True,
 )

@@ -1,0 +1,121 @@
+"""What all registered ops share: a call goes around the dispatcher where that has nothing to do."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from toprl_kernels import actor_score, compact_cache, masked_attention, sample_keep_mask, topk_compact
+from toprl_kernels.actor_score import library as actor_score_library
+from toprl_kernels.masked_attention import library as masked_attention_library
+from toprl_kernels.testing import make_actor_weights, make_attention_inputs
+
+Case = tuple[Callable[[], tuple[Tensor, ...]], list[Tensor]]
+
+
+def make(op: str) -> Case:
+    """A call, whose first result has a gradient, and what that gradient is by."""
+    torch.manual_seed(0)
+    hidden = torch.randn(2, 8, 16, requires_grad=True)
+    if op == "masked_attention":
+        x = make_attention_inputs(1, 2, 2, 8, 8, 16, mask="hard")
+        leaves = [tensor.requires_grad_() for tensor in (x.query, x.key, x.value)]
+        return lambda: (masked_attention(*leaves, x.keep_mask, is_causal=True),), leaves
+    if op == "topk_compact":
+        scores = torch.randn(2, 8, requires_grad=True)  # gets none
+        return lambda: tuple(topk_compact(hidden, scores, 4, return_inverse=True)[:3]), [hidden]
+    if op == "compact_cache":
+        leaves = list(torch.randn(2, 1, 2, 8, 16).unbind(0))
+        leaves = [leaf.clone().requires_grad_() for leaf in leaves]
+        return lambda: tuple(compact_cache(*leaves, torch.arange(4)[None])), leaves
+    if op == "actor_score":
+        weights = make_actor_weights(16, 8)
+        leaves = [hidden, *(weight.requires_grad_() for weight in weights)]
+        return lambda: (actor_score(hidden, 0, weights),), leaves
+    logits = torch.randn(1, 8, 2, requires_grad=True)
+    return lambda: tuple(sample_keep_mask(logits, seed=3)), [logits]
+
+
+OPS = ("masked_attention", "topk_compact", "compact_cache", "actor_score", "sample_keep_mask")
+
+
+class Dispatched(TorchDispatchMode):
+    """Under any mode the ops go through the dispatcher."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):  # type: ignore[no-untyped-def]
+        self.seen.append(function.name())
+        return function(*arguments, **(options or {}))
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_around_the_dispatcher_and_through_it(op: str) -> None:
+    call, leaves = make(op)
+    direct = call()
+    direct_gradients = torch.autograd.grad(direct[0].square().sum(), leaves, allow_unused=True)
+    with Dispatched() as mode:
+        dispatched = call()
+        gradients = torch.autograd.grad(dispatched[0].square().sum(), leaves, allow_unused=True)
+    assert [name for name in mode.seen if name.startswith("toprl_kernels::")]
+    for one, other in zip(direct, dispatched, strict=True):
+        assert one.requires_grad == other.requires_grad
+        torch.testing.assert_close(one, other, rtol=0, atol=0)
+    assert any(gradient is not None for gradient in gradients)
+    for one, other in zip(direct_gradients, gradients, strict=True):
+        assert (one is None) == (other is None)
+        if one is not None:
+            torch.testing.assert_close(one, other, rtol=0, atol=0)
+
+
+def test_results_that_are_there_for_the_backward_have_no_gradient() -> None:
+    _, leaves = make("masked_attention")
+    arguments = (*leaves, torch.ones(1, 8, dtype=torch.bool), None, True, 0.25, False, "eager")
+    _, (hidden, *weights) = make("actor_score")
+    for op, inputs in (
+        (masked_attention_library.forward, arguments),
+        (actor_score_library.training_op, (hidden, None, *weights, 0, "eager")),
+    ):
+        for call in (op, op.overload):
+            first, *others = call(*inputs)
+            assert first.requires_grad and others
+            assert not any(other.requires_grad for other in others)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_a_graph_goes_with_its_last_result(op: str) -> None:
+    """No reference cycle: activations would stay until the garbage collector comes by."""
+    call, _ = make(op)
+    gc.collect()
+    gc.disable()
+    try:
+        results = call()
+        node = weakref.ref(results[0].grad_fn)
+        assert node() is not None
+        del results
+        assert node() is None
+    finally:
+        gc.enable()
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_what_the_backward_needs_may_not_change_before_it(op: str) -> None:
+    call, leaves = make(op)
+    saved: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: saved.append(tensor) or tensor, lambda kept: kept):
+        call()
+    assert saved  # through save_for_backward, which also counts versions
+    if op == "masked_attention":
+        result = call()[0]
+        with torch.no_grad():
+            leaves[0].add_(1)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            result.sum().backward()
