@@ -25,7 +25,7 @@ $(STAMP): pyproject.toml constraints.txt
 demo: $(STAMP) ## train with PPO on the embedded tiny LLaVA, evaluate, write runs/demo/report.html
 	$(BIN)/python training/demo.py --output_dir runs/demo
 
-reproduce: $(STAMP) ## the paper's tables and figures on the embedded model (about 35 minutes on two idle cores)
+reproduce: $(STAMP) ## the paper's tables and figures on the embedded model (about 25 minutes on two idle cores)
 	$(BIN)/python training/reproduce.py --all
 
 # one process per core and one thread per process: most of the time is spent in Triton's sequential interpreter

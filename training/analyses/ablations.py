@@ -239,7 +239,7 @@ def figure(result: Result) -> Figure:
 ANALYSIS = Analysis(
     name="ablations",
     title="Appendix C: ablations",
-    minutes=10,
+    minutes=8,
     flags=(
         "ablation_task",
         "dataset_path",

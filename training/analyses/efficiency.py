@@ -338,7 +338,7 @@ def figure(result: Result) -> Figure:
 ANALYSIS = Analysis(
     name="efficiency",
     title="Table 3: computing cost",
-    minutes=3,
+    minutes=2,
     flags=("device",),
     paper='LLaVA-NeXT-7B, "average number of visual tokens fixed at 320": total time 1.66 (FastV), 1.53 '
     "(SparseVLM), 1.90 (PDrop), 2.11 (VisionZip) and 1.91 (TOP-RL) times as fast; TFLOPs 24.6 to 3.89, 4.02, 2.64, "

@@ -303,7 +303,7 @@ def figure(result: Result) -> Figure:
 ANALYSIS = Analysis(
     name="main",
     title="Table 1: main comparison",
-    minutes=9,
+    minutes=7,
     flags=("task", "dataset_path", "size", "budget", "seeds", "iterations", "train_size", "actor_size"),
     paper='LLaVA-1.5-7B, nine benchmarks, 192 and 64 of 576 tokens "on average". Average retention at 192: TOP-RL '
     "97.6 %, VisionZip 94.3, DivPrune 93.9, SparseVLM 91.3, PDrop 91.2, FastV 87.7; at 64: 91.0, 87.9, 87.1, 78.0, "

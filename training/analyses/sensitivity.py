@@ -128,7 +128,7 @@ def figure(result: Result) -> Figure:
 ANALYSIS = Analysis(
     name="sensitivity",
     title="Figure 1(b): pruning sensitivity",
-    minutes=2,
+    minutes=1,
     flags=("task", "dataset_path", "grid_size"),
     paper='Layers 2, 8, 16 and 24 of 32 by 11 pruning ratios from 0 to 1, "following the pruning method adopted by '
     'FastV". POPE and TextVQA are sensitive until deeper layers, ScienceQA and GQA hardly even at shallow ones.',

@@ -207,7 +207,7 @@ def figure(result: Result) -> Figure:
 ANALYSIS = Analysis(
     name="strips",
     title="Figure 4: what each stage keeps",
-    minutes=3,
+    minutes=2,
     flags=("task", "dataset_path", "size", "budget", "seeds", "iterations", "train_size", "actor_size"),
     paper='Pictures with the tokens left after each of three stages. "Even in the final stage ... the tokens '
     'relevant to the question remain intact."',
