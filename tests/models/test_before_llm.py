@@ -28,7 +28,15 @@ from tests.models.generating import (
     more_text,
     pruned,
 )
-from tests.models.tiny_families import FAMILY_NAMES, NUM_LAYERS, TINY, build_inputs, visual_mask
+from tests.models.tiny_families import (
+    FAMILY_NAMES,
+    IMAGE_ID,
+    NUM_LAYERS,
+    TINY,
+    VIDEO_ID,
+    build_inputs,
+    visual_mask,
+)
 from toprl_models import FastV, Policy, Schedule, StageContext, attach
 
 FAMILIES = [name for name in FAMILY_NAMES if TINY[name].min_stage == 0]
@@ -244,7 +252,7 @@ def test_each_stage_renumbers(family: str) -> None:
     torch.testing.assert_close(states[:, alive], expected, atol=1e-4, rtol=0)
 
 
-# older releases count placeholders among what beams without a cache have generated
+# with older releases a search of beams over images gives other answers without a cache, also without a pruner
 BEAMS = pytest.param({"num_beams": 2}, marks=pytest.mark.since("5.23"))
 
 
@@ -253,8 +261,10 @@ BEAMS = pytest.param({"num_beams": 2}, marks=pytest.mark.since("5.23"))
 def test_renumbered_decoding_is_a_prefill_again(family: str, options: dict[str, Any]) -> None:
     """With a cache, every segment goes on at its own length; without one the prompt is pruned at each step anew."""
     inputs, schedule = inputs_of(family), Schedule(((0, 0.5), (2, 0.25)))
+    # random weights may answer with a placeholder, which older releases without a cache take for one of the prompt's
+    options = {**options, "suppress_tokens": [IMAGE_ID, VIDEO_ID]}
     cached = pruned(family, "compact", inputs, policy=Renumbered(), schedule=schedule, **options)
-    beams = {name: value for name, value in options.items() if name == "num_beams"}
+    beams = {name: value for name, value in options.items() if name != "cache_implementation"}
     anew = pruned(family, "compact", inputs, policy=Renumbered(), schedule=schedule, use_cache=False, **beams)
     assert torch.equal(cached.sequences, anew.sequences)
     torch.testing.assert_close(cached.logits, anew.logits, atol=TOLERANCE, rtol=0)
