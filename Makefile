@@ -1,11 +1,12 @@
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
-PIP    := $(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt
+# byte code is made where a module is first imported: for all of torch and transformers it takes over a minute
+PIP    := $(BIN)/python -m pip install --disable-pip-version-check -q --no-compile -c constraints.txt
 STAMP  := $(VENV)/.installed
 OLDEST := $(VENV)/oldest
 LMMS   := $(VENV)/lmms-eval
-LMMS_PIP := $(LMMS)/bin/python -m pip install --disable-pip-version-check -q -c constraints-lmms-eval.txt
+LMMS_PIP := $(LMMS)/bin/python -m pip install --disable-pip-version-check -q --no-compile -c constraints-lmms-eval.txt
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo reproduce test test-oldest test-upstream test-lmms-eval test-exhaustive feature-matrix lint format bench clean
@@ -37,7 +38,7 @@ test: lint test-oldest ## lint, format check, types and all tests
 # beside the installed release, and in front of it on the path, with what it needs
 $(OLDEST)/.installed: $(STAMP) constraints-oldest.txt
 	rm -rf $(OLDEST)
-	$(BIN)/python -m pip install --disable-pip-version-check -q --target $(OLDEST) -r constraints-oldest.txt
+	$(BIN)/python -m pip install --disable-pip-version-check -q --no-compile --target $(OLDEST) -r constraints-oldest.txt
 	@touch $@
 
 # all but the methods' own arithmetic: what they need of a release is in test_vision_methods.py and test_before_llm.py
