@@ -8,7 +8,8 @@ A request is a line of JSON on stdin and its answer one on stdout. {"log": file,
 "environment": variables, "signal": {"signal": number, "iteration": i, "calls": n}}]} is answered by their ids, and
 {"wait": ids} by their exit codes, or minus the signal that ended them. "signal" may be left out. With it the process
 signals itself after n calls of Python functions in its main thread from the start of iteration i: a moment that is
-drawn by the test, and the same one however fast the machine is.
+drawn by the test, and the same one however fast the machine is. An odd iteration starts when all checkpoints due before
+it are on disk; in an even one they may still be in the making.
 """
 
 from __future__ import annotations
@@ -70,6 +71,8 @@ def _signal_itself(signal: int, iteration: int, calls: int) -> None:
 
     def counted(trainer: Trainer) -> dict[str, Any]:
         if trainer.iteration == iteration:
+            if iteration % 2 and trainer.ranks.first:
+                trainer.writer._wait(0)
             sys.setprofile(count)
         return iterate(trainer)
 

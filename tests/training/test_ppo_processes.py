@@ -90,7 +90,7 @@ def test_a_run_killed_at_random_moments_ends_bitwise_the_same(runner, uninterrup
         codes = runner.wait(*runner.start(tmp_path / "log", killed))
         assert codes == [-signal.SIGKILL], (tmp_path / "log").read_text()
     assert runner.wait(*runner.start(tmp_path / "log", run)) == [0], (tmp_path / "log").read_text()
-    assert (tmp_path / "log").read_text().count("resumed after iteration") >= 3
+    assert (tmp_path / "log").read_text().count("resumed after iteration") == 4  # all but the first two
     for name, iterations in (("metrics", [0, 1, 2, 3, 4, 5]), ("validation", [0, 3, 6])):
         whole, resumed = (timeless(rows(folder, name)) for folder in (uninterrupted, tmp_path / "run"))
         assert [row["iteration"] for row in whole] == iterations
@@ -143,7 +143,7 @@ def test_several_processes_train_the_same_policy(runner, uninterrupted, tmp_path
 
 
 def test_resuming_with_another_number_of_processes(runner, uninterrupted, tmp_path):
-    run = [signalled(one, signal.SIGKILL, 4, CALLS // 2) for one in together(tmp_path / "run", 2, resume="auto")]
+    run = [signalled(one, signal.SIGKILL, 5, CALLS // 2) for one in together(tmp_path / "run", 2, resume="auto")]
     assert -signal.SIGKILL in runner.wait(*runner.start(tmp_path / "log", *run))  # the other may see it first
     assert len(rows(tmp_path / "run")) < FLAGS["iterations"]
     (code,) = runner.wait(*runner.start(tmp_path / "log", process(tmp_path / "run", resume="auto")))
