@@ -79,7 +79,7 @@ def register(
             autocast, and must not return a tensor that is, or is a view of, an input.
         fake: same signature; returns empty tensors of the right shape, dtype and stride.
         setup_context, backward: as in torch.autograd.Function; the op is not differentiable without them.
-        num_inputs: that many arguments, the first ones, may have a gradient.
+        num_inputs: that many arguments, the first ones, may have a gradient; given with ``backward``.
         only_first: only the first result has a gradient, and ``backward`` gets no other.
     """
     name = schema[: schema.index("(")]
@@ -93,7 +93,7 @@ def register(
     overload = getattr(getattr(torch.ops, NAMESPACE), name).default
     recorded = None
     if backward is not None:
-        assert setup_context is not None
+        assert setup_context is not None and num_inputs > 0  # with 0 all gradients would be lost in silence
         recorded = _make_recorded(name, implementation, setup_context, backward, num_inputs, only_first)
         if only_first:
             setup_context, backward = _with_others(setup_context, backward)

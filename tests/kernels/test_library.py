@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from toprl_kernels import actor_score, compact_cache, masked_attention, sample_keep_mask, topk_compact
 from toprl_kernels.actor_score import library as actor_score_library
+from toprl_kernels.backend import OPS
 from toprl_kernels.masked_attention import library as masked_attention_library
 from toprl_kernels.testing import make_actor_weights, make_attention_inputs
 
@@ -40,9 +41,6 @@ def make(op: str) -> Case:
         return lambda: (actor_score(hidden, 0, weights),), leaves
     logits = torch.randn(1, 8, 2, requires_grad=True)
     return lambda: tuple(sample_keep_mask(logits, seed=3)), [logits]
-
-
-OPS = ("masked_attention", "topk_compact", "compact_cache", "actor_score", "sample_keep_mask")
 
 
 class Dispatched(TorchDispatchMode):

@@ -28,15 +28,7 @@ from tests.models.generating import (
     more_text,
     pruned,
 )
-from tests.models.tiny_families import (
-    FAMILY_NAMES,
-    IMAGE_ID,
-    NUM_LAYERS,
-    TINY,
-    VIDEO_ID,
-    build_inputs,
-    visual_mask,
-)
+from tests.models.tiny_families import FAMILY_NAMES, IMAGE_ID, NUM_LAYERS, TINY, VIDEO_ID, build_inputs, visual_mask
 from toprl_models import FastV, Policy, Schedule, StageContext, attach
 
 FAMILIES = [name for name in FAMILY_NAMES if TINY[name].min_stage == 0]
@@ -264,8 +256,8 @@ def test_renumbered_decoding_is_a_prefill_again(family: str, options: dict[str, 
     # random weights may answer with a placeholder, which older releases without a cache take for one of the prompt's
     options = {**options, "suppress_tokens": [IMAGE_ID, VIDEO_ID]}
     cached = pruned(family, "compact", inputs, policy=Renumbered(), schedule=schedule, **options)
-    beams = {name: value for name, value in options.items() if name != "cache_implementation"}
-    anew = pruned(family, "compact", inputs, policy=Renumbered(), schedule=schedule, use_cache=False, **beams)
+    options = {name: value for name, value in options.items() if name != "cache_implementation"}
+    anew = pruned(family, "compact", inputs, policy=Renumbered(), schedule=schedule, use_cache=False, **options)
     assert torch.equal(cached.sequences, anew.sequences)
     torch.testing.assert_close(cached.logits, anew.logits, atol=TOLERANCE, rtol=0)
 
