@@ -12,20 +12,24 @@ INTEGERS = (torch.int64, torch.int32)
 
 def require_tensor(op: str, name: str, value: object) -> None:
     if not isinstance(value, Tensor):
-        raise TypeError(f"{op}: {name} must be a torch.Tensor, got {type(value).__name__}")
+        raise _not_a_tensor(op, name, value)
+
+
+def _not_a_tensor(op: str, name: str, value: object) -> TypeError:
+    return TypeError(f"{op}: {name} must be a torch.Tensor, got {type(value).__name__}")
 
 
 def require_ndim(op: str, name: str, value: object, ndim: int, layout: str) -> None:
-    require_tensor(op, name, value)
-    assert isinstance(value, Tensor)
+    if not isinstance(value, Tensor):
+        raise _not_a_tensor(op, name, value)
     if value.ndim != ndim:
         raise ValueError(f"{op}: {name} must be {layout} ({ndim} dimensions), got shape {tuple(value.shape)}")
 
 
 def require_shape(op: str, name: str, value: object, shape: tuple[int, ...], layout: str) -> None:
-    require_tensor(op, name, value)
-    assert isinstance(value, Tensor)
-    if tuple(value.shape) != shape:
+    if not isinstance(value, Tensor):
+        raise _not_a_tensor(op, name, value)
+    if value.shape != shape:
         raise ValueError(f"{op}: {name} must be {layout} = {shape}, got shape {tuple(value.shape)}")
 
 

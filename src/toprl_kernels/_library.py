@@ -18,9 +18,17 @@ from typing import Any
 
 import torch
 
+from toprl_kernels._known import PLAIN
+
 NAMESPACE = "toprl_kernels"
 _LIBRARY = torch.library.Library(NAMESPACE, "DEF")
-_PLAIN = (torch.Tensor, torch.nn.Parameter)
+# looked up once: each of these runs before every kernel
+is_compiling = torch.compiler.is_compiling
+_is_grad_enabled = torch.is_grad_enabled
+_any_requires_grad = torch._C._any_requires_grad
+any_autocast = torch._C._is_any_autocast_enabled
+_are_transforms_active = torch._C._are_functorch_transforms_active
+_number_of_modes = torch._C._len_torch_dispatch_stack
 
 
 class RegisteredOp:
@@ -31,35 +39,35 @@ class RegisteredOp:
         name: str,
         overload: Any,
         implementation: Callable[..., Any],
-        recorded: Callable[..., Any] | None,
+        recorded: Any,
     ) -> None:
         self.name = name
         self.overload = overload
         self.implementation = implementation
-        self.recorded = recorded  # the implementation as a node of autograd's graph
+        self.recorded = recorded  # the implementation as a node of autograd's graph; None if not differentiable
 
     def __call__(self, *arguments: Any) -> Any:
         """Positional arguments only, all of them, in the order of the schema."""
-        if (
-            torch.compiler.is_compiling()
-            or torch._C._are_functorch_transforms_active()
-            or torch._C._len_torch_dispatch_stack()
-            or type(arguments[0]) not in _PLAIN
-        ):
-            return self.overload(*arguments)
-        run = self.implementation
-        if self.recorded is not None and torch.is_grad_enabled() and torch._C._any_requires_grad(*arguments):
-            run = self.recorded
-        return _without_autocast(run, arguments)
+        return self.route(*arguments)(*arguments)
 
-    @staticmethod
-    def needs_gradient(*tensors: torch.Tensor) -> bool:
-        """Whether autograd will record a call with these tensors."""
-        if not torch.is_grad_enabled():
-            return False
-        if torch.compiler.is_compiling():  # does not know the quick form
-            return any(tensor.requires_grad for tensor in tensors)
-        return bool(torch._C._any_requires_grad(*tensors))
+    def route(self, *tensors: Any) -> Callable[..., Any]:
+        """What to call with all arguments: the first of them, or at least all that may have a gradient, are given."""
+        if _is_dispatched(tensors[0]):
+            return self.overload
+        run = self.implementation
+        if self.recorded is not None and _is_grad_enabled() and _any_requires_grad(*tensors):
+            run = self.recorded
+        return functools.partial(_without_autocast, run) if any_autocast() else run
+
+
+def _is_dispatched(tensor: torch.Tensor) -> bool:
+    """Whether somebody other than autograd and the implementation has a say in a call with ``tensor``."""
+    return is_compiling() or _are_transforms_active() or _number_of_modes() > 0 or type(tensor) not in PLAIN
+
+
+def is_plain_call(tensor: torch.Tensor) -> bool:
+    """Whether a call with ``tensor`` may go straight to ``implementation`` or ``recorded`` of its op."""
+    return not (_is_dispatched(tensor) or any_autocast())
 
 
 def register(
@@ -86,7 +94,7 @@ def register(
     qualified = f"{NAMESPACE}::{name}"
     _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     for key in ("CPU", "CUDA"):
-        _LIBRARY.impl(name, lambda *arguments: _without_autocast(implementation, arguments), key)
+        _LIBRARY.impl(name, functools.partial(_without_autocast, implementation), key)
     torch.library.register_fake(qualified, fake, lib=_LIBRARY)
     refuse = functools.partial(_refuse_vmap, name)
     torch.library.register_vmap(qualified, refuse, lib=_LIBRARY)
@@ -101,9 +109,9 @@ def register(
     return RegisteredOp(name, overload, implementation, recorded)
 
 
-def _without_autocast(run: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
+def _without_autocast(run: Callable[..., Any], *arguments: Any) -> Any:
     """Autocast would reach into an implementation and round float32 operands of its products."""
-    if not torch._C._is_any_autocast_enabled():
+    if not any_autocast():
         return run(*arguments)
     with torch.autocast(arguments[0].device.type, enabled=False):
         return run(*arguments)

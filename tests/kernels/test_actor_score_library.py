@@ -45,16 +45,16 @@ def test_opcheck_forward(backend: str, is_training: bool) -> None:
     leaves = [tensor.requires_grad_(is_training) for tensor in weights]
     op = library.training_op if is_training else library.logits_op
     for mask in (valid, None):
-        torch.library.opcheck(op.overload, (hidden, mask, *leaves, 1, backend))
+        torch.library.opcheck(op.overload, (hidden, *leaves, mask, 1, backend))
 
 
 @pytest.mark.parametrize("is_kept", [False, True])
 @pytest.mark.parametrize("needs", [[True] * 12, [True] + [False] * 11, [False] * 3 + [True] + [False] * 8])
 def test_opcheck_backward(is_kept: bool, needs: list[bool]) -> None:
     hidden, weights, valid = inputs()
-    logits, *kept = library.training_op(hidden, valid, *weights, 1, "eager")
+    logits, *kept = library.training_op(hidden, *weights, valid, 1, "eager")
     kept = kept if is_kept else [torch.empty(0) for _ in kept]
-    arguments = (torch.randn_like(logits), hidden, valid, *weights, *kept, 1, is_kept, needs)
+    arguments = (torch.randn_like(logits), hidden, *weights, valid, *kept, 1, is_kept, needs)
     torch.library.opcheck(library.backward_op.overload, arguments)
 
 
@@ -268,7 +268,7 @@ def test_measured_choice(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, ran: l
     pretend_cuda(monkeypatch, tmp_path / "m.json", {bucket(7): Times(1.0, 2.0), bucket(20): Times(2.0, 1.0)})
     for tokens in (7, 8, 20, 100):
         hidden, weights, valid = inputs(tokens)
-        library.logits_op(hidden, valid, *weights, 0, library.MEASURED)
+        library.logits_op(hidden, *weights, valid, 0, library.MEASURED)
     assert ran == ["triton", "triton", "eager", "eager"]
 
 

@@ -80,7 +80,7 @@ def test_results_that_are_there_for_the_backward_have_no_gradient() -> None:
     _, (hidden, *weights) = make("actor_score")
     for op, inputs in (
         (masked_attention_library.forward, arguments),
-        (actor_score_library.training_op, (hidden, None, *weights, 0, "eager")),
+        (actor_score_library.training_op, (hidden, *weights, None, 0, "eager")),
     ):
         for call in (op, op.overload):
             first, *others = call(*inputs)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import functools
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from toprl_kernels import _checks as check
+from toprl_kernels._known import KnownCases
+from toprl_kernels._library import is_compiling, is_plain_call
 from toprl_kernels.actor_score import library
 from toprl_kernels.actor_score.reference import actor_score_reference
 from toprl_kernels.actor_score.weights import ActorWeights
@@ -65,22 +68,57 @@ def actor_score(
         >>> actor_score(torch.randn(2, 5, 16), 0, make_actor_weights(16, 8)).shape
         torch.Size([2, 5, 2])
     """
-    if not _fits(hidden_states, stage, weights, valid_mask):
+    found = None
+    if not is_compiling() and type(weights) is ActorWeights:
+        found = _known.find((hidden_states, *weights))
+    if found is None:
+        found = _examine(hidden_states, stage, weights, valid_mask)
+    if not (
+        type(stage) is int
+        and 0 <= stage < found.num_stages
+        and (valid_mask is None or _mask_fits(valid_mask, hidden_states))
+    ):
         _explain_misfit(hidden_states, stage, weights, valid_mask)
-    choice = choose(
-        OP, backend, hidden_states.device, _obstacle(hidden_states, weights), dtype=weights.fc1_weight.dtype
-    )
+    choice = choose(OP, backend, found.device, found.obstacle, dtype=found.dtype)
     if choice.name == "reference":
         return actor_score_reference(hidden_states, stage, weights, valid_mask=valid_mask)
     is_measured = choice.is_automatic and choice.name == "triton"
-    logits: Tensor
-    if library.training_op.needs_gradient(hidden_states, *weights):
-        name = "eager" if is_measured else choice.name
-        logits = library.training_op(hidden_states, valid_mask, *weights, stage, name)[0]
-    else:
-        name = library.MEASURED if is_measured else choice.name
-        logits = library.logits_op(hidden_states, valid_mask, *weights, stage, name)
-    return logits
+    if found.needs_gradient:
+        record = library.training_op.recorded if found.is_plain else library.training_op
+        return record(hidden_states, *weights, valid_mask, stage, "eager" if is_measured else choice.name)[0]
+    run = library.logits_op.implementation if found.is_plain else library.logits_op
+    return run(hidden_states, *weights, valid_mask, stage, library.MEASURED if is_measured else choice.name)
+
+
+class _Finding(NamedTuple):
+    """What the hidden states and the weights of a call say, whatever the number of samples and tokens."""
+
+    num_stages: int
+    device: torch.device
+    dtype: torch.dtype  # of the weights
+    needs_gradient: bool  # autograd will record the call
+    is_plain: bool  # no mode, transform or autocast has a say: all of them change the dispatch keys
+    obstacle: str | None  # why the kernels cannot take them
+
+
+_known: KnownCases[_Finding] = KnownCases()
+
+
+def _examine(hidden_states: Tensor, stage: int, weights: ActorWeights, valid_mask: Tensor | None) -> _Finding:
+    if not _tensors_fit(hidden_states, weights):
+        _explain_misfit(hidden_states, stage, weights, valid_mask)
+    tensors = (hidden_states, *weights)
+    finding = _Finding(
+        weights.stage_bias.shape[0],
+        hidden_states.device,
+        weights.fc1_weight.dtype,
+        torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors),
+        is_plain_call(hidden_states),
+        _obstacle(hidden_states, weights),
+    )
+    if not is_compiling():
+        _known.remember(finding, tensors, any_size=(0, 1))
+    return finding
 
 
 def _obstacle(hidden_states: Tensor, weights: ActorWeights) -> str | None:
@@ -104,34 +142,33 @@ def _expected_shapes(d1: int, d2: int, num_stages: int) -> tuple[tuple[int, ...]
     return (d1,), (d1,), (num_stages, d2), (d2, d1), wide, square, wide, square, wide, (2, d2), (2,)
 
 
-def _fits(hidden_states: Tensor, stage: int, weights: ActorWeights, valid_mask: Tensor | None) -> bool:
-    """Whether the arguments are as documented, in one pass over the weights: this runs before every kernel."""
+def _tensors_fit(hidden_states: Tensor, weights: ActorWeights) -> bool:
     try:
-        batch, num_tokens, d1 = hidden_states.shape
+        _, _, d1 = hidden_states.shape
         d2, device, dtype = weights.fc1_weight.shape[0], hidden_states.device, weights.fc1_weight.dtype
-        num_stages = weights.stage_bias.shape[0]
-        for tensor, shape in zip(weights, _expected_shapes(d1, d2, num_stages), strict=True):
-            if tensor.shape != shape or tensor.dtype is not dtype or tensor.device != device:
-                return False
+        shapes = _expected_shapes(d1, d2, weights.stage_bias.shape[0])
         return (
             isinstance(weights, ActorWeights)
-            and type(stage) is int
-            and 0 <= stage < num_stages
+            and all(
+                tensor.shape == shape and tensor.dtype == dtype and tensor.device == device
+                for tensor, shape in zip(weights, shapes, strict=True)
+            )
             and d2 >= 2
             and d2 % 2 == 0
             and dtype in check.FLOATS
             and hidden_states.dtype in check.FLOATS
-            and (
-                valid_mask is None
-                or (
-                    valid_mask.shape == (batch, num_tokens)
-                    and valid_mask.dtype == torch.bool
-                    and valid_mask.device == device
-                )
-            )
         )
     except (AttributeError, ValueError, IndexError):  # not a tensor, another number of dimensions
         return False
+
+
+def _mask_fits(valid_mask: Tensor, hidden_states: Tensor) -> bool:
+    return (
+        isinstance(valid_mask, Tensor)
+        and valid_mask.shape == hidden_states.shape[:2]
+        and valid_mask.dtype == torch.bool
+        and valid_mask.device == hidden_states.device
+    )
 
 
 def _explain_misfit(hidden_states: Tensor, stage: int, weights: ActorWeights, valid_mask: Tensor | None) -> None:

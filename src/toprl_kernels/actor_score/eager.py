@@ -39,8 +39,8 @@ class Activations(NamedTuple):
 
 def actor_score_eager(
     hidden_states: Tensor, valid_mask: Tensor | None, weights: ActorWeights, stage: int, keep: bool
-) -> tuple[Tensor, Activations | None]:
-    """Logits and, when asked to ``keep`` them, the activations. Arguments already checked; outside of autograd."""
+) -> tuple[Tensor, Activations]:
+    """Logits and activations, overwritten unless asked to ``keep`` them. Arguments checked; outside of autograd."""
     w = weights
     half = w.fc1_weight.shape[0] // 2
     gelu = _gelu if keep else _gelu_
@@ -52,7 +52,7 @@ def actor_score_eager(
     second += F.linear(summary, w.fc2_weight[:, half:], w.fc2_bias)[:, None, :]
     third = F.linear(gelu(second), w.fc3_weight, w.fc3_bias)
     logits = F.linear(gelu(third), w.head_weight, w.head_bias)
-    return logits, Activations(first, second, third) if keep else None
+    return logits, Activations(first, second, third)
 
 
 def _layer1(hidden_states: Tensor, w: ActorWeights, stage: int) -> Tensor:

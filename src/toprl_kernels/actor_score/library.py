@@ -17,14 +17,13 @@ _WEIGHTS = ", ".join(f"Tensor {name}" for name in ActorWeights._fields)
 _NUM_WEIGHTS = len(ActorWeights._fields)
 
 
-def _logits(hidden_states: Tensor, valid_mask: Tensor | None, *arguments: Any) -> Tensor:
-    return _run(hidden_states, valid_mask, arguments, False)[0]
+def _split(arguments: tuple[Any, ...]) -> tuple[ActorWeights, tuple[Any, ...]]:
+    """The weights, which stand in a row in the schemas, and what follows them."""
+    return tuple.__new__(ActorWeights, arguments[:_NUM_WEIGHTS]), arguments[_NUM_WEIGHTS:]
 
 
-def _run(
-    hidden_states: Tensor, valid_mask: Tensor | None, arguments: tuple[Any, ...], keep: bool
-) -> tuple[Tensor, Activations | None]:
-    weights, (stage, backend) = ActorWeights._make(arguments[:_NUM_WEIGHTS]), arguments[_NUM_WEIGHTS:]
+def _logits(hidden_states: Tensor, *arguments: Any) -> Tensor:
+    weights, (valid_mask, stage, backend) = _split(arguments)
     if backend == MEASURED:
         batch, num_tokens, d1 = hidden_states.shape
         like = weights.fc1_weight
@@ -32,43 +31,41 @@ def _run(
     if backend == "triton":
         from toprl_kernels.actor_score.triton import actor_score_triton
 
-        return actor_score_triton(hidden_states, valid_mask, weights, stage), None
-    return actor_score_eager(hidden_states, valid_mask, weights, stage, keep)
+        return actor_score_triton(hidden_states, valid_mask, weights, stage)
+    return actor_score_eager(hidden_states, valid_mask, weights, stage, False)[0]
 
 
-def _logits_fake(hidden_states: Tensor, valid_mask: Tensor | None, *arguments: Any) -> Tensor:
-    like = ActorWeights._make(arguments[:_NUM_WEIGHTS]).fc1_weight
-    return like.new_empty(*hidden_states.shape[:2], 2)
+def _logits_fake(hidden_states: Tensor, *arguments: Any) -> Tensor:
+    return _split(arguments)[0].fc1_weight.new_empty(*hidden_states.shape[:2], 2)
 
 
-def _forward(hidden_states: Tensor, valid_mask: Tensor | None, *arguments: Any) -> tuple[Tensor, ...]:
-    logits, activations = _run(hidden_states, valid_mask, arguments, True)
-    return logits, *(activations or [logits.new_empty(0) for _ in range(3)])
+def _forward(hidden_states: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    weights, (valid_mask, stage, backend) = _split(arguments)
+    if backend == "triton":
+        logits = _logits(hidden_states, *arguments)
+        return logits, *(logits.new_empty(0) for _ in Activations._fields)
+    logits, activations = actor_score_eager(hidden_states, valid_mask, weights, stage, True)
+    return logits, *activations
 
 
-def _forward_fake(hidden_states: Tensor, valid_mask: Tensor | None, *arguments: Any) -> tuple[Tensor, ...]:
-    logits = _logits_fake(hidden_states, valid_mask, *arguments)
-    width = arguments[ActorWeights._fields.index("fc1_weight")].shape[0]
-    kept = (*logits.shape[:2], width) if arguments[-1] == "eager" else (0,)
-    return logits, *(logits.new_empty(kept) for _ in range(3))
+def _forward_fake(hidden_states: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    weights, (_, _, backend) = _split(arguments)
+    logits = _logits_fake(hidden_states, *arguments)
+    kept = (*logits.shape[:2], weights.fc1_weight.shape[0]) if backend == "eager" else (0,)
+    return logits, *(logits.new_empty(kept) for _ in Activations._fields)
 
 
-def _backward(
-    grad_logits: Tensor, hidden_states: Tensor, valid_mask: Tensor | None, *arguments: Any
-) -> tuple[Tensor, ...]:
-    weights, (*kept, stage, is_kept, needs) = ActorWeights._make(arguments[:_NUM_WEIGHTS]), arguments[_NUM_WEIGHTS:]
-    activations = Activations(*kept) if is_kept else None
-    if activations is None:  # the kernels keep nothing
+def _backward(grad_logits: Tensor, hidden_states: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    weights, (valid_mask, *kept, stage, is_kept, needs) = _split(arguments)
+    activations = Activations(*kept)
+    if not is_kept:  # by the kernels
         _, activations = actor_score_eager(hidden_states, valid_mask, weights, stage, True)
-        assert activations is not None
     gradients = actor_score_backward(grad_logits, hidden_states, valid_mask, weights, stage, activations, needs)
     return tuple(grad_logits.new_empty(0) if gradient is None else gradient for gradient in gradients)
 
 
-def _backward_fake(
-    grad_logits: Tensor, hidden_states: Tensor, valid_mask: Tensor | None, *arguments: Any
-) -> tuple[Tensor, ...]:
-    inputs, needs = (hidden_states, *arguments[:_NUM_WEIGHTS]), arguments[-1]
+def _backward_fake(grad_logits: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    inputs, needs = arguments[: len(INPUTS)], arguments[-1]
     return tuple(
         tensor.new_empty(tensor.shape) if needed else grad_logits.new_empty(0)
         for tensor, needed in zip(inputs, needs, strict=True)
@@ -76,23 +73,22 @@ def _backward_fake(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.stage = inputs[-2]
-    ctx.is_kept = inputs[-1] == "eager"
+    ctx.options = inputs[-2:]
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*inputs[:-2], *output[1:])
 
 
 def _autograd(ctx: Any, grad_logits: Tensor | None) -> tuple[Tensor | None, ...]:
-    needs = [ctx.needs_input_grad[0], *ctx.needs_input_grad[2 : 2 + _NUM_WEIGHTS]]
+    needs = list(ctx.needs_input_grad[: len(INPUTS)])
     if grad_logits is None or not any(needs):
         return (None,) * (len(INPUTS) + 3)
-    gradients = backward_op(grad_logits, *ctx.saved_tensors, ctx.stage, ctx.is_kept, needs)
-    by_hidden, *by_weights = (gradient if needed else None for gradient, needed in zip(gradients, needs, strict=True))
-    return by_hidden, None, *by_weights, None, None
+    stage, backend = ctx.options
+    gradients = backward_op(grad_logits, *ctx.saved_tensors, stage, backend == "eager", needs)
+    return *(gradient if needed else None for gradient, needed in zip(gradients, needs, strict=True)), None, None, None
 
 
 backward_op = register(
-    f"actor_score_backward(Tensor grad_logits, Tensor hidden_states, Tensor? valid_mask, {_WEIGHTS}, "
+    f"actor_score_backward(Tensor grad_logits, Tensor hidden_states, {_WEIGHTS}, Tensor? valid_mask, "
     "Tensor first, Tensor second, Tensor third, int stage, bool is_kept, bool[] needs) -> ("
     + ", ".join(["Tensor"] * len(INPUTS))
     + ")",
@@ -100,7 +96,7 @@ backward_op = register(
     _backward_fake,
 )
 
-_SIGNATURE = f"(Tensor hidden_states, Tensor? valid_mask, {_WEIGHTS}, int stage, str backend)"
+_SIGNATURE = f"(Tensor hidden_states, {_WEIGHTS}, Tensor? valid_mask, int stage, str backend)"
 
 logits_op = register(f"actor_score{_SIGNATURE} -> Tensor", _logits, _logits_fake)
 
@@ -111,6 +107,6 @@ training_op = register(
     _forward_fake,
     setup_context=_setup_context,
     backward=_autograd,
-    num_inputs=2 + _NUM_WEIGHTS,
+    num_inputs=len(INPUTS),
     only_first=True,
 )

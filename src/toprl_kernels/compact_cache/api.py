@@ -78,7 +78,7 @@ def compact_cache(
         return keys[:, :, :length], values[:, :, :length]
     if choice.name == "reference":
         return compact_cache_reference(keys, values, indices)
-    return forward_op(keys, values, indices, choice.name)
+    return forward_op.route(keys, values)(keys, values, indices, choice.name)
 
 
 def _validate_layout(keys: Tensor, values: Tensor, indices: Tensor) -> None:

@@ -17,6 +17,7 @@ from toprl_kernels.keep_mask.reference import keep_mask_reference
 OP = "sample_keep_mask"
 OP_LOG_PROB = "keep_mask_log_prob"
 MAX_SEED = 2**63 - 1
+NUMBERS = (int, float)
 
 
 class KeepMaskSample(NamedTuple):
@@ -73,12 +74,11 @@ def sample_keep_mask(
         tensor([[1., 0.]])
     """
     _validate(OP, logits, previous_mask)
-    if not (isinstance(tau, int | float) and 0 < tau < math.inf):
+    if not (isinstance(tau, NUMBERS) and 0 < tau < math.inf):
         raise ValueError(f"{OP}: tau={tau!r} must be a number > 0; use a small one such as 0.05 for a sharp gradient")
-    given = [
-        name for name, value in (("seed", seed), ("generator", generator), ("uniform", uniform)) if value is not None
-    ]
-    if len(given) > 1:
+    if (seed is not None) + (generator is not None) + (uniform is not None) > 1:
+        sources = (("seed", seed), ("generator", generator), ("uniform", uniform))
+        given = [name for name, value in sources if value is not None]
         raise ValueError(f"{OP}: {' and '.join(given)} are given together; pass one of them")
     if uniform is not None:
         check.require_shape(OP, "uniform", uniform, tuple(logits.shape[:-1]), "[B, N]")
@@ -100,6 +100,8 @@ def sample_keep_mask(
 def _seed(seed: int | Tensor | None, generator: torch.Generator | None, device: torch.device) -> Tensor:
     """int64 [1] on the device, without waiting for it."""
     if isinstance(seed, Tensor):
+        if seed.shape == (1,) and seed.dtype == torch.int64 and seed.device == device:
+            return seed
         check.require_shape(OP, "seed", seed, (1,), "[1]")
         check.require_dtype(OP, "seed", seed, (torch.int64,), "use seed.long()")
         check.require_device(OP, "seed", seed, device)
@@ -161,7 +163,8 @@ def _run(
         obstacle = "logits has dtype float64, the kernels take float16, bfloat16, float32"
     choice = choose(op, backend, logits.device, obstacle, dtype=logits.dtype)
     if choice.name != "reference":
-        return forward_op(logits, uniform, given, seed, token_ids, previous_mask, tau, choice.name)
+        run = forward_op.route(logits)
+        return run(logits, uniform, given, seed, token_ids, previous_mask, tau, choice.name)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     if seed is not None:
         uniform = draw_uniform(logits.shape[:-1], seed, token_ids).to(logits.dtype)
@@ -169,6 +172,9 @@ def _run(
 
 
 def _validate(op: str, logits: Tensor, previous_mask: Tensor | None) -> None:
+    is_usual = isinstance(logits, Tensor) and logits.dim() == 3 and logits.shape[2] == 2
+    if is_usual and logits.dtype in check.FLOATS and previous_mask is None:
+        return
     check.require_ndim(op, "logits", logits, 3, "[B, N, 2]")
     check.require_shape(op, "logits", logits, (*logits.shape[:2], 2), "[B, N, 2] with (keep, drop) last")
     check.require_dtype(op, "logits", logits, check.FLOATS)

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
 from toprl_kernels import _checks as check
+from toprl_kernels._library import any_autocast, is_compiling
 from toprl_kernels.backend import choose
 from toprl_kernels.masked_attention import library
 from toprl_kernels.masked_attention.reference import masked_attention_reference
@@ -75,22 +74,20 @@ def masked_attention(
         >>> bool(torch.allclose(masked_attention(q, k, v, nothing_kept), v))
         True
     """
-    may_cast = torch.compiler.is_compiling() or torch._C._is_any_autocast_enabled()  # the latter is quick
-    if may_cast and torch.is_autocast_enabled(query.device.type):  # as torch does for scaled_dot_product_attention
-        dtype = torch.get_autocast_dtype(query.device.type)
-        query, key, value = _autocast(query, dtype), _autocast(key, dtype), _autocast(value, dtype)
+    if is_compiling() or any_autocast():
+        query, key, value = _autocast(query, key, value)
     if not _fits(query, key, value, keep_mask, key_padding_mask):
         _explain_misfit(query, key, value, keep_mask, key_padding_mask)
-    head_dim = query.shape[3]
-    scale = 1.0 / math.sqrt(head_dim) if scale is None else float(scale)
+    dtype, head_dim = query.dtype, query.shape[3]
     choice = choose(
         OP,
         backend,
         query.device,
-        _obstacle(query.dtype, head_dim),
-        dtype=query.dtype,
-        definition_because=_tiny(query, keep_mask),
+        None if dtype in check.HALF_AND_SINGLE and head_dim <= MAX_HEAD_DIM else _obstacle(dtype, head_dim),
+        dtype=dtype,
+        definition_because=_tiny(query, keep_mask) if keep_mask.requires_grad else None,
     )
+    scale = head_dim**-0.5 if scale is None else float(scale)
     if choice.name == "reference":
         return masked_attention_reference(
             query,
@@ -104,22 +101,29 @@ def masked_attention(
         )
     if query.numel() == 0:  # so is it without keys, since Nq <= N
         return torch.zeros_like(query) + 0 * query  # connected to the graph
-    return library.forward(
-        query, key, value, keep_mask, key_padding_mask, is_causal, scale, bounded_mask_grad, choice.name
-    )[0]
+    run = library.forward.route(query, key, value, keep_mask)
+    return run(query, key, value, keep_mask, key_padding_mask, is_causal, scale, bounded_mask_grad, choice.name)[0]
 
 
-def _autocast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    is_cast = isinstance(tensor, Tensor) and tensor.is_floating_point() and tensor.dtype != torch.float64
-    return tensor.to(dtype) if is_cast else tensor
+def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Cast as torch does for scaled_dot_product_attention, where autocast is on."""
+    device_type = tensors[0].device.type
+    if not torch.is_autocast_enabled(device_type):
+        return tensors
+    dtype = torch.get_autocast_dtype(device_type)
+    return tuple(
+        tensor.to(dtype)
+        if isinstance(tensor, Tensor) and tensor.is_floating_point() and tensor.dtype != torch.float64
+        else tensor
+        for tensor in tensors
+    )
 
 
 def _tiny(query: Tensor, keep_mask: Tensor) -> str | None:
-    """With a handful of tokens autograd of the definition has fewer calls than the explicit backward."""
+    """For a mask with a gradient: over a handful of tokens autograd of the definition has the fewest calls."""
     if (
-        keep_mask.requires_grad
-        and query.dtype == torch.float32
-        and not torch.compiler.is_compiling()
+        query.dtype == torch.float32
+        and not is_compiling()
         and query.numel() // query.shape[3] * keep_mask.shape[1] <= TINY
     ):
         return f"a mask gradient over at most {TINY} query-key pairs is fastest by autograd of the definition"

@@ -13,12 +13,12 @@ from toprl_kernels.masked_attention.eager_backward import masked_attention_backw
 
 
 def _forward(*arguments: Any) -> tuple[Tensor, Tensor]:
-    *inputs, _, backend = arguments  # the mask gradient's kind is for the backward
-    if backend == "triton":
-        from toprl_kernels.masked_attention.triton import masked_attention_forward_triton as run
-    else:
-        run = masked_attention_forward_eager
-    return run(*inputs)
+    inputs = arguments[:-2]  # the mask gradient's kind is for the backward
+    if arguments[-1] == "triton":
+        from toprl_kernels.masked_attention.triton import masked_attention_forward_triton
+
+        return masked_attention_forward_triton(*inputs)
+    return masked_attention_forward_eager(*inputs)
 
 
 def _forward_fake(query: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:

@@ -86,7 +86,8 @@ def topk_compact(
             hidden_states, scores, taken, length, position_ids=position_ids, valid_mask=valid_mask, left=left
         )
         return out if return_inverse else out._replace(inverse=None)
-    hidden, indices, kept, positions, inverse = forward_op(
+    run = forward_op.route(hidden_states)
+    hidden, indices, kept, positions, inverse = run(
         hidden_states, scores.detach(), counts, length, valid_mask, position_ids, left, return_inverse, choice.name
     )
     return TopkCompactOutput(
