@@ -1,7 +1,9 @@
-"""Attention after real compaction: the kept tokens' gathering and the attention among them, against its floor.
+"""Attention after real compaction: attention among the kept tokens against its floor, with and without their gathering.
 
-A later decoder layer attends over the kept tokens only. The definition is masked_attention over all tokens, of which
-the kept rows are looked at. Useful work as in kernel_attention.py, of the kept tokens.
+A later decoder layer attends over the kept tokens only; their hidden states were gathered once, by topk_compact. To
+gather query, key and value in front of each call is what a model without compaction would have to do. The definition is
+masked_attention over all tokens, of which the kept rows are looked at. Useful work as in kernel_attention.py, of the
+kept tokens.
 """
 
 from __future__ import annotations

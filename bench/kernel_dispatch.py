@@ -1,7 +1,8 @@
 """What a call costs before the first kernel is launched: checks, choice of backend, the dispatcher, autograd.
 
 The implementation under an op is replaced by one that returns finished tensors, so what is left is that cost. It is
-CPU time on any machine, and a GPU cannot hide it when kernels are short.
+CPU time on any machine, and a GPU cannot hide it when kernels are short. How fast the machine is says ``function_us``:
+torch's own price of a node, an autograd.Function that does nothing with one tensor.
 """
 
 from __future__ import annotations
@@ -32,8 +33,20 @@ def dispatch_table() -> list[Row]:
     return list(best.values())
 
 
+class _Nothing(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.view_as(tensor)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
+        return gradient
+
+
 def _one_pass() -> list[Row]:
     rows = []
+    one = torch.ones(1, requires_grad=True)
+    function_us = _microseconds(lambda: _Nothing.apply(one))
     for op, (function, call, leaves) in _calls().items():
         module = importlib.import_module(f"toprl_kernels.{function.rpartition('.')[0]}")
         name = function.rpartition(".")[2]
@@ -61,7 +74,7 @@ def _one_pass() -> list[Row]:
                 row[mode] = _microseconds(call) - _microseconds(stub)
         for leaf in leaves:
             leaf.requires_grad_(False)  # ops share inputs
-        row["bar_us"] = BAR_US
+        row |= {"bar_us": BAR_US, "function_us": function_us}
         rows.append(row)
     return rows
 

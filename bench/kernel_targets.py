@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from bench.kernel_cases import BASE_KEEP, BASE_SIZE
+from bench.kernel_dispatch import BAR_US
 from bench.kernel_measure import MIB, Row, our_name
 
 SOFT_BACKWARD = "soft fwd+bwd+mask"
@@ -103,13 +104,27 @@ def our_exponent(*modes: str) -> Callable[[list[Row]], float | str]:
     return measure
 
 
-def compaction_ratio(rows: list[Row]) -> float | str:
-    """Median time over that of SDPA on as many tokens, the worst of the gathered path and masked_attention itself."""
-    ratios = []
-    for floor in select(rows, op="compacted_attention", provider="sdpa over kept tokens (floor)"):
-        for row in select(rows, op="compacted_attention", case=floor["case"], role="ours"):
-            ratios.append(row["p50_ms"] / floor["p50_ms"])
-    return max(ratios) if ratios else "no row of compacted_attention in this run"
+def compaction_ratio(provider: str) -> Callable[[list[Row]], float | str]:
+    """Median time of ``provider`` over that of SDPA on as many tokens, the slowest case."""
+
+    def measure(rows: list[Row]) -> float | str:
+        ratios = []
+        for floor in select(rows, op="compacted_attention", provider="sdpa over kept tokens (floor)"):
+            for row in select(rows, op="compacted_attention", case=floor["case"], provider=provider):
+                ratios.append(row["p50_ms"] / floor["p50_ms"])
+        return max(ratios) if ratios else "no row of compacted_attention in this run"
+
+    return measure
+
+
+def slowest_dispatch(column: str) -> Callable[[list[Row]], float | str]:
+    """Of all ops; their rows are those of kernel_dispatch.py."""
+
+    def measure(rows: list[Row]) -> float | str:
+        costs = [row[column] for row in rows if column in row]
+        return max(costs) if costs else "no dispatch table in this run"
+
+    return measure
 
 
 def mask_gradient_cost(rows: list[Row]) -> float | str:
@@ -186,8 +201,17 @@ TARGETS = (
         "cpu", 1.0, True, "x", topk_ratio("torch.topk + sort + index_select"),
     ),
     Target(
-        "attention after compaction (gathering included) over SDPA of the smaller size, slowest size",
-        "cpu", 1.1, False, "x", compaction_ratio,
+        "masked_attention over the tokens that compaction left, over SDPA of that size, slowest size",
+        "cpu", 1.1, False, "x", compaction_ratio("masked_attention, all kept"),
+    ),
+    Target(
+        "SDPA with query, key and value gathered before it, over SDPA of that size, slowest size",
+        "cpu", 1.1, False, "x", compaction_ratio("gather q, k, v + sdpa"),
+    ),
+    *(
+        Target(f"a call before its kernel, {words}, slowest op", device, BAR_US, False, " us", slowest_dispatch(column))
+        for device in ("cpu", "cuda")
+        for words, column in (("no gradient", "no_grad_us"), ("with a gradient", "grad_us"))
     ),
     Target(
         "masked_attention, all-ones mask, D=128, N >= 2048, against the flash backend of SDPA",

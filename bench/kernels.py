@@ -53,9 +53,10 @@ def run(quick: bool, device: torch.device, report: Report) -> None:
             continue
         print(label, file=sys.stderr, flush=True)
         report.add(measure(settings))
-    report.add_table("dispatch", dispatch_table())
+    dispatch = dispatch_table()
+    report.add_table("dispatch", dispatch)
     report.add_table("memory", memory_table(report.rows, device))
-    report.add_table("targets", targets_table(report.rows, device))
+    report.add_table("targets", targets_table([*report.rows, *dispatch], device))
 
 
 def cases_of(plan: Plan) -> Iterator[tuple[str, partial[list[Row]]]]:

@@ -2,8 +2,8 @@
 
 Reading the shape, dtype and device of twelve tensors from Python takes 4 us; torch's own guards, which decide whether
 compiled code still fits its inputs, take 1. They compare what the tensors are now, not who they are: a parameter whose
-data was replaced in place, or whose number of dimensions changed, is another case. So is a tensor under another grad
-mode, autocast, transform or dispatch mode.
+data was replaced in place, or whose number of dimensions changed, is another case. So is any tensor under autocast, a
+transform or a dispatch mode. Whether gradients are enabled makes no difference.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ PLAIN = (Tensor, torch.nn.Parameter)
 
 
 class KnownCases(Generic[T]):
-    """Findings about lists of tensors, found again by type, dtype, device, sizes, dispatch keys and need of a gradient.
+    """Findings about lists of tensors, found again by type, dtype, device, sizes, dispatch keys and requires_grad.
 
     Not for traced code: ask ``torch.compiler.is_compiling()`` first.
     """
@@ -53,4 +53,3 @@ class KnownCases(Generic[T]):
             return
         if guards.check(*tensors):  # never where one tensor stands twice: such lists would push out all others
             self._cases = ((guards.check, finding), *self._cases[: MAX_CASES - 1])
-

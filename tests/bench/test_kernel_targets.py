@@ -62,16 +62,26 @@ def test_a_peer_without_a_time_passes_its_reason_on():
     assert verdict_of(rows, "FlexAttention")["verdict"] == "not measured: cannot run: no compiler"
 
 
-def test_compaction_takes_the_slower_way_over_the_floor():
+def test_compaction_with_and_without_gathering_over_the_floor():
     row = {**BASE, "op": "compacted_attention"}
     rows = [
         {**row, "provider": "masked_attention, all kept", "role": "ours", "p50_ms": 1.05},
         {**row, "provider": "gather q, k, v + sdpa", "role": "ours", "p50_ms": 1.21},
         {**row, "provider": "sdpa over kept tokens (floor)", "role": "bound", "p50_ms": 1.0},
     ]
-    found = verdict_of(rows, "after compaction")
+    rows += [{**row, "case": "faster", "p50_ms": 1.0} for row in rows]
+    found = verdict_of(rows, "tokens that compaction left")
+    assert (found["measured"], found["verdict"]) == (1.05, "met, 5% to spare")
+    found = verdict_of(rows, "gathered before it")
     assert (found["measured"], found["verdict"]) == (1.21, "missed by 10%")
-    assert verdict_of([{**r, "p50_ms": 1.0} for r in rows], "after compaction")["met"] is True
+
+
+@pytest.mark.parametrize("device", [CPU, CUDA])
+def test_the_slowest_op_decides_what_a_call_costs(device):
+    rows = [{"op": "one", "no_grad_us": 4.0, "grad_us": 9.0}, {"op": "other", "no_grad_us": 5.0, "grad_us": 12.0}]
+    assert verdict_of(rows, "no gradient", device)["verdict"] == "met, 50% to spare"
+    found = verdict_of(rows, "with a gradient", device)
+    assert (found["bar"], found["measured"], found["verdict"]) == ("<= 10 us", 12.0, "missed by 20%")
 
 
 def memory_rows(mode, power):

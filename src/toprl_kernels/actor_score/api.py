@@ -83,7 +83,7 @@ def actor_score(
     if choice.name == "reference":
         return actor_score_reference(hidden_states, stage, weights, valid_mask=valid_mask)
     is_measured = choice.is_automatic and choice.name == "triton"
-    if found.needs_gradient:
+    if found.requires_grad and torch.is_grad_enabled():
         record = library.training_op.recorded if found.is_plain else library.training_op
         return record(hidden_states, *weights, valid_mask, stage, "eager" if is_measured else choice.name)[0]
     run = library.logits_op.implementation if found.is_plain else library.logits_op
@@ -96,7 +96,7 @@ class _Finding(NamedTuple):
     num_stages: int
     device: torch.device
     dtype: torch.dtype  # of the weights
-    needs_gradient: bool  # autograd will record the call
+    requires_grad: bool  # at least one
     is_plain: bool  # no mode, transform or autocast has a say: all of them change the dispatch keys
     obstacle: str | None  # why the kernels cannot take them
 
@@ -112,7 +112,7 @@ def _examine(hidden_states: Tensor, stage: int, weights: ActorWeights, valid_mas
         weights.stage_bias.shape[0],
         hidden_states.device,
         weights.fc1_weight.dtype,
-        torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors),
+        any(tensor.requires_grad for tensor in tensors),
         is_plain_call(hidden_states),
         _obstacle(hidden_states, weights),
     )

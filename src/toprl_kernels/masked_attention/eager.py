@@ -18,6 +18,8 @@ from torch import Tensor
 # probability is ever cut, and float32 cannot overflow. The Triton kernels use the same pair.
 SMALLEST_MASK = 2.0**-96
 ROWS_PER_BLOCK = 256  # of a causal pass: few calls, and on average 128 rows' worth of masked work per block
+# SDPA's own CPU kernel, for its log-sum-exp; torch.ops.aten offers it too, for 6 us more per call
+flash_attention = torch._scaled_dot_product_flash_attention_for_cpu
 SMALL = 2**14  # query-key pairs up to which one call with a mask of them is faster than gathering
 
 
@@ -99,9 +101,7 @@ def row_blocks(
 def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
     """Attention and its log-sum-exp [B, H, R]; a row without keys gives 0 and -inf."""
     if query.device.type == "cpu":
-        output, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            query, key, value, attn_mask=mask, scale=scale
-        )
+        output, lse = flash_attention(query, key, value, attn_mask=mask, scale=scale)
     else:
         scores = grouped_scores(query, key, scale)
         if mask is not None:
@@ -135,23 +135,21 @@ def masked_attention_forward_eager(
     is_causal: bool,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """Output [B, H, Nq, D] and natural log-sum-exp [B, H, Nq] (+inf for padding rows)."""
+    """Output [B, H, Nq, D] and natural log-sum-exp [B, H, Nq] (+inf for padding rows), in memory [B, Nq, H]."""
     query, key, value = dense_rows(query), dense_rows(key), dense_rows(value)
     if is_ordinary(query, key, keep_mask, key_padding_mask, is_causal):
-        output, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            query, key, value, is_causal=is_causal, scale=scale
-        )
-        return output.contiguous(), lse.contiguous()
+        output, lse = flash_attention(query, key, value, is_causal=is_causal, scale=scale)
+        return laid_out_like(output, query), by_token(lse)
     dtype = torch.promote_types(query.dtype, torch.float32)
     batch, num_heads, num_queries, _ = query.shape
     num_keys = key.shape[2]
     mask = mask_values(keep_mask, key_padding_mask, dtype)
     if is_small(query, key):
         output, lse = attend(query, key, value, small_bias(mask, num_queries, is_causal), scale)
-        return _zero_padding(output, lse, key_padding_mask)
+        return _zero_padding(laid_out_like(output, query), lse, key_padding_mask)
     kept = gather_kept(key, value, mask)
-    output = torch.zeros(query.shape, dtype=query.dtype, device=query.device)
-    lse = torch.full((batch, num_heads, num_queries), -torch.inf, dtype=dtype, device=query.device)
+    output = empty_output(query).zero_()
+    lse = torch.full((batch, num_queries, num_heads), -torch.inf, dtype=dtype, device=query.device).transpose(1, 2)
     for rows, length, bias in row_blocks(kept, num_queries, num_keys, is_causal, dtype):
         if length:
             output[:, :, rows], lse[:, :, rows] = attend(
@@ -174,12 +172,32 @@ def masked_attention_forward_eager(
 
 
 def _zero_padding(output: Tensor, lse: Tensor, key_padding_mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Contiguous, with padding rows' output 0 and log-sum-exp +inf."""
+    """With padding rows' output 0 and log-sum-exp +inf."""
     if key_padding_mask is not None:
         is_padding = ~key_padding_mask[:, None, key_padding_mask.shape[1] - output.shape[2] :]
         output = output.masked_fill(is_padding[..., None], 0.0)
         lse = lse.masked_fill(is_padding, torch.inf)
-    return output.contiguous(), lse.contiguous()
+    return output, by_token(lse)
+
+
+def empty_output(query: Tensor) -> Tensor:
+    """[B, H, Nq, D] laid out in memory like the query, as torch's own attention does it, with D dense."""
+    output = torch.empty_like(dense_rows(query))
+    if output.stride(-1) == 1:
+        return output
+    return torch.empty_like(output, memory_format=torch.contiguous_format)
+
+
+def by_token(lse: Tensor) -> Tensor:
+    """In memory [B, Nq, H], as the CPU kernel returns it."""
+    return lse.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+def laid_out_like(output: Tensor, query: Tensor) -> Tensor:
+    """``output`` in the layout of :func:`empty_output`."""
+    if output.stride() == query.stride():
+        return output
+    return empty_output(query).copy_(output)
 
 
 def is_ordinary(

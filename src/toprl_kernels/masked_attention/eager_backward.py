@@ -22,6 +22,7 @@ from toprl_kernels.masked_attention.eager import (
     small_bias,
 )
 
+flash_attention_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
 LARGEST_EXPONENT = 96.0 * math.log(2.0)  # belongs to SMALLEST_MASK in eager.py
 DENSE_BLOCK_BYTES = 2**22  # of the [B, H, rows, N] tile in the gradient by the mask: stays in the cache
 FEWEST_ROWS = 64
@@ -50,9 +51,7 @@ def masked_attention_backward_eager(
     grad_output = dense_rows(grad_output)
     query, key, value = dense_rows(query), dense_rows(key), dense_rows(value)
     if is_ordinary(query, key, keep_mask, key_padding_mask, is_causal):
-        gradients = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            grad_output, query, key, value, output, lse, 0.0, is_causal, scale=scale
-        )
+        gradients = flash_attention_backward(grad_output, query, key, value, output, lse, 0.0, is_causal, scale=scale)
         return (*_wanted(gradients, (query, key, value), needs), None)
     mask = mask_values(keep_mask, key_padding_mask, dtype)
     if needs[3]:
@@ -139,7 +138,7 @@ def _attend_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of :func:`attend` when ``output`` and ``lse`` include further terms of each row's sum."""
     if query.device.type == "cpu":
-        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+        return flash_attention_backward(
             grad_output, query, key, value, output, lse, 0.0, False, attn_mask=mask, scale=scale
         )
     num_kv_heads, dtype = key.shape[1], lse.dtype

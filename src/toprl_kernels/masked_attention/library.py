@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from toprl_kernels._library import register
-from toprl_kernels.masked_attention.eager import masked_attention_forward_eager
+from toprl_kernels.masked_attention.eager import by_token, empty_output, masked_attention_forward_eager
 from toprl_kernels.masked_attention.eager_backward import masked_attention_backward_eager
 
 
@@ -22,8 +22,8 @@ def _forward(*arguments: Any) -> tuple[Tensor, Tensor]:
 
 
 def _forward_fake(query: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
-    lse_dtype = torch.promote_types(query.dtype, torch.float32)
-    return query.new_empty(query.shape), query.new_empty(query.shape[:3], dtype=lse_dtype)
+    lse = query.new_empty(query.shape[:3], dtype=torch.promote_types(query.dtype, torch.float32))
+    return empty_output(query), lse if arguments[-1] == "triton" else by_token(lse)
 
 
 def _backward(*arguments: Any) -> tuple[Tensor, ...]:

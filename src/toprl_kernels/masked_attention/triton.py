@@ -10,7 +10,7 @@ from torch import Tensor
 
 from toprl_kernels._triton_common import ceil_div, next_power_of_2
 from toprl_kernels.configs import LaunchConfig, select
-from toprl_kernels.masked_attention.eager import dense_rows
+from toprl_kernels.masked_attention.eager import dense_rows, empty_output
 from toprl_kernels.masked_attention.triton_dkdv import masked_attention_bwd_dkdv_kernel
 from toprl_kernels.masked_attention.triton_kernels import (
     TOKEN_ROWS,
@@ -69,7 +69,7 @@ def masked_attention_forward_triton(
     """Output [B, H, Nq, D] and base-2 log-sum-exp [B, H, Nq] of scale * log2(e) * q.k."""
     query, key, value = dense_rows(query), dense_rows(key), dense_rows(value)
     batch, num_heads, num_queries, head_dim = query.shape
-    output = torch.empty(query.shape, dtype=query.dtype, device=query.device)
+    output = empty_output(query)
     lse = torch.empty(query.shape[:3], dtype=torch.float32, device=query.device)
     config = select_config("fwd", head_dim, query)
     with torch.cuda.device_of(query):
