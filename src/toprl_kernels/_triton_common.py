@@ -7,7 +7,9 @@ import triton.language as tl
 
 from toprl_kernels.backend import interpreting
 
-# The interpreter multiplies bfloat16 as raw integers, so kernels widen the operands of a dot there.
+# The interpreter multiplies bfloat16 as raw integers, so kernels widen the operands of a dot there. It has numpy add up
+# the products, in an order that hangs on the machine and on which operand comes first: in float32, the scores of a
+# backward differ from those of its forward. A GPU adds up both in the same order, and float64 rounds both alike.
 INTERPRETED = tl.constexpr(interpreting())
 
 
@@ -26,8 +28,7 @@ def host_int(x):
 def dot(a, b, acc):
     """a @ b + acc with float32 accumulation and no TF32 rounding of float32 operands."""
     if INTERPRETED:
-        a = a.to(tl.float32)
-        b = b.to(tl.float32)
+        return acc + tl.dot(a.to(tl.float64), b.to(tl.float64), out_dtype=tl.float64).to(tl.float32)
     return tl.dot(a, b, acc, input_precision="ieee")
 
 

@@ -280,19 +280,19 @@ def test_automatic_choice_on_cuda(
     monkeypatch: pytest.MonkeyPatch, backend: str | None, needs_gradient: bool, passed: str
 ) -> None:
     """Where choose() says Triton, the automatic choice measures and a gradient takes the eager path."""
-    from toprl_kernels._library import RegisteredOp
     from toprl_kernels.actor_score import api
     from toprl_kernels.backend import Choice
 
     seen: list[str] = []
 
-    def record(op: RegisteredOp, *arguments: object) -> list[None]:
+    def record(*arguments: object) -> list[None]:
         seen.append(str(arguments[-1]))
         return [None]
 
     chosen = Choice("triton", "as on CUDA", is_automatic=backend != "triton")
     monkeypatch.setattr(api, "choose", lambda *arguments, **options: chosen)
-    monkeypatch.setattr(RegisteredOp, "__call__", record)
+    monkeypatch.setattr(library.logits_op, "implementation", record)
+    monkeypatch.setattr(library.training_op, "recorded", record)
     hidden, weights, _ = inputs()
     actor_score(hidden.requires_grad_(needs_gradient), 0, weights, backend=backend)
     assert seen == [passed]

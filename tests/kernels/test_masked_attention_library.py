@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from toprl_kernels import masked_attention
 from toprl_kernels.masked_attention import library
@@ -43,6 +44,41 @@ def test_opcheck_backward(backend: str, needs: list[bool]) -> None:
     output, lse = library.forward(*x[:5], True, 0.25, False, backend)
     arguments = (x.grad_output, *x[:5], output, lse, True, 0.25, False, needs, backend)
     torch.library.opcheck(library.backward.overload, arguments)
+
+
+LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "contiguous": lambda query: query,
+    "as in models": lambda query: query.transpose(1, 2).contiguous().transpose(1, 2),
+    "packed": lambda query: torch.cat([query, query], dim=3).transpose(1, 2).contiguous().transpose(1, 2)[..., :16],
+    "head dimension not dense": lambda query: query.transpose(2, 3).contiguous().transpose(2, 3),
+    "heads expanded": lambda query: query[:, :1].expand(-1, 4, -1, -1),
+    "one sample": lambda query: query[:1].transpose(1, 2).contiguous().transpose(1, 2),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("mask", ["ones", "hard", "mixed"])
+@pytest.mark.parametrize(
+    ("backend", "length", "causal"), [("eager", 12, True), ("eager", 160, False), ("triton", 12, True)]
+)
+def test_the_output_is_laid_out_like_the_query(backend: str, length: int, causal: bool, mask: str, layout: str) -> None:
+    x = inputs(length, mask="hard" if mask == "ones" else mask, padding=mask == "mixed")
+    query = LAYOUTS[layout](x.query)
+    key, value, keep_mask = (tensor[: query.shape[0]] for tensor in (x.key, x.value, x.keep_mask))
+    padding = None if x.key_padding_mask is None else x.key_padding_mask[: query.shape[0]]
+    if mask == "ones":
+        keep_mask = torch.ones_like(keep_mask)
+        key, value = key[:, :, 3:], value[:, :, 3:]  # as many keys as queries
+        keep_mask = keep_mask[:, 3:]
+    arguments = (query, key, value, keep_mask, padding, causal, 0.25, False, backend)
+    output, lse = library.forward(*arguments)
+    dense = query if query.stride(-1) == 1 else query.contiguous()
+    assert output.stride() == torch.empty_like(dense).stride() and output.stride(-1) == 1
+    torch.testing.assert_close(output, library.forward(query.contiguous(), *arguments[1:])[0])
+    with FakeTensorMode() as mode:
+        fakes = [mode.from_tensor(part) if isinstance(part, Tensor) else part for part in arguments]
+        fake_output, fake_lse = library.forward(*fakes)
+    assert (output.stride(), lse.stride()) == (fake_output.stride(), fake_lse.stride())
 
 
 def step(query: Tensor, key: Tensor, value: Tensor, keep_mask: Tensor, padding: Tensor | None, backend: str) -> Tensor:

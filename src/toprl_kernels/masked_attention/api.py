@@ -54,7 +54,9 @@ def masked_attention(
         backend: None, "auto", "eager", "triton" or "reference"; see :mod:`toprl_kernels.backend`.
 
     Returns:
-        [B, H, Nq, D], dtype of query. Empty inputs give an empty (or zero) result.
+        [B, H, Nq, D], dtype of query, laid out in memory like it, as torch's scaled_dot_product_attention does: where
+        query is a view of [B, Nq, H, D], ``output.transpose(1, 2).flatten(2)`` copies nothing. Empty inputs give an
+        empty (or zero) result.
 
     Raises:
         TypeError: an argument's dtype is not listed above, or dtypes differ.

@@ -172,11 +172,11 @@ def masked_attention_forward_eager(
 
 
 def _zero_padding(output: Tensor, lse: Tensor, key_padding_mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    """With padding rows' output 0 and log-sum-exp +inf."""
+    """With padding rows' output 0 and log-sum-exp +inf, written in place."""
     if key_padding_mask is not None:
         is_padding = ~key_padding_mask[:, None, key_padding_mask.shape[1] - output.shape[2] :]
-        output = output.masked_fill(is_padding[..., None], 0.0)
-        lse = lse.masked_fill(is_padding, torch.inf)
+        output.masked_fill_(is_padding[..., None], 0.0)
+        lse.masked_fill_(is_padding, torch.inf)
     return output, by_token(lse)
 
 
