@@ -8,6 +8,8 @@ from contextlib import AbstractContextManager
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -136,6 +138,15 @@ def test_one_tensor_in_two_places_pushes_nothing_out(known: KnownCases[str]) -> 
     assert known.find(make()) == "seen"
 
 
+def test_fake_tensors_leave_nothing_behind() -> None:
+    """Their sizes may be symbols, whose world must not outlive its trace."""
+    cases: KnownCases[str] = KnownCases()
+    with FakeTensorMode():
+        x = make()
+        cases.remember("fake", x)
+        assert cases.find(x) is None
+
+
 def test_a_torch_without_these_guards(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(torch._C._dynamo.guards, "TensorGuards")
     cases: KnownCases[str] = KnownCases()
@@ -185,6 +196,21 @@ def test_weights_that_change_in_place_are_examined_again() -> None:
     weights.fc2_weight.data = weights.fc2_weight.data[:, :6]
     with pytest.raises(ValueError, match=r"weights\.fc2_weight must be"):
         actor_score(hidden, 1, weights)
+
+
+def test_symbolic_sizes_stay_symbolic() -> None:
+    weights = make_actor_weights(16, 8)
+
+    def score(hidden: Tensor, *tensors: Tensor) -> Tensor:
+        return actor_score(hidden, 1, ActorWeights(*tensors))
+
+    traced = make_fx(score, tracing_mode="symbolic")(torch.randn(7, 5, 16), *weights)
+    hidden = torch.randn(3, 9, 16)
+    torch.testing.assert_close(traced(hidden, *weights), actor_score(hidden, 1, weights))
+    batch, num_tokens, _ = next(iter(traced.graph.nodes)).meta["val"].shape
+    assert not isinstance(batch, int) and not isinstance(num_tokens, int)
+    for size in (batch, num_tokens):
+        assert size.node.shape_env.replace(size.node.expr).free_symbols  # no guard has fixed it
 
 
 def test_tied_weights() -> None:

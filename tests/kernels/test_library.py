@@ -9,13 +9,17 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor
+from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from toprl_kernels import actor_score, compact_cache, masked_attention, sample_keep_mask, topk_compact
 from toprl_kernels.actor_score import library as actor_score_library
 from toprl_kernels.backend import OPS
+from toprl_kernels.compact_cache import library as compact_cache_library
+from toprl_kernels.keep_mask import library as keep_mask_library
 from toprl_kernels.masked_attention import library as masked_attention_library
 from toprl_kernels.testing import make_actor_weights, make_attention_inputs
+from toprl_kernels.topk_compact import library as topk_compact_library
 
 Case = tuple[Callable[[], tuple[Tensor, ...]], list[Tensor]]
 
@@ -86,6 +90,50 @@ def test_results_that_are_there_for_the_backward_have_no_gradient() -> None:
             first, *others = call(*inputs)
             assert first.requires_grad and others
             assert not any(other.requires_grad for other in others)
+
+
+OF_OPS = {
+    "masked_attention": masked_attention_library.forward,
+    "topk_compact": topk_compact_library.forward_op,
+    "compact_cache": compact_cache_library.forward_op,
+    "actor_score": actor_score_library.training_op,
+    "sample_keep_mask": keep_mask_library.forward_op,
+}
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_who_runs(op: str) -> None:
+    registered = OF_OPS[op]
+    plain, leaf = torch.ones(2), torch.ones(2, requires_grad=True)
+    assert registered.route(plain) == registered.implementation
+    assert registered.route(leaf) == registered.route(plain, leaf) == registered.recorded
+    with torch.no_grad():
+        assert registered.route(leaf) == registered.implementation
+    with torch.autocast("cpu", torch.bfloat16):
+        assert registered.route(leaf).args == (registered.recorded,)
+    with Dispatched():
+        assert registered.route(leaf) == registered.overload
+    assert registered.route(TwoTensor(plain, plain)) == registered.overload
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_without_grad_mode_there_is_no_node(monkeypatch: pytest.MonkeyPatch, op: str) -> None:
+    call, _ = make(op)
+    monkeypatch.setattr(OF_OPS[op], "recorded", None)
+    with torch.no_grad():
+        assert not any(result.requires_grad for result in call())
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_each_input_gets_its_gradient_alone(op: str) -> None:
+    call, leaves = make(op)
+    for leaf in leaves:
+        for other in leaves:
+            other.requires_grad_(other is leaf)
+        results = [result for result in call() if result.requires_grad]
+        assert {result.grad_fn.name() for result in results} == {f"{OF_OPS[op].name}_functionBackward"}  # not aten's
+        (gradient,) = torch.autograd.grad(sum(result.square().sum() for result in results), [leaf])
+        assert gradient.abs().sum() > 0
 
 
 @pytest.mark.parametrize("op", OPS)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from typing import NamedTuple
 
 import torch
@@ -135,7 +134,6 @@ def _double(name: str, tensor: Tensor) -> str:
     return f"{name} has dtype {str(tensor.dtype).removeprefix('torch.')}, the kernels take 16 and 32 bit"
 
 
-@functools.lru_cache(maxsize=64)
 def _expected_shapes(d1: int, d2: int, num_stages: int) -> tuple[tuple[int, ...], ...]:
     """Of the fields of ActorWeights."""
     wide, square = (d2,), (d2, d2)
