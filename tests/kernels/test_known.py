@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import enum
+import weakref
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 
@@ -147,6 +149,15 @@ def test_fake_tensors_leave_nothing_behind() -> None:
         assert cases.find(x) is None
 
 
+def test_no_tensor_is_held() -> None:
+    cases: KnownCases[str] = KnownCases()
+    x, w = make()
+    held = weakref.ref(w)
+    cases.remember("seen", (x, w))
+    del w
+    assert held() is None
+
+
 def test_a_torch_without_these_guards(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(torch._C._dynamo.guards, "TensorGuards")
     cases: KnownCases[str] = KnownCases()
@@ -178,6 +189,8 @@ def test_a_known_case_is_checked_for_what_it_does_not_know() -> None:
         actor_score(hidden, 3, weights)
     with pytest.raises(TypeError, match="stage must be an int, got True"):
         actor_score(hidden, True, weights)
+    last = enum.IntEnum("Stage", {"LAST": 2}).LAST
+    torch.testing.assert_close(actor_score(hidden, last, weights), actor_score(hidden, 2, weights))
     with pytest.raises(ValueError, match="valid_mask"):
         actor_score(hidden, 2, weights, valid_mask=torch.ones(2, 4, dtype=torch.bool))
     with pytest.raises(TypeError, match="ActorWeights"):

@@ -73,7 +73,9 @@ def actor_score(
     if found is None:
         found = _examine(hidden_states, stage, weights, valid_mask)
     if not (
-        type(stage) is int
+        isinstance(stage, int)
+        and stage is not True
+        and stage is not False
         and 0 <= stage < found.num_stages
         and (valid_mask is None or _mask_fits(valid_mask, hidden_states))
     ):

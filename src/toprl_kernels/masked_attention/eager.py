@@ -215,7 +215,7 @@ def is_ordinary(
 
 
 def _all_kept(keep_mask: Tensor) -> bool:
-    """A reduction and its launch are cold code beside torch's attention; a short list is read in a third of the time."""
+    """A reduction and its launch are cold code beside torch's attention; a short list takes a third of the time."""
     if keep_mask.numel() <= SHORT_LIST:
         return all(map(all, keep_mask.tolist()))
     return bool(keep_mask.all())
