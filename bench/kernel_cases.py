@@ -161,7 +161,7 @@ def plan_of(quick: bool, device: torch.device) -> Plan:
     attention = _quick_attention(base) if quick else _full_attention(base)
     return Plan(
         attention=tuple(attention),
-        compaction=(base,) if quick else tuple(replace(base, num_tokens=n) for n in PAPER_SIZES),
+        compaction=tuple(replace(base, num_tokens=n) for n in PAPER_SIZES if not quick or n <= base.num_tokens),
         topk=tuple(dict.fromkeys(_topk(quick, on_cuda, base.dtype, width))),  # the lists of sizes overlap
         cache=tuple(_cache(quick, on_cuda, base.dtype)),
         actor=tuple(_actor(quick, on_cuda, base.dtype)),
