@@ -100,6 +100,20 @@ MUTATIONS = [
         "test_large_offsets.py",
     ),
     Mutation(
+        "sizes of known weights not compared",
+        "_known.py",
+        "[list(tensor.shape) for tensor in tensors]",
+        "[[None for size in tensor.shape] for tensor in tensors]",
+        "test_known.py",
+    ),
+    Mutation(
+        "an input left out when who runs is decided",
+        "compact_cache/api.py",
+        "forward_op.route(keys, values)",
+        "forward_op.route(keys)",
+        "test_library.py",
+    ),
+    Mutation(
         "spilled configuration",
         "launch_table.py",
         '_pin("masked_attention_fwd", "sm_90 sm_100", HALF, {128: C(128, 64, 8, 3)',
