@@ -20,7 +20,6 @@ SMALLEST_MASK = 2.0**-96
 ROWS_PER_BLOCK = 256  # of a causal pass: few calls, and on average 128 rows' worth of masked work per block
 # SDPA's own CPU kernel, for its log-sum-exp; torch.ops.aten offers it too, for 6 us more per call
 flash_attention = torch._scaled_dot_product_flash_attention_for_cpu
-SHORT_LIST = 1024  # tokens
 SMALL = 2**14  # query-key pairs up to which one call with a mask of them is faster than gathering
 
 
@@ -210,15 +209,8 @@ def is_ordinary(
         and keep_mask.dtype == torch.bool
         and key_padding_mask is None
         and (not is_causal or query.shape[2] == key.shape[2])
-        and _all_kept(keep_mask)
+        and bool(keep_mask.all())
     )
-
-
-def _all_kept(keep_mask: Tensor) -> bool:
-    """A reduction and its launch are cold code beside torch's attention; a short list takes a third of the time."""
-    if keep_mask.numel() <= SHORT_LIST:
-        return all(map(all, keep_mask.tolist()))
-    return bool(keep_mask.all())
 
 
 def is_small(query: Tensor, key: Tensor) -> bool:
