@@ -35,7 +35,8 @@ def dispatch_table() -> list[Row]:
     for _ in range(PASSES):
         function_us = min(function_us, _microseconds(lambda: _Nothing.apply(one)))
         for key, times in _one_pass():
-            best[key] = min(best.get(key, times)[0], times[0]), min(best.get(key, times)[1], times[1])
+            known = best.get(key, times)
+            best[key] = min(known[0], times[0]), min(known[1], times[1])
     rows: dict[str, Row] = {}
     for (op, mode), (call_us, stub_us) in best.items():
         row = rows.setdefault(op, {"op": op, "bar_us": BAR_US, "function_us": function_us})

@@ -100,8 +100,6 @@ def sample_keep_mask(
 def _seed(seed: int | Tensor | None, generator: torch.Generator | None, device: torch.device) -> Tensor:
     """int64 [1] on the device, without waiting for it."""
     if isinstance(seed, Tensor):
-        if seed.shape == (1,) and seed.dtype == torch.int64 and seed.device == device:
-            return seed
         check.require_shape(OP, "seed", seed, (1,), "[1]")
         check.require_dtype(OP, "seed", seed, (torch.int64,), "use seed.long()")
         check.require_device(OP, "seed", seed, device)

@@ -99,7 +99,7 @@ def row_blocks(
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
-    """Attention and its log-sum-exp [B, H, R]; a row without keys gives 0 and -inf."""
+    """Attention, as :func:`empty_output`, and its log-sum-exp [B, H, R]; a row without keys gives 0 and -inf."""
     if query.device.type == "cpu":
         output, lse = flash_attention(query, key, value, attn_mask=mask, scale=scale)
     else:
@@ -109,7 +109,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale
         lse = scores.logsumexp(dim=-1)
         weights = torch.exp(scores - lse.masked_fill(lse == -torch.inf, 0.0)[..., None])
         output = (weights.flatten(2, 3) @ value.to(weights.dtype)).view(*weights.shape[:-1], -1)
-        output, lse = output.flatten(1, 2).to(query.dtype), lse.flatten(1, 2)
+        output, lse = empty_output(query).copy_(output.flatten(1, 2)), lse.flatten(1, 2)
     return output, lse
 
 
@@ -139,14 +139,14 @@ def masked_attention_forward_eager(
     query, key, value = dense_rows(query), dense_rows(key), dense_rows(value)
     if is_ordinary(query, key, keep_mask, key_padding_mask, is_causal):
         output, lse = flash_attention(query, key, value, is_causal=is_causal, scale=scale)
-        return laid_out_like(output, query), by_token(lse)
+        return output, by_token(lse)
     dtype = torch.promote_types(query.dtype, torch.float32)
     batch, num_heads, num_queries, _ = query.shape
     num_keys = key.shape[2]
     mask = mask_values(keep_mask, key_padding_mask, dtype)
     if is_small(query, key):
         output, lse = attend(query, key, value, small_bias(mask, num_queries, is_causal), scale)
-        return _zero_padding(laid_out_like(output, query), lse, key_padding_mask)
+        return _zero_padding(output, lse, key_padding_mask)
     kept = gather_kept(key, value, mask)
     output = empty_output(query).zero_()
     lse = torch.full((batch, num_queries, num_heads), -torch.inf, dtype=dtype, device=query.device).transpose(1, 2)
@@ -191,13 +191,6 @@ def empty_output(query: Tensor) -> Tensor:
 def by_token(lse: Tensor) -> Tensor:
     """In memory [B, Nq, H], as the CPU kernel returns it."""
     return lse if lse.stride(1) == 1 else lse.transpose(1, 2).contiguous().transpose(1, 2)
-
-
-def laid_out_like(output: Tensor, query: Tensor) -> Tensor:
-    """``output`` in the layout of :func:`empty_output`."""
-    if output.stride() == query.stride():
-        return output
-    return empty_output(query).copy_(output)
 
 
 def is_ordinary(
