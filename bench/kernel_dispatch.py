@@ -1,8 +1,9 @@
 """What a call costs before the first kernel is launched: checks, choice of backend, the dispatcher, autograd.
 
 The implementation under an op is replaced by one that returns finished tensors, so what is left is that cost. It is
-CPU time on any machine, and a GPU cannot hide it when kernels are short. How fast the machine is says ``function_us``:
-torch's own price of a node, an autograd.Function that does nothing with one tensor.
+CPU time on any machine, and a GPU cannot hide it when kernels are short. Results are kept until a round is over: the
+graph behind them is freed by the backward, not by the call (``grad_freed_us`` is with that). How fast the machine is
+says ``function_us``: torch's own price of a node, an autograd.Function that does nothing with one tensor.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ def dispatch_table() -> list[Row]:
     function_us = float("inf")
     one = torch.ones(1, requires_grad=True)
     for _ in range(PASSES):
-        function_us = min(function_us, _microseconds(lambda: _Nothing.apply(one)))
+        function_us = min(function_us, _microseconds(lambda: _Nothing.apply(one), is_kept=False))
         for key, times in _one_pass():
             known = best.get(key, times)
             best[key] = min(known[0], times[0]), min(known[1], times[1])
@@ -56,13 +57,11 @@ class _Nothing(torch.autograd.Function):
 
 def _one_pass() -> Iterator[tuple[tuple[str, str], tuple[float, float]]]:
     """((op, mode), (microseconds of the call, and of what stands in for the implementation))."""
-    for op, (function, call, leaves) in _calls().items():
-        module = importlib.import_module(f"toprl_kernels.{function.rpartition('.')[0]}")
-        name = function.rpartition(".")[2]
-        implementation = getattr(module, name)
-        for mode, needs_gradient in (("no_grad_us", False), ("grad_us", True)):
-            if needs_gradient and not leaves:
-                continue
+    for op, (functions, call, leaves) in _calls().items():
+        for function, needs_gradient in zip(functions, (False, True), strict=True):
+            module = importlib.import_module(f"toprl_kernels.{function.rpartition('.')[0]}")
+            name = function.rpartition(".")[2]
+            implementation = getattr(module, name)
             for leaf in leaves:
                 leaf.requires_grad_(needs_gradient)
             results: list[Any] = []
@@ -79,7 +78,10 @@ def _one_pass() -> Iterator[tuple[tuple[str, str], tuple[float, float]]]:
                 return _detached(finished)
 
             with mock.patch.object(module, name, stub):
-                yield (op, mode), (_microseconds(call), _microseconds(stub))
+                if needs_gradient:
+                    yield (op, "grad_us"), (_microseconds(call, is_kept=True), _microseconds(stub, is_kept=True))
+                mode = "grad_freed_us" if needs_gradient else "no_grad_us"
+                yield (op, mode), (_microseconds(call, is_kept=False), _microseconds(stub, is_kept=False))
         for leaf in leaves:
             leaf.requires_grad_(False)  # ops share inputs
 
@@ -94,18 +96,21 @@ def _detached(result: Any) -> Any:
     return result
 
 
-def _microseconds(call: Callable[[], object]) -> float:
+def _microseconds(call: Callable[[], object], is_kept: bool) -> float:
+    """The fastest round's time of a call; where ``is_kept``, its results are freed after the round."""
     best = float("inf")
     for _ in range(ROUNDS):
+        results: list[object] = [None] * CALLS
+        places = range(CALLS) if is_kept else [0] * CALLS  # otherwise each result takes the place of the one before
         begin = time.perf_counter()
-        for _ in range(CALLS):
-            call()
+        for place in places:
+            results[place] = call()
         best = min(best, time.perf_counter() - begin)
     return best / CALLS * 1e6
 
 
-def _calls() -> dict[str, tuple[str, Callable[[], object], list[torch.Tensor]]]:
-    """Op: the function that is replaced, the call, and the tensors that may need a gradient."""
+def _calls() -> dict[str, tuple[tuple[str, str], Callable[[], object], list[torch.Tensor]]]:
+    """Op: what is replaced without and with a gradient, the call, and the tensors that need one."""
     x = make_attention_inputs(1, 2, 2, 8, 8, 16, mask="hard")
     hidden, scores = torch.randn(1, 8, 16), torch.randn(1, 8)
     keys, values = torch.randn(2, 1, 2, 8, 16).unbind(0)
@@ -116,27 +121,28 @@ def _calls() -> dict[str, tuple[str, Callable[[], object], list[torch.Tensor]]]:
     logits = torch.randn(1, 8, 2)
     return {
         "masked_attention": (
-            "masked_attention.library.masked_attention_forward_eager",
+            ("masked_attention.library.masked_attention_forward_eager",) * 2,
             lambda: masked_attention(x.query, x.key, x.value, x.keep_mask, is_causal=True),
             [x.query, x.key, x.value],
         ),
         "topk_compact": (
-            "topk_compact.library.topk_compact_eager",
+            ("topk_compact.library.topk_compact_eager",) * 2,
             lambda: topk_compact(hidden, scores, 4),
             [hidden],
         ),
         "compact_cache": (
-            "compact_cache.library.compact_cache_eager",
+            ("compact_cache.library.compact_cache_eager",) * 2,
             lambda: compact_cache(keys, values, indices),
             [keys, values],
         ),
         "actor_score": (
-            "actor_score.library.actor_score_eager",
+            # what needs a gradient is recorded by autograd operation by operation
+            ("actor_score.library.actor_score_eager", "actor_score.api.actor_score_recorded"),
             lambda: actor_score(hidden, 0, weights),
             list(weights),
         ),
         "sample_keep_mask": (
-            "keep_mask.library.keep_mask_eager",
+            ("keep_mask.library.keep_mask_eager",) * 2,
             lambda: sample_keep_mask(logits, seed=seed),
             [logits],
         ),

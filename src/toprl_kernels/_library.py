@@ -18,9 +18,8 @@ from typing import Any
 
 import torch
 
-from toprl_kernels._known import PLAIN
-
 NAMESPACE = "toprl_kernels"
+PLAIN = (torch.Tensor, torch.nn.Parameter)
 _LIBRARY = torch.library.Library(NAMESPACE, "DEF")
 # looked up once: each of these runs before every kernel
 is_compiling = torch.compiler.is_compiling
@@ -48,21 +47,31 @@ class RegisteredOp:
 
     def __call__(self, *arguments: Any) -> Any:
         """Positional arguments only, all of them, in the order of the schema."""
-        return self.route(*arguments)(*arguments)
+        needs_gradient = self.recorded is not None and _any_requires_grad(*arguments)
+        return self.route(is_plain_call(arguments[0]), needs_gradient, arguments[0])(*arguments)
 
-    def route(self, *tensors: Any) -> Callable[..., Any]:
-        """What to call with all arguments: the first of them, or at least all that may have a gradient, are given."""
-        if _is_dispatched(tensors[0]):
+    def route(self, is_plain: bool, requires_grad: bool, tensor: Any) -> Callable[..., Any]:
+        """What to call with all arguments.
+
+        Args:
+            is_plain: what :func:`is_plain_call` says.
+            requires_grad: whether an argument that may have a gradient requires it.
+            tensor: the first argument.
+        """
+        if not is_plain and _is_dispatched(tensor):
             return self.overload
-        run = self.implementation
-        if self.recorded is not None and _is_grad_enabled() and _any_requires_grad(*tensors):
-            run = self.recorded
-        return functools.partial(_without_autocast, run) if any_autocast() else run
+        run = self.recorded if requires_grad and _is_grad_enabled() else self.implementation
+        return run if is_plain else functools.partial(without_autocast, run)
 
 
 def _is_dispatched(tensor: torch.Tensor) -> bool:
     """Whether somebody other than autograd and the implementation has a say in a call with ``tensor``."""
     return is_compiling() or _are_transforms_active() or _number_of_modes() > 0 or type(tensor) not in PLAIN
+
+
+def is_transformed() -> bool:
+    """Whether a transform such as torch.vmap looks at every operation; not in traced code."""
+    return not is_compiling() and _are_transforms_active()
 
 
 def is_plain_call(tensor: torch.Tensor) -> bool:
@@ -94,7 +103,7 @@ def register(
     qualified = f"{NAMESPACE}::{name}"
     _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     for key in ("CPU", "CUDA"):
-        _LIBRARY.impl(name, functools.partial(_without_autocast, implementation), key)
+        _LIBRARY.impl(name, functools.partial(without_autocast, implementation), key)
     torch.library.register_fake(qualified, fake, lib=_LIBRARY)
     refuse = functools.partial(_refuse_vmap, name)
     torch.library.register_vmap(qualified, refuse, lib=_LIBRARY)
@@ -109,7 +118,7 @@ def register(
     return RegisteredOp(name, overload, implementation, recorded)
 
 
-def _without_autocast(run: Callable[..., Any], *arguments: Any) -> Any:
+def without_autocast(run: Callable[..., Any], *arguments: Any) -> Any:
     """Autocast would reach into an implementation and round float32 operands of its products."""
     if not any_autocast():
         return run(*arguments)
@@ -147,31 +156,42 @@ def _make_recorded(
     """``implementation`` with a node in autograd's graph, as cheap as one gets.
 
     The node sees what may have a gradient and nothing else: another argument would cost it 0.1 us, another result 0.5.
-    The rest passes it by in a list, its last argument. torch binds the arguments of a separate setup_context by name,
-    40 us per call; Function.apply in Python looks for one and unwraps functorch's tensors, of which there are none
-    here, for 2.5 us.
+    The rest passes it by in its last argument, and comes back in it. torch binds the arguments of a separate
+    setup_context by name, 40 us per call; Function.apply in Python looks for one and unwraps functorch's tensors, of
+    which there are none here, for 2.5 us.
     """
 
     def forward(ctx: Any, *inputs: Any) -> Any:
+        arguments = inputs[-1]
+        output = implementation(*arguments)
+        setup_context(ctx, arguments, output)
+        return output
+
+    def forward_of_first(ctx: Any, *inputs: Any) -> Any:
         call = inputs[-1]
         arguments = call[0]
         call[0] = output = implementation(*arguments)
         setup_context(ctx, arguments, output)
-        return output[0] if only_first else output
+        return output[0]
 
     def node_backward(ctx: Any, *gradients: Any) -> tuple[Any, ...]:
         return *backward(ctx, *gradients)[:num_inputs], None
 
     members = {
-        "forward": staticmethod(forward),
+        "forward": staticmethod(forward_of_first if only_first else forward),
         "backward": staticmethod(torch.autograd.function.once_differentiable(node_backward)),
     }
     function = type(f"{name}_function", (torch.autograd.Function,), members)
     apply = super(torch.autograd.Function, function).apply  # type: ignore[misc]
 
-    def recorded(*arguments: Any) -> Any:
-        call = [arguments]
-        result = apply(*arguments[:num_inputs], call)
-        return (result, *call[0][1:]) if only_first else result
+    has_one = num_inputs == 1
 
-    return recorded
+    def recorded(*arguments: Any) -> Any:
+        return apply(arguments[0], arguments) if has_one else apply(*arguments[:num_inputs], arguments)
+
+    def recorded_first(*arguments: Any) -> Any:
+        call = [arguments]
+        first = apply(arguments[0], call) if has_one else apply(*arguments[:num_inputs], call)
+        return first, *call[0][1:]
+
+    return recorded_first if only_first else recorded

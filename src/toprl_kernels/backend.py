@@ -93,15 +93,21 @@ def choose(
     """
     from_environment = backend is None
     if backend is None:
-        backend = (os.environ.get(ENVIRONMENT_VARIABLE) if _KEY in _ENVIRON else None) or "auto"
+        backend = (os.environ.get(ENVIRONMENT_VARIABLE) if names_implementation() else None) or "auto"
     is_double = dtype == torch.float64
     interpreted = backend == "triton" and interpreting()  # nobody else runs kernels on CPU tensors
     return _decide(op, backend, from_environment, device, input_obstacle, is_double, definition_because, interpreted)
 
 
+def names_implementation() -> bool:
+    """Whether the environment variable is set, maybe to nothing."""
+    return _KEY in _ENVIRON
+
+
 # What torch.compiler.assume_constant_result sets: the arguments are constants of a trace. The decorator itself imports
 # torch._dynamo and with it triton, which must not happen on import of this package.
 choose._dynamo_marked_constant = True  # type: ignore[attr-defined]
+names_implementation._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @functools.lru_cache(maxsize=1024)  # obstacles quote sizes, of which a long run may see many

@@ -106,9 +106,9 @@ def test_backward_stops_at_the_first_layer_wanted(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(eager, "_backward_layer1", refuse)
     hidden, weights, valid, grad = make_case(2, 9, 16, 8, True, torch.float32, "cpu")
     wanted = {"fc2_weight", "fc2_bias", "fc3_weight", "head_bias"}
-    run(leaves_of(hidden, weights, hidden.dtype, wanted), 0, valid, "eager", grad)
+    run(leaves_of(hidden, weights, hidden.dtype, wanted), 0, valid, "triton", grad)
     with pytest.raises(AssertionError, match="first layer"):
-        run(leaves_of(hidden, weights, hidden.dtype, {"stage_bias"}), 0, valid, "eager", grad)
+        run(leaves_of(hidden, weights, hidden.dtype, {"stage_bias"}), 0, valid, "triton", grad)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -13,6 +13,7 @@ from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from toprl_kernels import actor_score, compact_cache, masked_attention, sample_keep_mask, topk_compact
+from toprl_kernels._library import is_plain_call
 from toprl_kernels.actor_score import library as actor_score_library
 from toprl_kernels.backend import OPS
 from toprl_kernels.compact_cache import library as compact_cache_library
@@ -42,7 +43,8 @@ def make(op: str) -> Case:
     if op == "actor_score":
         weights = make_actor_weights(16, 8)
         leaves = [hidden, *(weight.requires_grad_() for weight in weights)]
-        return lambda: (actor_score(hidden, 0, weights),), leaves
+        # autograd records the eager path operation by operation; only the kernels are an op with a gradient
+        return lambda: (actor_score(hidden, 0, weights, backend="triton"),), leaves
     logits = torch.randn(1, 8, 2, requires_grad=True)
     return lambda: tuple(sample_keep_mask(logits, seed=3)), [logits]
 
@@ -80,23 +82,18 @@ def test_around_the_dispatcher_and_through_it(op: str) -> None:
 
 def test_results_that_are_there_for_the_backward_have_no_gradient() -> None:
     _, leaves = make("masked_attention")
-    arguments = (*leaves, torch.ones(1, 8, dtype=torch.bool), None, True, 0.25, False, "eager")
-    _, (hidden, *weights) = make("actor_score")
-    for op, inputs in (
-        (masked_attention_library.forward, arguments),
-        (actor_score_library.training_op, (hidden, *weights, None, 0, "eager")),
-    ):
-        for call in (op, op.overload):
-            first, *others = call(*inputs)
-            assert first.requires_grad and others
-            assert not any(other.requires_grad for other in others)
+    op = masked_attention_library.forward
+    for call in (op, op.overload):
+        first, *others = call(*leaves, torch.ones(1, 8, dtype=torch.bool), None, True, 0.25, False, "eager")
+        assert first.requires_grad and others
+        assert not any(other.requires_grad for other in others)
 
 
 OF_OPS = {
     "masked_attention": masked_attention_library.forward,
     "topk_compact": topk_compact_library.forward_op,
     "compact_cache": compact_cache_library.forward_op,
-    "actor_score": actor_score_library.training_op,
+    "actor_score": actor_score_library.logits_op,
     "sample_keep_mask": keep_mask_library.forward_op,
 }
 
@@ -104,16 +101,20 @@ OF_OPS = {
 @pytest.mark.parametrize("op", OPS)
 def test_who_runs(op: str) -> None:
     registered = OF_OPS[op]
-    plain, leaf = torch.ones(2), torch.ones(2, requires_grad=True)
-    assert registered.route(plain) == registered.implementation
-    assert registered.route(leaf) == registered.route(plain, leaf) == registered.recorded
+    plain = torch.ones(2)
+
+    def route(tensor: Tensor, requires_grad: bool) -> Callable[..., object]:
+        return registered.route(is_plain_call(tensor), requires_grad, tensor)
+
+    assert route(plain, False) == registered.implementation
+    assert route(plain, True) == registered.recorded
     with torch.no_grad():
-        assert registered.route(leaf) == registered.implementation
+        assert route(plain, True) == registered.implementation
     with torch.autocast("cpu", torch.bfloat16):
-        assert registered.route(leaf).args == (registered.recorded,)
+        assert route(plain, True).args == (registered.recorded,)  # type: ignore[attr-defined]
     with Dispatched():
-        assert registered.route(leaf) == registered.overload
-    assert registered.route(TwoTensor(plain, plain)) == registered.overload
+        assert route(plain, True) == registered.overload
+    assert route(TwoTensor(plain, plain), True) == registered.overload
 
 
 @pytest.mark.parametrize("op", OPS)

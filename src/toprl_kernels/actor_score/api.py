@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
 from toprl_kernels import _checks as check
-from toprl_kernels._known import KnownCases
-from toprl_kernels._library import is_compiling, is_plain_call
+from toprl_kernels._known import Finding, KnownCalls, choose_for, examined
+from toprl_kernels._library import is_transformed, without_autocast
 from toprl_kernels.actor_score import library
+from toprl_kernels.actor_score.eager import actor_score_recorded
 from toprl_kernels.actor_score.reference import actor_score_reference
 from toprl_kernels.actor_score.weights import ActorWeights
-from toprl_kernels.backend import choose
 
 OP = "actor_score"
 MAX_WIDTH = 256  # of the kernels: fc3's accumulator stays in registers
@@ -37,8 +35,9 @@ def actor_score(
 
     On CUDA the automatic choice takes the fused kernels only where they were measured to be faster on this kind of
     GPU for this size (:func:`toprl_kernels.configs.faster`; ``python -m toprl_kernels.tune`` measures), else eager.
-    When a gradient is needed it is always eager, which keeps the activations for the backward; after a forward by the
-    kernels the backward recomputes them. The kernels fold LayerNorm into fc1 once per version of the weights.
+    When a gradient is needed it is always eager, recorded by autograd operation by operation; after a forward by the
+    kernels the backward recomputes the activations. The kernels fold LayerNorm into fc1 once per version of the
+    weights.
 
     Autocast changes nothing: all layers run in the dtype of the weights.
 
@@ -58,7 +57,7 @@ def actor_score(
         RuntimeError: backend="triton" cannot run (no CUDA device, triton missing, float64, d2 > 256).
         NotImplementedError: under torch.vmap.
 
-    There is no second derivative outside of backend="reference".
+    There is no second derivative with backend="triton".
 
     Example:
         >>> import torch
@@ -68,7 +67,7 @@ def actor_score(
         torch.Size([2, 5, 2])
     """
     found = None
-    if not is_compiling() and type(weights) is ActorWeights:
+    if type(weights) is ActorWeights:
         found = _known.find((hidden_states, *weights))
     if found is None:
         found = _examine(hidden_states, stage, weights, valid_mask)
@@ -76,50 +75,42 @@ def actor_score(
         isinstance(stage, int)
         and stage is not True
         and stage is not False
-        and 0 <= stage < found.num_stages
+        and 0 <= stage < found.extra
         and (valid_mask is None or _mask_fits(valid_mask, hidden_states))
     ):
         _explain_misfit(hidden_states, stage, weights, valid_mask)
-    choice = choose(OP, backend, found.device, found.obstacle, dtype=found.dtype)
+    choice = choose_for(found, backend)
     if choice.name == "reference":
         return actor_score_reference(hidden_states, stage, weights, valid_mask=valid_mask)
     is_measured = choice.is_automatic and choice.name == "triton"
-    if found.requires_grad and torch.is_grad_enabled():
-        record = library.training_op.recorded if found.is_plain else library.training_op
-        return record(hidden_states, *weights, valid_mask, stage, "eager" if is_measured else choice.name)[0]
-    run = library.logits_op.implementation if found.is_plain else library.logits_op
+    if (
+        (is_measured or choice.name == "eager")
+        and found.requires_grad
+        and torch.is_grad_enabled()
+        and (found.is_plain or not is_transformed())  # the op refuses vmap
+    ):
+        return without_autocast(actor_score_recorded, hidden_states, valid_mask, weights, stage)
+    run = library.logits_op.route(found.is_plain, found.requires_grad, hidden_states)
     return run(hidden_states, *weights, valid_mask, stage, library.MEASURED if is_measured else choice.name)
 
 
-class _Finding(NamedTuple):
-    """What the hidden states and the weights of a call say, whatever the number of samples and tokens."""
-
-    num_stages: int
-    device: torch.device
-    dtype: torch.dtype  # of the weights
-    requires_grad: bool  # at least one
-    is_plain: bool  # no mode, transform or autocast has a say: all of them change the dispatch keys
-    obstacle: str | None  # why the kernels cannot take them
+_known = KnownCalls()
 
 
-_known: KnownCases[_Finding] = KnownCases()
-
-
-def _examine(hidden_states: Tensor, stage: int, weights: ActorWeights, valid_mask: Tensor | None) -> _Finding:
+def _examine(hidden_states: Tensor, stage: int, weights: ActorWeights, valid_mask: Tensor | None) -> Finding:
     if not _tensors_fit(hidden_states, weights):
         _explain_misfit(hidden_states, stage, weights, valid_mask)
     tensors = (hidden_states, *weights)
-    finding = _Finding(
-        weights.stage_bias.shape[0],
-        hidden_states.device,
-        weights.fc1_weight.dtype,
-        any(tensor.requires_grad for tensor in tensors),
-        is_plain_call(hidden_states),
-        _obstacle(hidden_states, weights),
+    found = examined(
+        OP,
+        tensors,
+        requires_grad=any(tensor.requires_grad for tensor in tensors),
+        obstacle=_obstacle(hidden_states, weights),
+        dtype=weights.fc1_weight.dtype,
+        extra=weights.stage_bias.shape[0],
     )
-    if not is_compiling():
-        _known.remember(finding, tensors, any_size=(0, 1))
-    return finding
+    _known.remember(found, tensors, any_size=(0, 1))
+    return found
 
 
 def _obstacle(hidden_states: Tensor, weights: ActorWeights) -> str | None:

@@ -1,7 +1,7 @@
-"""actor_score in plain PyTorch, forward and explicit backward.
+"""actor_score in plain PyTorch: the forward, which autograd can record, and a backward that starts from the inputs.
 
-The forward can hand out the inputs of the three GELUs, from which the backward starts; everything else is recomputed
-there, LayerNorm included: it is cheap, and its output is the one large tensor.
+On a CPU autograd of the forward was measured 1.0 to 1.4 times as fast as the explicit backward, at all sizes. That one
+is for a forward by the kernels, which keeps nothing.
 """
 
 from __future__ import annotations
@@ -37,17 +37,28 @@ class Activations(NamedTuple):
     third: Tensor
 
 
+def actor_score_recorded(hidden_states: Tensor, valid_mask: Tensor | None, weights: ActorWeights, stage: int) -> Tensor:
+    """Logits, with torch's own autograd. Arguments checked."""
+    w = weights
+    inputs = hidden_states.to(w.fc1_weight.dtype)
+    normed = F.layer_norm(inputs, inputs.shape[-1:], w.norm_weight, w.norm_bias, LAYER_NORM_EPS)
+    first = F.linear(normed, w.fc1_weight, w.fc1_bias + w.stage_bias[stage])
+    return _later_layers(first, valid_mask, w, keep=True)[0]
+
+
 def actor_score_eager(
     hidden_states: Tensor, valid_mask: Tensor | None, weights: ActorWeights, stage: int, keep: bool
 ) -> tuple[Tensor, Activations]:
     """Logits and activations, overwritten unless asked to ``keep`` them. Arguments checked; outside of autograd."""
-    w = weights
+    return _later_layers(_layer1(hidden_states, weights, stage), valid_mask, weights, keep)
+
+
+def _later_layers(first: Tensor, valid_mask: Tensor | None, w: ActorWeights, keep: bool) -> tuple[Tensor, Activations]:
     half = w.fc1_weight.shape[0] // 2
     gelu = _gelu if keep else _gelu_
-    first = _layer1(hidden_states, w, stage)
     z = gelu(first)
     # the summary is the same for all tokens of a sample, so its half of fc2 is applied once per sample
-    summary = _masked_mean(z[..., half:], valid_mask)
+    summary = _masked_mean(z[..., half:], valid_mask, overwrite=not keep)
     second = F.linear(z[..., :half], w.fc2_weight[:, :half])
     second += F.linear(summary, w.fc2_weight[:, half:], w.fc2_bias)[:, None, :]
     third = F.linear(gelu(second), w.fc3_weight, w.fc3_bias)
@@ -56,7 +67,7 @@ def actor_score_eager(
 
 
 def _layer1(hidden_states: Tensor, w: ActorWeights, stage: int) -> Tensor:
-    """fc1(LayerNorm(h)) + stage bias, [B, N, d2]."""
+    """fc1(LayerNorm(h)) + stage bias, [B, N, d2], outside of autograd."""
     width, d1 = w.fc1_weight.shape
     bias = w.fc1_bias + w.stage_bias[stage]
     rows = hidden_states.reshape(-1, d1)
@@ -77,11 +88,12 @@ def _pieces(rows: Tensor, dtype: torch.dtype) -> list[slice]:
     return [slice(start, start + length) for start in range(0, max(rows.shape[0], 1), length)]
 
 
-def _masked_mean(z: Tensor, valid_mask: Tensor | None) -> Tensor:
-    """Mean over the valid tokens, [B, d2/2]. Overwrites z where invalid: a sum of selected rows would be slower."""
+def _masked_mean(z: Tensor, valid_mask: Tensor | None, overwrite: bool) -> Tensor:
+    """Mean over the valid tokens, [B, d2/2]; may ``overwrite`` z where invalid."""
     if valid_mask is None:
-        return z.sum(dim=1) / max(z.shape[1], 1)
-    return z.masked_fill_(~valid_mask[..., None], 0.0).sum(dim=1) / _count(valid_mask)
+        return z.mean(dim=1) if z.shape[1] else z.sum(dim=1)
+    fill = z.masked_fill_ if overwrite else z.masked_fill  # a sum of selected rows would be slower
+    return fill(~valid_mask[..., None], 0.0).sum(dim=1) / _count(valid_mask)
 
 
 def _count(valid_mask: Tensor) -> Tensor:
@@ -138,7 +150,8 @@ def _backward(
     if "fc2_weight" in wanted:
         z = _gelu(activations.first)
         by_local = grad.T @ z[..., :half].reshape(-1, half)
-        gradients["fc2_weight"] = torch.cat([by_local, per_sample.T @ _masked_mean(z[..., half:], valid_mask)], dim=1)
+        summary = _masked_mean(z[..., half:], valid_mask, overwrite=True)
+        gradients["fc2_weight"] = torch.cat([by_local, per_sample.T @ summary], dim=1)
     if not wanted & _UP_TO_FC1:
         return
 

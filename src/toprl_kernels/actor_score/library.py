@@ -1,4 +1,4 @@
-"""torch.library registration of actor_score: without a gradient, with one, and the explicit backward."""
+"""torch.library registration of actor_score and its backward, which recomputes the activations."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import Tensor
 
 from toprl_kernels import configs
 from toprl_kernels._library import register
-from toprl_kernels.actor_score.eager import INPUTS, Activations, actor_score_backward, actor_score_eager
+from toprl_kernels.actor_score.eager import INPUTS, actor_score_backward, actor_score_eager
 from toprl_kernels.actor_score.weights import ActorWeights
 
 MEASURED = "measured"  # as a backend: the faster one for this size on this GPU, the eager path if nobody measured
@@ -39,27 +39,9 @@ def _logits_fake(hidden_states: Tensor, *arguments: Any) -> Tensor:
     return _split(arguments)[0].fc1_weight.new_empty(*hidden_states.shape[:2], 2)
 
 
-def _forward(hidden_states: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
-    weights, (valid_mask, stage, backend) = _split(arguments)
-    if backend == "triton":
-        logits = _logits(hidden_states, *arguments)
-        return logits, *(logits.new_empty(0) for _ in Activations._fields)
-    logits, activations = actor_score_eager(hidden_states, valid_mask, weights, stage, True)
-    return logits, *activations
-
-
-def _forward_fake(hidden_states: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
-    weights, (_, _, backend) = _split(arguments)
-    logits = _logits_fake(hidden_states, *arguments)
-    kept = (*logits.shape[:2], weights.fc1_weight.shape[0]) if backend == "eager" else (0,)
-    return logits, *(logits.new_empty(kept) for _ in Activations._fields)
-
-
 def _backward(grad_logits: Tensor, hidden_states: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
-    weights, (valid_mask, *kept, stage, is_kept, needs) = _split(arguments)
-    activations = Activations(*kept)
-    if not is_kept:  # by the kernels
-        _, activations = actor_score_eager(hidden_states, valid_mask, weights, stage, True)
+    weights, (valid_mask, stage, needs) = _split(arguments)
+    _, activations = actor_score_eager(hidden_states, valid_mask, weights, stage, True)
     gradients = actor_score_backward(grad_logits, hidden_states, valid_mask, weights, stage, activations, needs)
     return tuple(grad_logits.new_empty(0) if gradient is None else gradient for gradient in gradients)
 
@@ -72,41 +54,32 @@ def _backward_fake(grad_logits: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     )
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.options = inputs[-2:]
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    *tensors, ctx.stage, _ = inputs
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*inputs[:-2], *output[1:])
+    ctx.save_for_backward(*tensors)
 
 
 def _autograd(ctx: Any, grad_logits: Tensor | None) -> tuple[Tensor | None, ...]:
     needs = list(ctx.needs_input_grad[: len(INPUTS)])
     if grad_logits is None or not any(needs):
         return (None,) * (len(INPUTS) + 3)
-    stage, backend = ctx.options
-    gradients = backward_op(grad_logits, *ctx.saved_tensors, stage, backend == "eager", needs)
+    gradients = backward_op(grad_logits, *ctx.saved_tensors, ctx.stage, needs)
     return *(gradient if needed else None for gradient, needed in zip(gradients, needs, strict=True)), None, None, None
 
 
 backward_op = register(
-    f"actor_score_backward(Tensor grad_logits, Tensor hidden_states, {_WEIGHTS}, Tensor? valid_mask, "
-    "Tensor first, Tensor second, Tensor third, int stage, bool is_kept, bool[] needs) -> ("
-    + ", ".join(["Tensor"] * len(INPUTS))
-    + ")",
+    f"actor_score_backward(Tensor grad_logits, Tensor hidden_states, {_WEIGHTS}, Tensor? valid_mask, int stage, "
+    "bool[] needs) -> (" + ", ".join(["Tensor"] * len(INPUTS)) + ")",
     _backward,
     _backward_fake,
 )
 
-_SIGNATURE = f"(Tensor hidden_states, {_WEIGHTS}, Tensor? valid_mask, int stage, str backend)"
-
-logits_op = register(f"actor_score{_SIGNATURE} -> Tensor", _logits, _logits_fake)
-
-# Returns the logits and the activations that the backward starts from (empty where the kernels ran).
-training_op = register(
-    f"actor_score_training{_SIGNATURE} -> (Tensor, Tensor, Tensor, Tensor)",
-    _forward,
-    _forward_fake,
+logits_op = register(
+    f"actor_score(Tensor hidden_states, {_WEIGHTS}, Tensor? valid_mask, int stage, str backend) -> Tensor",
+    _logits,
+    _logits_fake,
     setup_context=_setup_context,
     backward=_autograd,
     num_inputs=len(INPUTS),
-    only_first=True,
 )

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from toprl_kernels import _checks as check
-from toprl_kernels.backend import choose
+from toprl_kernels._known import Finding, KnownCalls, choose_for, examined
 from toprl_kernels.compact_cache.library import forward_op, inplace_op
 from toprl_kernels.compact_cache.reference import compact_cache_reference
 
@@ -59,15 +59,14 @@ def compact_cache(
         The layers of a transformers ``DynamicCache`` are such pairs:
         ``layer.keys, layer.values = compact_cache(layer.keys, layer.values, kept.indices)``.
     """
-    _validate_layout(keys, values, indices)
+    found = _known.find((keys, values, indices))
+    if found is None:
+        found = _examine(keys, values, indices)
     if inplace:
         _validate_inplace(keys, values, indices)
     if validate:
         _validate_values(indices, keys.shape[2], inplace)
-    obstacle = None
-    if keys.dtype.is_complex or values.dtype.is_complex:
-        obstacle = "keys or values are complex, the kernels take real dtypes"
-    choice = choose(OP, backend, keys.device, obstacle)
+    choice = choose_for(found, backend)
     if inplace:
         length = indices.shape[1]
         if choice.name == "reference":
@@ -78,10 +77,14 @@ def compact_cache(
         return keys[:, :, :length], values[:, :, :length]
     if choice.name == "reference":
         return compact_cache_reference(keys, values, indices)
-    return forward_op.route(keys, values)(keys, values, indices, choice.name)
+    run = forward_op.route(found.is_plain, found.requires_grad, keys)
+    return run(keys, values, indices, choice.name)
 
 
-def _validate_layout(keys: Tensor, values: Tensor, indices: Tensor) -> None:
+_known = KnownCalls()
+
+
+def _examine(keys: Tensor, values: Tensor, indices: Tensor) -> Finding:
     check.require_ndim(OP, "keys", keys, 4, "[B, Hkv, N, D]")
     check.require_ndim(OP, "values", values, 4, "[B, Hkv, N, Dv]")
     check.require_shape(OP, "values", values, (*keys.shape[:3], values.shape[3]), "[B, Hkv, N, Dv]")
@@ -90,6 +93,13 @@ def _validate_layout(keys: Tensor, values: Tensor, indices: Tensor) -> None:
     check.require_shape(OP, "indices", indices, (keys.shape[0], indices.shape[1]), "[B, K]")
     check.require_dtype(OP, "indices", indices, (torch.int64,), "use indices.long()")
     check.require_device(OP, "indices", indices, keys.device)
+    obstacle = None
+    if keys.dtype.is_complex or values.dtype.is_complex:
+        obstacle = "keys or values are complex, the kernels take real dtypes"
+    tensors = (keys, values, indices)
+    found = examined(OP, tensors, requires_grad=keys.requires_grad or values.requires_grad, obstacle=obstacle)
+    _known.remember(found, tensors)
+    return found
 
 
 def _validate_inplace(keys: Tensor, values: Tensor, indices: Tensor) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from toprl_kernels import _checks as check
-from toprl_kernels.backend import choose
+from toprl_kernels._known import Finding, KnownCalls, choose_for, examined
 from toprl_kernels.keep_mask.eager import draw_uniform
 from toprl_kernels.keep_mask.library import forward_op
 from toprl_kernels.keep_mask.reference import keep_mask_reference
@@ -73,7 +73,7 @@ def sample_keep_mask(
         >>> sample_keep_mask(logits, uniform=torch.full((1, 2), 0.5)).keep_mask
         tensor([[1., 0.]])
     """
-    _validate(OP, logits, previous_mask)
+    found = _validate(OP, logits, previous_mask)
     if not (isinstance(tau, NUMBERS) and 0 < tau < math.inf):
         raise ValueError(f"{OP}: tau={tau!r} must be a number > 0; use a small one such as 0.05 for a sharp gradient")
     if (seed is not None) + (generator is not None) + (uniform is not None) > 1:
@@ -94,15 +94,17 @@ def sample_keep_mask(
         check.require_shape(OP, "token_ids", token_ids, tuple(logits.shape[:-1]), "[B, N]")
         check.require_dtype(OP, "token_ids", token_ids, (torch.int64,), "use token_ids.long()")
         check.require_device(OP, "token_ids", token_ids, logits.device)
-    return KeepMaskSample(*_run(OP, logits, uniform, None, drawn, token_ids, float(tau), previous_mask, backend))
+    results = _run(found, logits, uniform, None, drawn, token_ids, float(tau), previous_mask, backend)
+    return KeepMaskSample(*results)
 
 
 def _seed(seed: int | Tensor | None, generator: torch.Generator | None, device: torch.device) -> Tensor:
     """int64 [1] on the device, without waiting for it."""
     if isinstance(seed, Tensor):
-        check.require_shape(OP, "seed", seed, (1,), "[1]")
-        check.require_dtype(OP, "seed", seed, (torch.int64,), "use seed.long()")
-        check.require_device(OP, "seed", seed, device)
+        if not (seed.shape == (1,) and seed.dtype == torch.int64 and seed.device == device):  # before every kernel
+            check.require_shape(OP, "seed", seed, (1,), "[1]")
+            check.require_dtype(OP, "seed", seed, (torch.int64,), "use seed.long()")
+            check.require_device(OP, "seed", seed, device)
         return seed
     if seed is None:
         return torch.randint(0, MAX_SEED, (1,), generator=generator, dtype=torch.int64, device=device)
@@ -136,17 +138,17 @@ def keep_mask_log_prob(
     Raises:
         TypeError, ValueError, RuntimeError: as :func:`sample_keep_mask`.
     """
-    _validate(OP_LOG_PROB, logits, previous_mask)
+    found = _validate(OP_LOG_PROB, logits, previous_mask)
     check.require_shape(OP_LOG_PROB, "keep_mask", keep_mask, tuple(logits.shape[:-1]), "[B, N]")
     check.require_dtype(OP_LOG_PROB, "keep_mask", keep_mask, (torch.bool, *check.FLOATS), "use keep_mask.bool()")
     check.require_device(OP_LOG_PROB, "keep_mask", keep_mask, logits.device)
     given = keep_mask.detach() > 0.5 if keep_mask.dtype != torch.bool else keep_mask
-    _, log_prob, entropy = _run(OP_LOG_PROB, logits, None, given, None, None, 1.0, previous_mask, backend)
+    _, log_prob, entropy = _run(found, logits, None, given, None, None, 1.0, previous_mask, backend)
     return log_prob, entropy
 
 
 def _run(
-    op: str,
+    found: Finding,
     logits: Tensor,
     uniform: Tensor | None,
     given: Tensor | None,
@@ -156,12 +158,9 @@ def _run(
     previous_mask: Tensor | None,
     backend: str | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    obstacle = None
-    if logits.dtype == torch.float64:
-        obstacle = "logits has dtype float64, the kernels take float16, bfloat16, float32"
-    choice = choose(op, backend, logits.device, obstacle, dtype=logits.dtype)
+    choice = choose_for(found, backend)
     if choice.name != "reference":
-        run = forward_op.route(logits)
+        run = forward_op.route(found.is_plain, found.requires_grad, logits)
         return run(logits, uniform, given, seed, token_ids, previous_mask, tau, choice.name)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     if seed is not None:
@@ -169,14 +168,27 @@ def _run(
     return keep_mask_reference(logits, uniform=uniform, given=given, tau=tau, previous_mask=previous_mask)
 
 
-def _validate(op: str, logits: Tensor, previous_mask: Tensor | None) -> None:
-    is_usual = isinstance(logits, Tensor) and logits.dim() == 3 and logits.shape[2] == 2
-    if is_usual and logits.dtype in check.FLOATS and previous_mask is None:
-        return
-    check.require_ndim(op, "logits", logits, 3, "[B, N, 2]")
-    check.require_shape(op, "logits", logits, (*logits.shape[:2], 2), "[B, N, 2] with (keep, drop) last")
-    check.require_dtype(op, "logits", logits, check.FLOATS)
+_known = {OP: KnownCalls(), OP_LOG_PROB: KnownCalls()}
+
+
+def _validate(op: str, logits: Tensor, previous_mask: Tensor | None) -> Finding:
+    found = _known[op].find((logits,))
+    if found is None:
+        found = _examine(op, logits)
     if previous_mask is not None:
         check.require_shape(op, "previous_mask", previous_mask, tuple(logits.shape[:2]), "[B, N]")
         check.require_dtype(op, "previous_mask", previous_mask, (torch.bool,), "use previous_mask.bool()")
         check.require_device(op, "previous_mask", previous_mask, logits.device)
+    return found
+
+
+def _examine(op: str, logits: Tensor) -> Finding:
+    check.require_ndim(op, "logits", logits, 3, "[B, N, 2]")
+    check.require_shape(op, "logits", logits, (*logits.shape[:2], 2), "[B, N, 2] with (keep, drop) last")
+    check.require_dtype(op, "logits", logits, check.FLOATS)
+    obstacle = None
+    if logits.dtype == torch.float64:
+        obstacle = "logits has dtype float64, the kernels take float16, bfloat16, float32"
+    found = examined(op, (logits,), requires_grad=logits.requires_grad, obstacle=obstacle, dtype=logits.dtype)
+    _known[op].remember(found, (logits,))
+    return found

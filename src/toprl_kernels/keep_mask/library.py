@@ -14,11 +14,12 @@ Outputs = tuple[Tensor, Tensor, Tensor]
 
 
 def _forward(*arguments: Any) -> Outputs:
-    *inputs, _, backend = arguments  # tau is for the backward
-    implementation = keep_mask_eager
-    if backend == "triton":
-        from toprl_kernels.keep_mask.triton import keep_mask_triton as implementation
-    return implementation(*inputs)
+    inputs = arguments[:-2]  # tau is for the backward
+    if arguments[-1] == "triton":
+        from toprl_kernels.keep_mask.triton import keep_mask_triton
+
+        return keep_mask_triton(*inputs)
+    return keep_mask_eager(*inputs)
 
 
 def _forward_fake(logits: Tensor, uniform: Tensor | None, given: Tensor | None, *arguments: Any) -> Outputs:
@@ -41,9 +42,9 @@ def _backward_fake(logits: Tensor, *arguments: Any) -> Tensor:
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Outputs) -> None:
-    *tensors, ctx.tau, ctx.backend = inputs
+    ctx.options = inputs[-2:]
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*tensors)
+    ctx.save_for_backward(*inputs[:-2])
     if inputs[2] is not None:  # a given mask
         ctx.mark_non_differentiable(output[0])
 
@@ -52,7 +53,7 @@ def _backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
     result = None
     if any(gradient is not None for gradient in gradients):
         logits, *others = ctx.saved_tensors
-        result = backward_op(logits, *gradients, *others, ctx.tau, ctx.backend)
+        result = backward_op(logits, *gradients, *others, *ctx.options)
     return (result, *[None] * 7)
 
 

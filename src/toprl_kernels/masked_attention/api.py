@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from toprl_kernels import _checks as check
+from toprl_kernels._known import Finding, KnownCalls, choose_for, examined
 from toprl_kernels._library import any_autocast, is_compiling
-from toprl_kernels.backend import choose
 from toprl_kernels.masked_attention import library
 from toprl_kernels.masked_attention.reference import masked_attention_reference
 
@@ -76,20 +76,16 @@ def masked_attention(
         >>> bool(torch.allclose(masked_attention(q, k, v, nothing_kept), v))
         True
     """
-    if is_compiling() or any_autocast():
-        query, key, value = _autocast(query, key, value)
-    if not _fits(query, key, value, keep_mask, key_padding_mask):
+    found = _known.find((query, key, value, keep_mask))
+    if found is None:
+        if is_compiling() or any_autocast():
+            query, key, value = _autocast(query, key, value)
+        found = _examine(query, key, value, keep_mask, key_padding_mask)
+    if not (key_padding_mask is None or _padding_fits(key_padding_mask, keep_mask)):
         _explain_misfit(query, key, value, keep_mask, key_padding_mask)
-    dtype, head_dim = query.dtype, query.shape[3]
-    choice = choose(
-        OP,
-        backend,
-        query.device,
-        None if dtype in check.HALF_AND_SINGLE and head_dim <= MAX_HEAD_DIM else _obstacle(dtype, head_dim),
-        dtype=dtype,
-        definition_because=_tiny(query, keep_mask) if keep_mask.requires_grad else None,
-    )
-    scale = head_dim**-0.5 if scale is None else float(scale)
+    choice = choose_for(found, backend)
+    default_scale, is_empty = found.extra
+    scale = default_scale if scale is None else float(scale)
     if choice.name == "reference":
         return masked_attention_reference(
             query,
@@ -101,10 +97,32 @@ def masked_attention(
             scale=scale,
             bounded_mask_grad=bounded_mask_grad,
         )
-    if query.numel() == 0:  # so is it without keys, since Nq <= N
+    if is_empty:
         return torch.zeros_like(query) + 0 * query  # connected to the graph
-    run = library.forward.route(query, key, value, keep_mask)
+    run = library.forward.route(found.is_plain, found.requires_grad, query)
     return run(query, key, value, keep_mask, key_padding_mask, is_causal, scale, bounded_mask_grad, choice.name)[0]
+
+
+_known = KnownCalls()
+
+
+def _examine(query: Tensor, key: Tensor, value: Tensor, keep_mask: Tensor, key_padding_mask: Tensor | None) -> Finding:
+    """Shapes, dtypes and devices of all but the padding mask, which is for the error message."""
+    if not _fits(query, key, value, keep_mask):
+        _explain_misfit(query, key, value, keep_mask, key_padding_mask)
+    tensors = (query, key, value, keep_mask)
+    dtype, head_dim = query.dtype, query.shape[3]
+    found = examined(
+        OP,
+        tensors,
+        requires_grad=query.requires_grad or key.requires_grad or value.requires_grad or keep_mask.requires_grad,
+        obstacle=_obstacle(dtype, head_dim),
+        dtype=dtype,
+        definition_because=_tiny(query, keep_mask) if keep_mask.requires_grad else None,
+        extra=(head_dim**-0.5, query.numel() == 0),  # without keys it is empty too, since Nq <= N
+    )
+    _known.remember(found, tensors)
+    return found
 
 
 def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
@@ -140,12 +158,12 @@ def _obstacle(dtype: torch.dtype, head_dim: int) -> str | None:
     return None
 
 
-def _fits(query: Tensor, key: Tensor, value: Tensor, keep_mask: Tensor, key_padding_mask: Tensor | None) -> bool:
-    """Whether the arguments are as documented, in as few attribute reads as possible: this runs before every kernel."""
+def _fits(query: Tensor, key: Tensor, value: Tensor, keep_mask: Tensor) -> bool:
+    """Whether the arguments are as documented, in few attribute reads: in decoding this runs before many kernels."""
     try:
         batch, num_heads, num_queries, head_dim = query.shape
         _, num_kv_heads, num_keys, _ = shape = key.shape
-        dtype, device, tokens = query.dtype, query.device, (batch, num_keys)
+        dtype, device = query.dtype, query.device
         return (
             value.shape == shape
             and shape[0] == batch
@@ -153,7 +171,7 @@ def _fits(query: Tensor, key: Tensor, value: Tensor, keep_mask: Tensor, key_padd
             and num_queries <= num_keys
             and num_kv_heads > 0
             and num_heads % num_kv_heads == 0
-            and keep_mask.shape == tokens
+            and keep_mask.shape == (batch, num_keys)
             and key.dtype == dtype
             and value.dtype == dtype
             and dtype in check.FLOATS
@@ -161,17 +179,18 @@ def _fits(query: Tensor, key: Tensor, value: Tensor, keep_mask: Tensor, key_padd
             and key.device == device
             and value.device == device
             and keep_mask.device == device
-            and (
-                key_padding_mask is None
-                or (
-                    key_padding_mask.shape == tokens
-                    and key_padding_mask.dtype == torch.bool
-                    and key_padding_mask.device == device
-                )
-            )
         )
     except (AttributeError, ValueError):  # not a tensor, another number of dimensions
         return False
+
+
+def _padding_fits(key_padding_mask: Tensor, keep_mask: Tensor) -> bool:
+    return (
+        isinstance(key_padding_mask, Tensor)
+        and key_padding_mask.shape == keep_mask.shape
+        and key_padding_mask.dtype == torch.bool
+        and key_padding_mask.device == keep_mask.device
+    )
 
 
 def _explain_misfit(

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from toprl_kernels import _checks as check
-from toprl_kernels.backend import choose
+from toprl_kernels._known import Finding, KnownCalls, choose_for, examined
 from toprl_kernels.topk_compact.library import forward_op
 from toprl_kernels.topk_compact.output import TopkCompactOutput
 from toprl_kernels.topk_compact.reference import topk_compact_reference
@@ -70,7 +70,10 @@ def topk_compact(
         >>> out.indices.tolist(), out.hidden_states.flatten().tolist(), out.inverse.tolist()
         ([[1, 2]], [1.0, 2.0], [[-1, 0, 1, -1]])
     """
-    _validate_layout(hidden_states, scores, position_ids, valid_mask)
+    found = _known.find((hidden_states, scores))
+    if found is None:
+        found = _examine(hidden_states, scores)
+    _validate_others(scores, position_ids, valid_mask)
     if padding_side not in ("right", "left"):
         raise ValueError(f"{OP}: padding_side={padding_side!r} is unknown; use 'right' or 'left'")
     length = _check_k(k, scores, max_length)
@@ -79,20 +82,42 @@ def topk_compact(
     left = padding_side == "left"
     counts = k.to(device=scores.device, dtype=torch.int64).clamp(0, length) if isinstance(k, Tensor) else None
 
-    choice = choose(OP, backend, scores.device, _obstacle(hidden_states, scores))
+    choice = choose_for(found, backend)
     if choice.name == "reference":
         taken = [length] * scores.shape[0] if counts is None else counts.tolist()
         out = topk_compact_reference(
             hidden_states, scores, taken, length, position_ids=position_ids, valid_mask=valid_mask, left=left
         )
         return out if return_inverse else out._replace(inverse=None)
-    run = forward_op.route(hidden_states)
+    run = forward_op.route(found.is_plain, found.requires_grad, hidden_states)
     hidden, indices, kept, positions, inverse = run(
-        hidden_states, scores.detach(), counts, length, valid_mask, position_ids, left, return_inverse, choice.name
+        hidden_states,
+        scores.detach() if scores.requires_grad else scores,
+        counts,
+        length,
+        valid_mask,
+        position_ids,
+        left,
+        return_inverse,
+        choice.name,
     )
     return TopkCompactOutput(
         hidden, indices, kept, None if position_ids is None else positions, inverse if return_inverse else None
     )
+
+
+_known = KnownCalls()
+
+
+def _examine(hidden_states: Tensor, scores: Tensor) -> Finding:
+    check.require_ndim(OP, "hidden_states", hidden_states, 3, "[B, N, d]")
+    check.require_shape(OP, "scores", scores, tuple(hidden_states.shape[:2]), "[B, N]")
+    check.require_dtype(OP, "scores", scores, check.FLOATS, "use scores.float()")
+    check.require_device(OP, "scores", scores, hidden_states.device)
+    tensors = (hidden_states, scores)
+    found = examined(OP, tensors, requires_grad=hidden_states.requires_grad, obstacle=_obstacle(hidden_states, scores))
+    _known.remember(found, tensors)
+    return found
 
 
 def _obstacle(hidden_states: Tensor, scores: Tensor) -> str | None:
@@ -105,14 +130,11 @@ def _obstacle(hidden_states: Tensor, scores: Tensor) -> str | None:
     return None
 
 
-def _validate_layout(
-    hidden_states: Tensor, scores: Tensor, position_ids: Tensor | None, valid_mask: Tensor | None
-) -> None:
-    check.require_ndim(OP, "hidden_states", hidden_states, 3, "[B, N, d]")
-    batch, num_tokens = hidden_states.shape[:2]
-    check.require_shape(OP, "scores", scores, (batch, num_tokens), "[B, N]")
-    check.require_dtype(OP, "scores", scores, check.FLOATS, "use scores.float()")
-    check.require_device(OP, "scores", scores, hidden_states.device)
+def _validate_others(scores: Tensor, position_ids: Tensor | None, valid_mask: Tensor | None) -> None:
+    """Against scores [B, N], which were checked."""
+    if position_ids is None and valid_mask is None:
+        return
+    batch, num_tokens = scores.shape
     if position_ids is not None:
         check.require_tensor(OP, "position_ids", position_ids)
         if tuple(position_ids.shape) not in ((batch, num_tokens), (3, batch, num_tokens)):
@@ -121,11 +143,11 @@ def _validate_layout(
                 f"got shape {tuple(position_ids.shape)}"
             )
         check.require_dtype(OP, "position_ids", position_ids, check.INTEGERS, "use position_ids.long()")
-        check.require_device(OP, "position_ids", position_ids, hidden_states.device)
+        check.require_device(OP, "position_ids", position_ids, scores.device)
     if valid_mask is not None:
         check.require_shape(OP, "valid_mask", valid_mask, (batch, num_tokens), "[B, N]")
         check.require_dtype(OP, "valid_mask", valid_mask, (torch.bool,), "use valid_mask.bool(), True = eligible")
-        check.require_device(OP, "valid_mask", valid_mask, hidden_states.device)
+        check.require_device(OP, "valid_mask", valid_mask, scores.device)
 
 
 def _check_k(k: int | Tensor, scores: Tensor, max_length: int | None) -> int:
