@@ -1,13 +1,13 @@
 """What a call costs before the first kernel is launched: checks, choice of backend, the dispatcher, autograd.
 
 The implementation under an op is replaced by one that returns finished tensors, so what is left is that cost. It is
-CPU time on any machine, and a GPU cannot hide it when kernels are short. Results are kept until a round is over: the
-graph behind them is freed by the backward, not by the call (``grad_freed_us`` is with that). How fast the machine is
-says ``function_us``: torch's own price of a node, an autograd.Function that does nothing with one tensor.
+CPU time on any machine, and a GPU cannot hide it when kernels are short. It includes freeing the results. How fast the
+machine is says ``function_us``: torch's own price of a node, an autograd.Function that does nothing with one tensor.
 """
 
 from __future__ import annotations
 
+import gc
 import importlib
 import time
 from collections.abc import Callable, Iterator
@@ -21,7 +21,7 @@ from toprl_kernels import actor_score, compact_cache, masked_attention, sample_k
 from toprl_kernels.testing import make_actor_weights, make_attention_inputs
 
 BAR_US = 10.0
-PASSES, ROUNDS, CALLS = 4, 20, 100  # spread out: a shared machine is slow for seconds at a time
+PASSES, ROUNDS, CALLS = 8, 20, 100  # spread out: a shared machine is slow for seconds at a time
 
 
 def dispatch_table() -> list[Row]:
@@ -34,7 +34,7 @@ def dispatch_table() -> list[Row]:
     function_us = float("inf")
     one = torch.ones(1, requires_grad=True)
     for _ in range(PASSES):
-        function_us = min(function_us, _microseconds(lambda: _Nothing.apply(one), is_kept=False))
+        function_us = min(function_us, _microseconds(lambda: _Nothing.apply(one)))
         for key, times in _one_pass():
             known = best.get(key, times)
             best[key] = min(known[0], times[0]), min(known[1], times[1])
@@ -78,10 +78,8 @@ def _one_pass() -> Iterator[tuple[tuple[str, str], tuple[float, float]]]:
                 return _detached(finished)
 
             with mock.patch.object(module, name, stub):
-                if needs_gradient:
-                    yield (op, "grad_us"), (_microseconds(call, is_kept=True), _microseconds(stub, is_kept=True))
-                mode = "grad_freed_us" if needs_gradient else "no_grad_us"
-                yield (op, mode), (_microseconds(call, is_kept=False), _microseconds(stub, is_kept=False))
+                mode = "grad_us" if needs_gradient else "no_grad_us"
+                yield (op, mode), (_microseconds(call), _microseconds(stub))
         for leaf in leaves:
             leaf.requires_grad_(False)  # ops share inputs
 
@@ -96,16 +94,17 @@ def _detached(result: Any) -> Any:
     return result
 
 
-def _microseconds(call: Callable[[], object], is_kept: bool) -> float:
-    """The fastest round's time of a call; where ``is_kept``, its results are freed after the round."""
+def _microseconds(call: Callable[[], object]) -> float:
     best = float("inf")
-    for _ in range(ROUNDS):
-        results: list[object] = [None] * CALLS
-        places = range(CALLS) if is_kept else [0] * CALLS  # otherwise each result takes the place of the one before
-        begin = time.perf_counter()
-        for place in places:
-            results[place] = call()
-        best = min(best, time.perf_counter() - begin)
+    gc.disable()  # as timeit does: how much there is to look through is the affair of the process
+    try:
+        for _ in range(ROUNDS):
+            begin = time.perf_counter()
+            for _ in range(CALLS):
+                call()
+            best = min(best, time.perf_counter() - begin)
+    finally:
+        gc.enable()
     return best / CALLS * 1e6
 
 

@@ -168,7 +168,7 @@ def _make_recorded(
         return output
 
     def forward_of_first(ctx: Any, *inputs: Any) -> Any:
-        call = inputs[-1]
+        call = inputs[num_inputs]
         arguments = call[0]
         call[0] = output = implementation(*arguments)
         setup_context(ctx, arguments, output)
@@ -192,6 +192,6 @@ def _make_recorded(
     def recorded_first(*arguments: Any) -> Any:
         call = [arguments]
         first = apply(arguments[0], call) if has_one else apply(*arguments[:num_inputs], call)
-        return first, *call[0][1:]
+        return (first, *call[0][1:])
 
     return recorded_first if only_first else recorded

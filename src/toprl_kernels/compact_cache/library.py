@@ -69,10 +69,10 @@ def _backward_fake(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    keys, _, indices, ctx.backend = inputs
+    keys, _, indices, backend = inputs
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(indices)
-    ctx.num_tokens = keys.shape[2]
+    ctx.options = keys.size(2), backend
 
 
 def _backward(ctx: Any, grad_keys: Tensor | None, grad_values: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -83,7 +83,7 @@ def _backward(ctx: Any, grad_keys: Tensor | None, grad_values: Tensor | None) ->
     ]
     if wanted == [None, None]:
         return None, None, None, None
-    results = backward_op(indices, *wanted, ctx.num_tokens, ctx.backend)
+    results = backward_op(indices, *wanted, *ctx.options)
     keys, values = (None if gradient is None else result for gradient, result in zip(wanted, results, strict=True))
     return keys, values, None, None
 

@@ -94,8 +94,11 @@ def sample_keep_mask(
         check.require_shape(OP, "token_ids", token_ids, tuple(logits.shape[:-1]), "[B, N]")
         check.require_dtype(OP, "token_ids", token_ids, (torch.int64,), "use token_ids.long()")
         check.require_device(OP, "token_ids", token_ids, logits.device)
-    results = _run(found, logits, uniform, None, drawn, token_ids, float(tau), previous_mask, backend)
-    return KeepMaskSample(*results)
+    choice = choose_for(found, backend)
+    if choice.name == "reference":
+        return KeepMaskSample(*_reference(logits, uniform, None, drawn, token_ids, float(tau), previous_mask))
+    run = forward_op.route(found.is_plain, found.requires_grad, logits)
+    return KeepMaskSample(*run(logits, uniform, None, drawn, token_ids, previous_mask, float(tau), choice.name))
 
 
 def _seed(seed: int | Tensor | None, generator: torch.Generator | None, device: torch.device) -> Tensor:
@@ -143,12 +146,16 @@ def keep_mask_log_prob(
     check.require_dtype(OP_LOG_PROB, "keep_mask", keep_mask, (torch.bool, *check.FLOATS), "use keep_mask.bool()")
     check.require_device(OP_LOG_PROB, "keep_mask", keep_mask, logits.device)
     given = keep_mask.detach() > 0.5 if keep_mask.dtype != torch.bool else keep_mask
-    _, log_prob, entropy = _run(found, logits, None, given, None, None, 1.0, previous_mask, backend)
+    choice = choose_for(found, backend)
+    if choice.name == "reference":
+        _, log_prob, entropy = _reference(logits, None, given, None, None, 1.0, previous_mask)
+    else:
+        run = forward_op.route(found.is_plain, found.requires_grad, logits)
+        _, log_prob, entropy = run(logits, None, given, None, None, previous_mask, 1.0, choice.name)
     return log_prob, entropy
 
 
-def _run(
-    found: Finding,
+def _reference(
     logits: Tensor,
     uniform: Tensor | None,
     given: Tensor | None,
@@ -156,12 +163,7 @@ def _run(
     token_ids: Tensor | None,
     tau: float,
     previous_mask: Tensor | None,
-    backend: str | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    choice = choose_for(found, backend)
-    if choice.name != "reference":
-        run = forward_op.route(found.is_plain, found.requires_grad, logits)
-        return run(logits, uniform, given, seed, token_ids, previous_mask, tau, choice.name)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     if seed is not None:
         uniform = draw_uniform(logits.shape[:-1], seed, token_ids).to(logits.dtype)

@@ -73,7 +73,8 @@ def topk_compact(
     found = _known.find((hidden_states, scores))
     if found is None:
         found = _examine(hidden_states, scores)
-    _validate_others(scores, position_ids, valid_mask)
+    if not (position_ids is None and valid_mask is None):
+        _validate_others(scores, position_ids, valid_mask)
     if padding_side not in ("right", "left"):
         raise ValueError(f"{OP}: padding_side={padding_side!r} is unknown; use 'right' or 'left'")
     length = _check_k(k, scores, max_length)
@@ -101,9 +102,9 @@ def topk_compact(
         return_inverse,
         choice.name,
     )
-    return TopkCompactOutput(
-        hidden, indices, kept, None if position_ids is None else positions, inverse if return_inverse else None
-    )
+    if position_ids is None:
+        positions = None
+    return TopkCompactOutput(hidden, indices, kept, positions, inverse if return_inverse else None)
 
 
 _known = KnownCalls()
@@ -132,8 +133,6 @@ def _obstacle(hidden_states: Tensor, scores: Tensor) -> str | None:
 
 def _validate_others(scores: Tensor, position_ids: Tensor | None, valid_mask: Tensor | None) -> None:
     """Against scores [B, N], which were checked."""
-    if position_ids is None and valid_mask is None:
-        return
     batch, num_tokens = scores.shape
     if position_ids is not None:
         check.require_tensor(OP, "position_ids", position_ids)
@@ -152,8 +151,9 @@ def _validate_others(scores: Tensor, position_ids: Tensor | None, valid_mask: Te
 
 def _check_k(k: int | Tensor, scores: Tensor, max_length: int | None) -> int:
     """The output length K."""
-    batch, num_tokens = scores.shape
+    num_tokens = scores.size(1)
     if isinstance(k, Tensor):
+        batch = scores.size(0)
         check.require_shape(OP, "k", k, (batch,), "[B] (or pass an int)")
         check.require_dtype(OP, "k", k, check.INTEGERS, "use k.long()")
         if max_length is None:

@@ -14,11 +14,12 @@ Outputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
 def _forward(*arguments: Any) -> Outputs:
-    *inputs, backend = arguments
-    implementation = topk_compact_eager
-    if backend == "triton":
-        from toprl_kernels.topk_compact.triton import topk_compact_triton as implementation
-    return implementation(*inputs)
+    inputs = arguments[:-1]
+    if arguments[-1] == "triton":
+        from toprl_kernels.topk_compact.triton import topk_compact_triton
+
+        return topk_compact_triton(*inputs)
+    return topk_compact_eager(*inputs)
 
 
 def _forward_fake(
@@ -55,15 +56,14 @@ def _backward_fake(gradient: Tensor, indices: Tensor, num_tokens: int, padded: b
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Outputs) -> None:
-    hidden_states, _, k, _, valid_mask, _, _, _, ctx.backend = inputs
+    hidden_states, _, k, _, valid_mask, _, _, _, backend = inputs
     ctx.save_for_backward(output[1])
-    ctx.num_tokens = hidden_states.shape[1]
-    ctx.padded = k is not None or valid_mask is not None
+    ctx.options = hidden_states.size(1), k is not None or valid_mask is not None, backend
 
 
 def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
     (indices,) = ctx.saved_tensors
-    scattered = backward_op(gradient, indices, ctx.num_tokens, ctx.padded, ctx.backend)
+    scattered = backward_op(gradient, indices, *ctx.options)
     return (scattered, *[None] * 8)
 
 
