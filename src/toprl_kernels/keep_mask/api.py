@@ -73,7 +73,9 @@ def sample_keep_mask(
         >>> sample_keep_mask(logits, uniform=torch.full((1, 2), 0.5)).keep_mask
         tensor([[1., 0.]])
     """
-    found = _validate(OP, logits, previous_mask)
+    found = _known[OP].find((logits,)) or _examine(OP, logits)
+    if previous_mask is not None:
+        _validate_previous(OP, logits, previous_mask)
     if not (isinstance(tau, NUMBERS) and 0 < tau < math.inf):
         raise ValueError(f"{OP}: tau={tau!r} must be a number > 0; use a small one such as 0.05 for a sharp gradient")
     if (seed is not None) + (generator is not None) + (uniform is not None) > 1:
@@ -98,7 +100,8 @@ def sample_keep_mask(
     if choice.name == "reference":
         return KeepMaskSample(*_reference(logits, uniform, None, drawn, token_ids, float(tau), previous_mask))
     run = forward_op.route(found.is_plain, found.requires_grad, logits)
-    return KeepMaskSample(*run(logits, uniform, None, drawn, token_ids, previous_mask, float(tau), choice.name))
+    results = run(logits, uniform, None, drawn, token_ids, previous_mask, float(tau), choice.name)
+    return tuple.__new__(KeepMaskSample, results)  # half the time of KeepMaskSample(*results)
 
 
 def _seed(seed: int | Tensor | None, generator: torch.Generator | None, device: torch.device) -> Tensor:
@@ -141,7 +144,9 @@ def keep_mask_log_prob(
     Raises:
         TypeError, ValueError, RuntimeError: as :func:`sample_keep_mask`.
     """
-    found = _validate(OP_LOG_PROB, logits, previous_mask)
+    found = _known[OP_LOG_PROB].find((logits,)) or _examine(OP_LOG_PROB, logits)
+    if previous_mask is not None:
+        _validate_previous(OP_LOG_PROB, logits, previous_mask)
     check.require_shape(OP_LOG_PROB, "keep_mask", keep_mask, tuple(logits.shape[:-1]), "[B, N]")
     check.require_dtype(OP_LOG_PROB, "keep_mask", keep_mask, (torch.bool, *check.FLOATS), "use keep_mask.bool()")
     check.require_device(OP_LOG_PROB, "keep_mask", keep_mask, logits.device)
@@ -173,15 +178,10 @@ def _reference(
 _known = {OP: KnownCalls(), OP_LOG_PROB: KnownCalls()}
 
 
-def _validate(op: str, logits: Tensor, previous_mask: Tensor | None) -> Finding:
-    found = _known[op].find((logits,))
-    if found is None:
-        found = _examine(op, logits)
-    if previous_mask is not None:
-        check.require_shape(op, "previous_mask", previous_mask, tuple(logits.shape[:2]), "[B, N]")
-        check.require_dtype(op, "previous_mask", previous_mask, (torch.bool,), "use previous_mask.bool()")
-        check.require_device(op, "previous_mask", previous_mask, logits.device)
-    return found
+def _validate_previous(op: str, logits: Tensor, previous_mask: Tensor) -> None:
+    check.require_shape(op, "previous_mask", previous_mask, tuple(logits.shape[:2]), "[B, N]")
+    check.require_dtype(op, "previous_mask", previous_mask, (torch.bool,), "use previous_mask.bool()")
+    check.require_device(op, "previous_mask", previous_mask, logits.device)
 
 
 def _examine(op: str, logits: Tensor) -> Finding:
