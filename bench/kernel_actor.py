@@ -5,6 +5,9 @@ Useful work: Eq. 11 FLOPs; bytes of the hidden states, the weights and the logit
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable, Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -44,6 +47,8 @@ class PlainActor(nn.Module):
         for layer, name in ((fc1, "fc1"), (fc2, "fc2"), (fc3, "fc3"), (head, "head")):
             layer.weight = nn.Parameter(getattr(weights, f"{name}_weight").clone())
             layer.bias = nn.Parameter(getattr(weights, f"{name}_bias").clone())
+        layers = [parameter for layer in (fc1, fc2, fc3, head) for parameter in (layer.weight, layer.bias)]
+        self.leaves = [norm.weight, norm.bias, self.stage_bias, *layers]  # in the order of ActorWeights
 
     def forward(self, hidden_states: Tensor, stage: int) -> Tensor:
         z = F.gelu(self.layer1(hidden_states) + self.stage_bias[stage])
@@ -51,28 +56,51 @@ class PlainActor(nn.Module):
         return self.layers23(torch.cat([local, shared.mean(dim=1, keepdim=True).expand_as(local)], dim=-1))
 
 
-@torch.no_grad()
 def bench_actor(case: ActorCase, settings: Settings) -> list[Row]:
+    with torch.set_grad_enabled(case.mode == "fwd+bwd"):
+        return _bench(case, settings)
+
+
+def _bench(case: ActorCase, settings: Settings) -> list[Row]:
+    backward = case.mode == "fwd+bwd"
     weights = make_actor_weights(case.d1, case.d2, dtype=case.dtype, device=settings.device)
     plain = PlainActor(weights)
+    wide = ActorWeights(*(tensor.double() for tensor in weights))
+    if backward:
+        for tensor in (*weights, *wide):
+            tensor.requires_grad_()
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(case.batch, case.num_tokens, case.d1, generator=generator).to(settings.device, case.dtype)
+
+    def results_of(logits: Tensor, leaves: Sequence[Tensor]) -> list[Tensor]:
+        if not backward:
+            return [logits]
+        return [logits.detach(), *torch.autograd.grad(logits, leaves, direction.to(logits.dtype))]
+
+    def ours() -> list[Tensor]:
+        return results_of(actor_score(hidden, STAGE, weights), weights)
+
+    def sequential(module: Callable[..., Tensor] = plain) -> list[Tensor]:
+        return results_of(module(hidden, STAGE), plain.leaves)
 
     def compiled() -> Built:
         if not case.compiled:
             raise NotAvailableError(LEFT_OUT)
-        module = torch.compile(plain, dynamic=False, fullgraph=True)
-        return Built(lambda: [module(hidden, STAGE)])
+        return Built(functools.partial(sequential, torch.compile(plain, dynamic=False, fullgraph=True)))
 
-    wide = ActorWeights(*(tensor.double() for tensor in weights))
-    truth = [actor_score(hidden.double(), STAGE, wide, backend="reference")]
-    eager = [plain(hidden, STAGE)]
+    direction = torch.randn(case.batch, case.num_tokens, 2, generator=generator).to(settings.device)
+    truth = results_of(actor_score(hidden.double(), STAGE, wide, backend="reference"), wide)
+    eager = sequential()
     tokens = case.batch * case.num_tokens
     elements = hidden.numel() + sum(tensor.numel() for tensor in weights) + 2 * tokens
-    work = Work(flops.actor_flops(tokens, case.d1, case.d2), elements * case.dtype.itemsize)
+    count = flops.actor_flops(tokens, case.d1, case.d2)
+    if backward:  # two more products per layer, of which the first needs no gradient by its input
+        count = 3 * count - flops.FLOPS_PER_MAC * tokens * case.d1 * case.d2
+        elements *= 2
+    work = Work(count, elements * case.dtype.itemsize)
     labels = shared_labels(
         "actor_score",
-        "fwd",
+        case.mode,
         case.shape,
         case.dtype,
         case.label(),
@@ -81,8 +109,8 @@ def bench_actor(case: ActorCase, settings: Settings) -> list[Row]:
         hidden_size=case.d1,
     )
     providers = [
-        Provider(our_name(settings.device), lambda: Built(lambda: [actor_score(hidden, STAGE, weights)]), "ours"),
-        Provider("nn.Sequential", lambda: Built(lambda: [plain(hidden, STAGE)])),
+        Provider(our_name(settings.device), lambda: Built(ours), "ours"),
+        Provider("nn.Sequential", lambda: Built(sequential)),
         Provider("torch.compile of nn.Sequential", compiled, compiled=case.compiled),
     ]
     return compare(

@@ -114,11 +114,15 @@ class CacheCase:
 
 @dataclass(frozen=True)
 class ActorCase:
-    """The policy's logits for ``num_tokens`` hidden states of width ``d1``, policy width ``d2``."""
+    """The policy's logits for ``num_tokens`` hidden states of width ``d1``, policy width ``d2``.
+
+    ``mode`` is "fwd" or "fwd+bwd", the latter with the gradients by all weights.
+    """
 
     num_tokens: int
     d1: int
     d2: int = 256
+    mode: str = "fwd"
     batch: int = 1
     dtype: torch.dtype = torch.float32
     compiled: bool = False
@@ -128,7 +132,7 @@ class ActorCase:
         return f"B{self.batch} N{self.num_tokens} d1={self.d1} d2={self.d2}"
 
     def label(self) -> str:
-        return f"actor_score {self.shape} {dtype_name(self.dtype)}"
+        return f"actor_score {self.mode} {self.shape} {dtype_name(self.dtype)}"
 
 
 @dataclass(frozen=True)
@@ -234,8 +238,9 @@ def _cache(quick: bool, on_cuda: bool, dtype: torch.dtype) -> list[CacheCase]:
 
 def _actor(quick: bool, on_cuda: bool, dtype: torch.dtype) -> list[ActorCase]:
     if quick:
-        return [ActorCase(576, 1024, dtype=dtype)]
-    cases = [ActorCase(576, 1024, dtype=dtype, compiled=True)]
+        return [ActorCase(576, 1024, mode=mode, dtype=dtype) for mode in ("fwd", "fwd+bwd")]
+    cases = [ActorCase(576, 1024, mode=mode, dtype=dtype, compiled=True) for mode in ("fwd", "fwd+bwd")]
     cases += [ActorCase(n, 4096, dtype=dtype, compiled=n in (576, 2880)) for n in PAPER_SIZES]
+    cases.append(ActorCase(BASE_SIZE, 4096, mode="fwd+bwd", dtype=dtype))
     cases.append(ActorCase(576, 4096, batch=32 if on_cuda else 8, dtype=dtype))
     return cases

@@ -153,7 +153,7 @@ def copy_percent(rows: list[Row]) -> float | str:
 
 
 def actor_percent(rows: list[Row]) -> float | str:
-    found = select(rows, op="actor_score", num_tokens=2880, role="ours")
+    found = select(rows, op="actor_score", mode="fwd", num_tokens=2880, role="ours")
     return min(row["floor_percent"] for row in found) if found else "n = 2880 is not in this run"
 
 

@@ -113,7 +113,7 @@ def test_targets_of_a_gpu():
          "num_tokens": 2880, "hidden_size": 4096, "floor_percent": 85.0},
         {**BASE, "op": "topk_compact", "mode": "fwd", "role": "ours", "provider": "toprl (triton)", "batch": 1,
          "num_tokens": 576, "hidden_size": 4096, "floor_percent": 3.0},
-        {**BASE, "op": "actor_score", "role": "ours", "provider": "toprl (triton)", "num_tokens": 2880,
+        {**BASE, "op": "actor_score", "mode": "fwd", "role": "ours", "provider": "toprl (triton)", "num_tokens": 2880,
          "floor_percent": 60.0},
     ]  # fmt: skip
     assert verdict_of(rows, "flash backend of SDPA over all tokens", CUDA)["met"] is True

@@ -37,7 +37,7 @@ PLAN = Plan(
     compaction=(AttentionCase(128, **SMALL),),
     topk=(TopkCase(64, 16, 32), TopkCase(64, 16, 32, batch=2, mode="fwd+bwd")),
     cache=(CacheCase(64, 16, num_kv_heads=2, head_dim=32),),
-    actor=(ActorCase(32, 64, 16),),
+    actor=(ActorCase(32, 64, 16), ActorCase(32, 64, 16, mode="fwd+bwd")),
     seconds=0.01,
     min_rounds=2,
 )
@@ -61,6 +61,7 @@ PEERS = {
 }
 PEERS["masked_attention hard fwd+bwd"] = PEERS["masked_attention hard fwd"]
 PEERS["topk_compact fwd+bwd"] = PEERS["topk_compact fwd"]
+PEERS["actor_score fwd+bwd"] = PEERS["actor_score fwd"]
 
 
 SETTINGS = Settings(CPU, Peaks({torch.float32: 1e11}, 1e10), seconds=0.01, min_rounds=2)
@@ -92,7 +93,7 @@ def test_every_provider_of_every_case_has_a_row(rows):
         mine = [row for row in rows if row["case"] == case]
         expected = PEERS[f"{mine[0]['op']} {mine[0]['mode']}"].split("|")
         assert [row["provider"] for row in mine] == expected, case
-    assert len({row["case"] for row in rows}) == 11
+    assert len({row["case"] for row in rows}) == 12
 
 
 def test_columns_and_numbers(rows):
