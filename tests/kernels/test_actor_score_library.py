@@ -295,3 +295,14 @@ def test_automatic_choice_on_cuda(
     hidden, weights, _ = inputs()
     actor_score(hidden.requires_grad_(needs_gradient), 0, weights, backend=backend)
     assert seen == [passed]
+
+
+def test_nothing_is_recorded_without_grad_mode(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rollouts score with weights that require a gradient: activations are overwritten there, LayerNorm in pieces."""
+    from toprl_kernels.actor_score import api
+
+    monkeypatch.setattr(api, "actor_score_recorded", None)
+    hidden, weights, _ = inputs()
+    weights.fc1_weight.requires_grad_()
+    with torch.no_grad():
+        assert not actor_score(hidden, 0, weights).requires_grad
