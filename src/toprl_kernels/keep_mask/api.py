@@ -18,6 +18,7 @@ OP = "sample_keep_mask"
 OP_LOG_PROB = "keep_mask_log_prob"
 MAX_SEED = 2**63 - 1
 NUMBERS = (int, float)
+ONE = (1,)
 
 
 class KeepMaskSample(NamedTuple):
@@ -78,7 +79,8 @@ def sample_keep_mask(
         _validate_previous(OP, logits, previous_mask)
     if not (isinstance(tau, NUMBERS) and 0 < tau < math.inf):
         raise ValueError(f"{OP}: tau={tau!r} must be a number > 0; use a small one such as 0.05 for a sharp gradient")
-    if (seed is not None) + (generator is not None) + (uniform is not None) > 1:
+    is_other = generator is not None or uniform is not None
+    if is_other and (seed is not None) + (generator is not None) + (uniform is not None) > 1:
         sources = (("seed", seed), ("generator", generator), ("uniform", uniform))
         given = [name for name, value in sources if value is not None]
         raise ValueError(f"{OP}: {' and '.join(given)} are given together; pass one of them")
@@ -90,8 +92,10 @@ def sample_keep_mask(
         if token_ids is not None:
             raise ValueError(f"{OP}: token_ids has no use with uniform; leave one of them out")
         drawn = None
+    elif isinstance(seed, Tensor) and seed.shape == ONE and seed.dtype == torch.int64 and seed.device == found.device:
+        drawn = seed
     else:
-        drawn = _seed(seed, generator, logits.device)
+        drawn = _seed(seed, generator, found.device)
     if token_ids is not None:
         check.require_shape(OP, "token_ids", token_ids, tuple(logits.shape[:-1]), "[B, N]")
         check.require_dtype(OP, "token_ids", token_ids, (torch.int64,), "use token_ids.long()")
@@ -107,10 +111,9 @@ def sample_keep_mask(
 def _seed(seed: int | Tensor | None, generator: torch.Generator | None, device: torch.device) -> Tensor:
     """int64 [1] on the device, without waiting for it."""
     if isinstance(seed, Tensor):
-        if not (seed.shape == (1,) and seed.dtype == torch.int64 and seed.device == device):  # before every kernel
-            check.require_shape(OP, "seed", seed, (1,), "[1]")
-            check.require_dtype(OP, "seed", seed, (torch.int64,), "use seed.long()")
-            check.require_device(OP, "seed", seed, device)
+        check.require_shape(OP, "seed", seed, ONE, "[1]")
+        check.require_dtype(OP, "seed", seed, (torch.int64,), "use seed.long()")
+        check.require_device(OP, "seed", seed, device)
         return seed
     if seed is None:
         return torch.randint(0, MAX_SEED, (1,), generator=generator, dtype=torch.int64, device=device)
