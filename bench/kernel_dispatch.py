@@ -96,6 +96,7 @@ def _detached(result: Any) -> Any:
 
 def _microseconds(call: Callable[[], object]) -> float:
     best = float("inf")
+    was_enabled = gc.isenabled()
     gc.disable()  # as timeit does: how much there is to look through is the affair of the process
     try:
         for _ in range(ROUNDS):
@@ -104,7 +105,8 @@ def _microseconds(call: Callable[[], object]) -> float:
                 call()
             best = min(best, time.perf_counter() - begin)
     finally:
-        gc.enable()
+        if was_enabled:
+            gc.enable()
     return best / CALLS * 1e6
 
 
