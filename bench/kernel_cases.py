@@ -237,9 +237,11 @@ def _cache(quick: bool, on_cuda: bool, dtype: torch.dtype) -> list[CacheCase]:
 
 
 def _actor(quick: bool, on_cuda: bool, dtype: torch.dtype) -> list[ActorCase]:
+    modes = ("fwd", "fwd+bwd")
+    few = [ActorCase(32, 64, 16, mode=mode, dtype=dtype) for mode in modes]  # what surrounds the products counts
     if quick:
-        return [ActorCase(576, 1024, mode=mode, dtype=dtype) for mode in ("fwd", "fwd+bwd")]
-    cases = [ActorCase(576, 1024, mode=mode, dtype=dtype, compiled=True) for mode in ("fwd", "fwd+bwd")]
+        return [*few, *(ActorCase(576, 1024, mode=mode, dtype=dtype) for mode in modes)]
+    cases = [*few, *(ActorCase(576, 1024, mode=mode, dtype=dtype, compiled=True) for mode in modes)]
     cases += [ActorCase(n, 4096, dtype=dtype, compiled=n in (576, 2880)) for n in PAPER_SIZES]
     cases.append(ActorCase(BASE_SIZE, 4096, mode="fwd+bwd", dtype=dtype))
     cases.append(ActorCase(576, 4096, batch=32 if on_cuda else 8, dtype=dtype))

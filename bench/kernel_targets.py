@@ -209,6 +209,13 @@ TARGETS = (
         "cpu", 1.1, False, "x", compaction_ratio("gather q, k, v + sdpa"),
     ),
     *(
+        Target(
+            "actor_score against nn.Sequential, forward and forward + backward, slowest size",
+            device, 1.0, True, "x", lambda rows: worst_ratio(rows, ("nn.Sequential",), op="actor_score"),
+        )
+        for device in ("cpu", "cuda")
+    ),
+    *(
         Target(f"a call before its kernel, {words}, slowest op", device, BAR_US, False, " us", slowest_dispatch(column))
         for device in ("cpu", "cuda")
         for words, column in (("no gradient", "no_grad_us"), ("with a gradient", "grad_us"))

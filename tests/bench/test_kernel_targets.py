@@ -77,6 +77,14 @@ def test_compaction_with_and_without_gathering_over_the_floor():
 
 
 @pytest.mark.parametrize("device", [CPU, CUDA])
+def test_the_actor_is_compared_in_both_modes(device):
+    row = {**BASE, "op": "actor_score", "provider": "nn.Sequential"}
+    rows = [{**row, "mode": "fwd", "ratio_to_ours": 1.2}, {**row, "mode": "fwd+bwd", "ratio_to_ours": 0.9}]
+    found = verdict_of(rows, "actor_score against nn.Sequential", device)
+    assert (found["measured"], found["verdict"]) == (0.9, "missed by 10%")
+
+
+@pytest.mark.parametrize("device", [CPU, CUDA])
 def test_the_slowest_op_decides_what_a_call_costs(device):
     rows = [{"op": "one", "no_grad_us": 4.0, "grad_us": 9.0}, {"op": "other", "no_grad_us": 5.0, "grad_us": 12.0}]
     assert verdict_of(rows, "no gradient", device)["verdict"] == "met, 50% to spare"
@@ -121,7 +129,7 @@ def test_targets_of_a_gpu():
     cost = verdict_of(rows, "backward with mask gradient", CUDA)
     assert cost["measured"] == pytest.approx(1.1) and cost["bar"] == "<= 1.1x"
     assert verdict_of(rows, "copy bandwidth", CUDA)["measured"] == 85.0  # small sizes are bound by their launches
-    assert verdict_of(rows, "actor_score", CUDA)["met"] is False
+    assert verdict_of(rows, "actor_score of its floor", CUDA)["met"] is False
     assert all(
         row["verdict"] == "not measured: the run is on cuda" for row in table(rows, CUDA) if row["device"] == "cpu"
     )

@@ -39,61 +39,60 @@ class Activations(NamedTuple):
 
 def actor_score_recorded(hidden_states: Tensor, valid_mask: Tensor | None, weights: ActorWeights, stage: int) -> Tensor:
     """Logits, with torch's own autograd. Arguments checked."""
-    w = weights
-    inputs = hidden_states.to(w.fc1_weight.dtype)
-    normed = F.layer_norm(inputs, inputs.shape[-1:], w.norm_weight, w.norm_bias, LAYER_NORM_EPS)
-    first = F.linear(normed, w.fc1_weight, w.fc1_bias + w.stage_bias[stage])
-    return _later_layers(first, valid_mask, w, keep=True)[0]
+    bias = weights.fc1_bias + weights.stage_bias[stage]
+    return _later_layers(_layer1(hidden_states, weights, bias), valid_mask, weights, keep=True)[0]
 
 
 def actor_score_eager(
     hidden_states: Tensor, valid_mask: Tensor | None, weights: ActorWeights, stage: int, keep: bool
 ) -> tuple[Tensor, Activations]:
     """Logits and activations, overwritten unless asked to ``keep`` them. Arguments checked; outside of autograd."""
-    return _later_layers(_layer1(hidden_states, weights, stage), valid_mask, weights, keep)
+    bias = weights.fc1_bias + weights.stage_bias[stage]
+    pieces = _pieces(hidden_states, weights.fc1_weight.dtype)
+    if len(pieces) == 1:
+        first = _layer1(hidden_states, weights, bias)
+    else:
+        rows = hidden_states.flatten(0, 1)
+        first = torch.cat([_layer1(rows[piece], weights, bias) for piece in pieces]).view(*hidden_states.shape[:2], -1)
+    return _later_layers(first, valid_mask, weights, keep)
+
+
+def _layer1(hidden_states: Tensor, w: ActorWeights, bias: Tensor) -> Tensor:
+    """fc1(LayerNorm(h)) + stage bias, [..., d2]; ``bias`` [d2] is the sum of both."""
+    inputs = hidden_states.to(w.fc1_weight.dtype)
+    return F.linear(
+        F.layer_norm(inputs, inputs.shape[-1:], w.norm_weight, w.norm_bias, LAYER_NORM_EPS), w.fc1_weight, bias
+    )
 
 
 def _later_layers(first: Tensor, valid_mask: Tensor | None, w: ActorWeights, keep: bool) -> tuple[Tensor, Activations]:
-    half = w.fc1_weight.shape[0] // 2
     gelu = _gelu if keep else _gelu_
-    z = gelu(first)
+    local, shared = gelu(first).chunk(2, dim=-1)
+    by_local, by_summary = w.fc2_weight.chunk(2, dim=1)
     # the summary is the same for all tokens of a sample, so its half of fc2 is applied once per sample
-    summary = _masked_mean(z[..., half:], valid_mask, overwrite=not keep)
-    second = F.linear(z[..., :half], w.fc2_weight[:, :half])
-    second += F.linear(summary, w.fc2_weight[:, half:], w.fc2_bias)[:, None, :]
+    second = F.linear(local, by_local)
+    second += F.linear(_masked_mean(shared, valid_mask, overwrite=not keep), by_summary, w.fc2_bias)
     third = F.linear(gelu(second), w.fc3_weight, w.fc3_bias)
     logits = F.linear(gelu(third), w.head_weight, w.head_bias)
     return logits, Activations(first, second, third)
 
 
-def _layer1(hidden_states: Tensor, w: ActorWeights, stage: int) -> Tensor:
-    """fc1(LayerNorm(h)) + stage bias, [B, N, d2], outside of autograd."""
-    width, d1 = w.fc1_weight.shape
-    bias = w.fc1_bias + w.stage_bias[stage]
-    rows = hidden_states.reshape(-1, d1)
-    output = torch.empty(rows.shape[0], width, dtype=w.fc1_weight.dtype, device=rows.device)
-    for piece in _pieces(rows, w.fc1_weight.dtype):
-        inputs = rows[piece].to(w.fc1_weight.dtype)
-        normed = F.layer_norm(inputs, (d1,), w.norm_weight, w.norm_bias, LAYER_NORM_EPS)
-        torch.addmm(bias, normed, w.fc1_weight.T, out=output[piece])
-    return output.view(*hidden_states.shape[:2], width)
-
-
-def _pieces(rows: Tensor, dtype: torch.dtype) -> list[slice]:
+def _pieces(hidden_states: Tensor, dtype: torch.dtype) -> list[slice]:
     """Equal parts of the rows [B N, d1]; one part on a GPU, whose allocator recycles memory anyway."""
-    number = 1
-    if rows.device.type == "cpu":
-        number = max(1, rows.shape[0] * rows.shape[1] * dtype.itemsize // CPU_PIECE_BYTES)
-    length = max(1, -(-rows.shape[0] // number))
-    return [slice(start, start + length) for start in range(0, max(rows.shape[0], 1), length)]
+    number = hidden_states.numel() * dtype.itemsize // CPU_PIECE_BYTES
+    if number <= 1 or not hidden_states.is_cpu:
+        return [slice(None)]
+    rows = hidden_states.numel() // hidden_states.shape[-1]
+    length = -(-rows // number)
+    return [slice(start, start + length) for start in range(0, rows, length)]
 
 
 def _masked_mean(z: Tensor, valid_mask: Tensor | None, overwrite: bool) -> Tensor:
-    """Mean over the valid tokens, [B, d2/2]; may ``overwrite`` z where invalid."""
+    """Mean over the valid tokens, [B, 1, d2/2]; may ``overwrite`` z where invalid."""
     if valid_mask is None:
-        return z.mean(dim=1) if z.shape[1] else z.sum(dim=1)
+        return z.mean(dim=1, keepdim=True) if z.shape[1] else z.sum(dim=1, keepdim=True)
     fill = z.masked_fill_ if overwrite else z.masked_fill  # a sum of selected rows would be slower
-    return fill(~valid_mask[..., None], 0.0).sum(dim=1) / _count(valid_mask)
+    return fill(~valid_mask[..., None], 0.0).sum(dim=1, keepdim=True) / _count(valid_mask)[..., None]
 
 
 def _count(valid_mask: Tensor) -> Tensor:
@@ -151,7 +150,7 @@ def _backward(
         z = _gelu(activations.first)
         by_local = grad.T @ z[..., :half].reshape(-1, half)
         summary = _masked_mean(z[..., half:], valid_mask, overwrite=True)
-        gradients["fc2_weight"] = torch.cat([by_local, per_sample.T @ summary], dim=1)
+        gradients["fc2_weight"] = torch.cat([by_local, per_sample.T @ summary[:, 0]], dim=1)
     if not wanted & _UP_TO_FC1:
         return
 

@@ -197,12 +197,13 @@ def is_ordinary(
     query: Tensor, key: Tensor, keep_mask: Tensor, key_padding_mask: Tensor | None, is_causal: bool
 ) -> bool:
     """Whether a bool mask keeps everything, and torch's own causality (row i sees columns up to i) is meant."""
+    # after real pruning this is asked before every layer; is_cpu and size() make no object, as device and shape do
     return (
-        query.device.type == "cpu"
-        and keep_mask.dtype == torch.bool
+        query.is_cpu
+        and keep_mask.dtype is torch.bool
         and key_padding_mask is None
-        and (not is_causal or query.shape[2] == key.shape[2])
-        and bool(keep_mask.all())
+        and (not is_causal or query.size(2) == key.size(2))
+        and keep_mask.all().item() is True
     )
 
 
