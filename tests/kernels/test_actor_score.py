@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from toprl_kernels import ActorWeights, actor_score
+from toprl_kernels.actor_score import eager, library
 from toprl_kernels.testing import assert_within_budget, make_actor_weights
 
 
@@ -36,7 +39,6 @@ def test_definition_equals_torch_layers() -> None:
 @pytest.mark.parametrize("backend", ["reference", "eager"])
 @pytest.mark.parametrize("with_mask", [False, True])
 def test_gradcheck(backend: str, with_mask: bool) -> None:
-    """In float64, eager named by name is the op with its explicit backward."""
     weights = widen(make_actor_weights(6, 4))
     leaves = [make_hidden(2, 3, 6).double().requires_grad_(), *(tensor.requires_grad_() for tensor in weights)]
     valid = torch.tensor([[True, False, True], [False, False, False]]) if with_mask else None
@@ -60,6 +62,24 @@ def test_eager_equals_definition(with_mask: bool) -> None:
     )
 
 
+@pytest.mark.parametrize("pieces", [1, 4])
+@pytest.mark.parametrize("with_mask", [False, True])
+def test_explicit_backward_and_pieces(with_mask: bool, pieces: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Outside of autograd LayerNorm runs in pieces of rows, across samples; the last one is shorter."""
+    hidden, valid = make_hidden(3, 9, 20).double(), torch.rand(3, 9) < 0.5 if with_mask else None
+    monkeypatch.setattr(eager, "CPU_PIECE_BYTES", hidden.nbytes // pieces)
+    assert len(eager._pieces(hidden, torch.float64)) == pieces
+    leaves = [hidden.requires_grad_(), *(tensor.requires_grad_() for tensor in widen(make_actor_weights(20, 12)))]
+    weights = ActorWeights(*leaves[1:])
+    want = actor_score(hidden, 2, weights, valid_mask=valid, backend="reference")
+    direction = torch.randn_like(want)
+    gradients = torch.autograd.grad(want, leaves, direction)
+    close = functools.partial(torch.testing.assert_close, rtol=1e-10, atol=1e-12)
+    with torch.no_grad():
+        close(actor_score(hidden, 2, weights, valid_mask=valid, backend="eager"), want)
+        close(library.backward_op(direction, hidden, *weights, valid, 2, [True] * 12), gradients)
+
+
 @pytest.mark.usefixtures("poisoned_memory")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize(
@@ -80,10 +100,10 @@ def test_triton(batch: int, tokens: int, d1: int, d2: int, with_mask: bool, dtyp
         valid = torch.rand(batch, tokens, device=device) < 0.6
         valid[0] = False  # a sample without any valid token
     oracle = actor_score(hidden.double(), 1, widen(weights), valid_mask=valid, backend="reference")
-    eager = actor_score(hidden, 1, weights, valid_mask=valid, backend="eager")
+    plain = actor_score(hidden, 1, weights, valid_mask=valid, backend="eager")
     got = actor_score(hidden, 1, weights, valid_mask=valid, backend="triton")
     assert got.dtype == dtype
-    assert_within_budget(got, eager, oracle, name="logits")
+    assert_within_budget(got, plain, oracle, name="logits")
 
 
 @pytest.mark.parametrize("backend", ["eager", "triton"])
