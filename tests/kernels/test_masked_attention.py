@@ -176,9 +176,12 @@ def test_kept_keys_without_a_mask_gradient(mask_value: float | None) -> None:
 class TestIdentities:
     @pytest.mark.parametrize("backend", CPU_BACKENDS)
     @pytest.mark.parametrize("is_causal", [False, True])
-    def test_everything_kept_is_ordinary_attention(self, backend: str, is_causal: bool) -> None:
-        x = make_attention_inputs(2, 4, 2, 17, 17, 8)
-        expected = F.scaled_dot_product_attention(x.query, x.key, x.value, is_causal=is_causal, enable_gqa=True)
+    @pytest.mark.parametrize("num_queries", [17, 5])
+    def test_everything_kept_is_ordinary_attention(self, backend: str, is_causal: bool, num_queries: int) -> None:
+        x = make_attention_inputs(2, 4, 2, num_queries, 17, 8)
+        visible = torch.ones(17, 17, dtype=torch.bool)
+        visible = (visible.tril() if is_causal else visible)[17 - num_queries :]
+        expected = F.scaled_dot_product_attention(x.query, x.key, x.value, visible, enable_gqa=True)
         for mask in (torch.ones(2, 17), torch.ones(2, 17, dtype=torch.bool)):
             got = masked_attention(x.query, x.key, x.value, mask, is_causal=is_causal, backend=backend)
             torch.testing.assert_close(got, expected)
