@@ -7,7 +7,6 @@ machine is says ``function_us``: torch's own price of a node, an autograd.Functi
 
 from __future__ import annotations
 
-import gc
 import importlib
 import time
 from collections.abc import Callable, Iterator
@@ -17,6 +16,7 @@ from unittest import mock
 import torch
 
 from bench.kernel_measure import Row
+from bench.timing import without_collector
 from toprl_kernels import actor_score, compact_cache, masked_attention, sample_keep_mask, topk_compact
 from toprl_kernels.testing import make_actor_weights, make_attention_inputs
 
@@ -96,17 +96,12 @@ def _detached(result: Any) -> Any:
 
 def _microseconds(call: Callable[[], object]) -> float:
     best = float("inf")
-    was_enabled = gc.isenabled()
-    gc.disable()  # as timeit does: how much there is to look through is the affair of the process
-    try:
+    with without_collector():  # as timeit does: how much there is to look through is the affair of the process
         for _ in range(ROUNDS):
             begin = time.perf_counter()
             for _ in range(CALLS):
                 call()
             best = min(best, time.perf_counter() - begin)
-    finally:
-        if was_enabled:
-            gc.enable()
     return best / CALLS * 1e6
 
 

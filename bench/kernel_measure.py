@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from bench.kernel_cases import dtype_name
-from bench.timing import time_interleaved
+from bench.timing import time_interleaved, without_collector
 from toprl_kernels.testing import error_budget, max_error
 
 Row = dict[str, Any]
@@ -128,11 +128,8 @@ def measure_peaks(device: torch.device, dtypes: Sequence[torch.dtype], quick: bo
 
 def peak_memory(call: Callable[[], object], device: torch.device) -> int:
     """Bytes: the largest memory allocated at a time during one call, beyond what was allocated before it."""
-    gc.disable()  # garbage of earlier providers, released during the call, would be subtracted
-    try:
+    with without_collector():  # garbage of earlier providers, released during the call, would be subtracted
         return _peak_on_cuda(call, device) if device.type == "cuda" else _peak_on_cpu(call)
-    finally:
-        gc.enable()
 
 
 def _peak_on_cuda(call: Callable[[], object], device: torch.device) -> int:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -20,6 +22,18 @@ class Timing:
     p50_ms: float
     p80_ms: float
     rounds: int
+
+
+@contextlib.contextmanager
+def without_collector() -> Iterator[None]:
+    """The garbage collector off, and on again afterwards only where it was on."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 def _quantile(samples: list[float], fraction: float) -> float:
