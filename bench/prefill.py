@@ -49,7 +49,7 @@ from transformers import (
 
 from toprl_kernels import flops
 from toprl_models import FastV, Policy, Pruner, PyramidDrop, Schedule, StageContext, TopRLPolicy, attach
-from toprl_models.caches import cache_bytes
+from toprl_models.runtime.cache import cache_bytes
 from toprl_models.schedule import stage_layers_for
 
 IMAGE_ID = 1

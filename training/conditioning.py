@@ -24,7 +24,7 @@ from transformers import HfArgumentParser
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from toprl_models import Policy, PyramidDrop, Schedule, TopRLPolicy, attach
-from toprl_models.policy import CONDITIONS
+from toprl_models.methods.toprl import CONDITIONS
 from training.analyses import plots
 from training.analyses.lab import Lab, digest
 from training.analyses.measure import model_of

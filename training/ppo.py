@@ -28,7 +28,7 @@ from transformers import HfArgumentParser
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from toprl_models import Schedule, TopRLPolicy
-from toprl_models.policy import model_signature
+from toprl_models.methods.toprl import model_signature
 from training.rewards import (
     alphas,
     check_budget,

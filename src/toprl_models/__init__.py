@@ -1,6 +1,7 @@
 """Adapters that prune visual tokens inside transformers models."""
 
-from toprl_models.baselines import (
+from toprl_models.families import Family, register_family
+from toprl_models.methods import (
     DivPrune,
     Downsample,
     FasterVLM,
@@ -12,14 +13,15 @@ from toprl_models.baselines import (
     SparseVLM,
     VisionZip,
 )
-from toprl_models.families import Family, register_family
-from toprl_models.methods import Method, methods, schedule_for
-from toprl_models.policy import Decision, Policy, PromptEmbeddings, StageContext, TopRLPolicy
+from toprl_models.methods.toprl import TopRLPolicy
+from toprl_models.policy import Decision, Policy, PromptEmbeddings, StageContext
 from toprl_models.pruner import Pruner, attach
+from toprl_models.registry import METHODS, Method, schedule_for
+from toprl_models.runtime.stage import StageTrace
 from toprl_models.schedule import Schedule
-from toprl_models.stages import StageTrace
 
 __all__ = [
+    "METHODS",
     "Decision",
     "DivPrune",
     "Downsample",
@@ -41,7 +43,6 @@ __all__ = [
     "TopRLPolicy",
     "VisionZip",
     "attach",
-    "methods",
     "register_family",
     "schedule_for",
 ]

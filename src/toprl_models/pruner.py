@@ -15,8 +15,21 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from torch import Tensor, nn
 
-from toprl_models import masking
-from toprl_models.attention import (
+from toprl_models.families import decoder_of, family_of, has_kinds_of_positions, has_plain_positions, min_stage_of
+from toprl_models.policy import Policy
+from toprl_models.runtime import mask as masking
+from toprl_models.runtime.cache import CacheState, cache_state, extend_mask, remove_before_first_layer
+from toprl_models.runtime.guards import (
+    OneForward,
+    refuse_checkpointing,
+    refuse_packed,
+    refuse_several_devices,
+    refuse_window,
+    sliding_window,
+)
+from toprl_models.runtime.outputs import Survivors, scatter_all, scatter_back, without_dropped
+from toprl_models.runtime.prompt import Prompt, VisualIds, begin, drafted_tokens, read_prompt
+from toprl_models.runtime.scores import (
     LayerView,
     gather_tables,
     is_static_step,
@@ -25,21 +38,7 @@ from toprl_models.attention import (
     refuse_views_ahead,
     static_step_mask,
 )
-from toprl_models.caches import CacheState, cache_state, extend_mask, remove_before_first_layer
-from toprl_models.families import decoder_of, family_of, has_kinds_of_positions, has_plain_positions, min_stage_of
-from toprl_models.guards import (
-    OneForward,
-    refuse_checkpointing,
-    refuse_packed,
-    refuse_several_devices,
-    refuse_window,
-    sliding_window,
-)
-from toprl_models.outputs import Survivors, scatter_all, scatter_back, without_dropped
-from toprl_models.policy import Policy
-from toprl_models.prompts import Prompt, VisualIds, begin, drafted_tokens, read_prompt
-from toprl_models.schedule import Schedule
-from toprl_models.stages import (
+from toprl_models.runtime.stage import (
     ForwardPass,
     Segment,
     StageTrace,
@@ -47,6 +46,7 @@ from toprl_models.stages import (
     moved_positions,
     run_stage,
 )
+from toprl_models.schedule import Schedule
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

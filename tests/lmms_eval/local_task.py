@@ -12,7 +12,7 @@ from PIL import Image
 
 from tests.models.tiny_families import HIDDEN_SIZE, text_config
 from toprl_models import TopRLPolicy, tiny
-from toprl_models.policy import model_signature
+from toprl_models.methods.toprl import model_signature
 
 NAME = "toprl_local"
 MAX_NEW_TOKENS = 16  # that of the custom task

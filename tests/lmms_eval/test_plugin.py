@@ -19,7 +19,7 @@ from tests.lmms_eval import local_task
 from toprl_models import FastV
 from toprl_models.integrations import lmms_eval_models
 from toprl_models.integrations.lmms_eval import TRAINED
-from toprl_models.methods import methods
+from toprl_models.registry import METHODS
 from training.evaluate import EvaluateConfig, evaluate
 
 STAGES = [1, 2, 3]
@@ -178,7 +178,7 @@ def test_a_budget_of_all_tokens_is_the_plain_model_of_lmms_eval(case, force_simp
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", methods())
+@pytest.mark.parametrize("method", METHODS)
 def test_every_method_meets_its_budget(llava, method):
     learned = f",policy={llava.policy}" if method in TRAINED else ""
     # 5 x 5: "downsample" takes squares

@@ -15,7 +15,8 @@ from tests.models.conftest import BATCHES
 from tests.models.tiny_families import FAMILY_NAMES, FIRST_WORD, HIDDEN_SIZE, build_inputs, build_model, visual_mask
 from toprl_kernels import actor_score, keep_mask_log_prob
 from toprl_models import OneShot, Policy, Schedule, StageContext, TopRLPolicy, attach, tiny
-from toprl_models.policy import TEXT_COLUMNS, TEXT_SCORES, TextStates, text_scores
+from toprl_models.methods.toprl import TEXT_COLUMNS, TEXT_SCORES, text_scores
+from toprl_models.policy import TextStates
 
 LAYERS = (2, 3)
 ALL, HALF = (Schedule(tuple((layer, keep) for layer in LAYERS)) for keep in (1.0, 0.5))

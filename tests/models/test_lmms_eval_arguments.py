@@ -12,10 +12,10 @@ import torch
 
 from tests.models.tiny_families import HIDDEN_SIZE, build_model
 from toprl_models import FastV, Schedule, TopRLPolicy, tiny
-from toprl_models.baselines import OneShot
 from toprl_models.integrations.lmms_eval import PruningArguments
-from toprl_models.methods import schedule_for
-from toprl_models.policy import model_signature
+from toprl_models.methods import OneShot
+from toprl_models.methods.toprl import model_signature
+from toprl_models.registry import schedule_for
 
 ROOT = Path(__file__).parents[2]
 

@@ -13,14 +13,14 @@ from tests.models.agreement import kept_slots, masked_by_hand, model_of
 from tests.models.tiny_families import FAMILY_NAMES, HIDDEN_SIZE, TINY, build_inputs, build_model, visual_mask
 from toprl_kernels import flops
 from toprl_models import Schedule, StageContext, TopRLPolicy, attach
-from toprl_models.baselines.divprune import DivPrune, pick_order
-from toprl_models.baselines.dpc_knn import GOLDEN_RATIO, NOISE, cluster_means, dpc_knn
-from toprl_models.baselines.fastv import FastV
-from toprl_models.baselines.fastv_progressive import FastVProgressive
-from toprl_models.baselines.oneshot import OneShot
-from toprl_models.baselines.pyramiddrop import PyramidDrop
-from toprl_models.baselines.random import RandomPolicy
-from toprl_models.baselines.sparsevlm import SparseVLM, recycled
+from toprl_models.methods._dpc_knn import GOLDEN_RATIO, NOISE, cluster_means, dpc_knn
+from toprl_models.methods.divprune import DivPrune, pick_order
+from toprl_models.methods.fastv import FastV
+from toprl_models.methods.fastv_progressive import FastVProgressive
+from toprl_models.methods.oneshot import OneShot
+from toprl_models.methods.pyramiddrop import PyramidDrop
+from toprl_models.methods.random import RandomPolicy
+from toprl_models.methods.sparsevlm import SparseVLM, recycled
 
 ROWS = (("image",), ("image", "image"), ())
 # float32 sums of at most 1 in another order

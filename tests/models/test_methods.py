@@ -24,7 +24,8 @@ from tests.models.generating import (
     pruned,
 )
 from tests.models.tiny_families import FAMILY_NAMES, HIDDEN_SIZE, NUM_LAYERS, TINY, build_model, visual_mask
-from toprl_models import Decision, OneShot, Policy, Schedule, StageContext, TopRLPolicy, attach, methods
+from toprl_models import METHODS as REGISTERED
+from toprl_models import Decision, OneShot, Policy, Schedule, StageContext, TopRLPolicy, attach
 
 METHODS_BEFORE_LLM = ("visionzip", "fastervlm", "divprune", "downsample")
 # they need one query row, or a few, and the keys: no attention matrix that only one backend gives
@@ -42,7 +43,7 @@ NO_FLEX = [family for feature, family in NOT_APPLICABLE if feature == "flex_atte
 
 def schedule_of(name: str, family: str, keep: float = 0.5) -> Schedule:
     """The method's stages scaled to six layers; they keep ``keep`` of the tokens, its square, its cube."""
-    layers = methods()[name].layers(NUM_LAYERS, TINY[family].min_stage)
+    layers = REGISTERED[name].layers(NUM_LAYERS, TINY[family].min_stage)
     return Schedule(tuple((layer, keep ** (number + 1)) for number, layer in enumerate(layers)))
 
 
@@ -53,7 +54,7 @@ def policy_of(name: str, schedule: Schedule) -> Policy:
         return TopRLPolicy(HIDDEN_SIZE, list(schedule.layers), actor_size=8)
     if name == "oneshot":
         return OneShot(TopRLPolicy(HIDDEN_SIZE, [1, 2, 3], actor_size=8), schedule.layers[0])
-    return methods()[name].policy()
+    return REGISTERED[name].policy()
 
 
 @functools.cache
@@ -88,8 +89,8 @@ def num_visual(inputs: dict[str, Tensor]) -> list[int]:
 
 
 def test_the_matrix_has_every_method() -> None:
-    assert tuple(methods()) == METHODS
-    assert {name for name, info in methods().items() if info.stages == (0,)} == set(METHODS_BEFORE_LLM)
+    assert tuple(REGISTERED) == METHODS
+    assert {name for name, info in REGISTERED.items() if info.stages == (0,)} == set(METHODS_BEFORE_LLM)
 
 
 @pytest.mark.parametrize(("name", "family"), METHODS_NOT_APPLICABLE)

@@ -9,7 +9,7 @@ from tests.models.agreement import model_of, schedule_of
 from tests.models.conftest import HashPolicy
 from tests.models.tiny_families import FAMILY_NAMES, IMAGE_ID, TINY, VIDEO_ID, build_inputs, visual_mask
 from toprl_models import attach
-from toprl_models.prompts import find_placeholders
+from toprl_models.runtime.prompt import find_placeholders
 
 GREEDY = {"max_new_tokens": 4, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
 

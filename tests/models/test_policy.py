@@ -10,7 +10,7 @@ import torch
 from tests.models.conftest import BATCHES
 from tests.models.tiny_families import build_inputs, build_model
 from toprl_models import Schedule, TopRLPolicy, attach
-from toprl_models.policy import model_signature
+from toprl_models.methods.toprl import model_signature
 
 
 def make_policy(**changes):

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.models.features import METHODS
 from toprl_kernels import flops
-from toprl_models import Method, Policy, Schedule, methods, schedule_for
+from toprl_models import METHODS as REGISTERED
+from toprl_models import Method, Policy, Schedule, schedule_for
 
 AUTHORS = {
     # k = (32 B - 576 K) / (32 - K) with K = 2
@@ -28,7 +28,7 @@ def test_the_authors_settings(name: str, budget: int) -> None:
 
 
 def true_average(name: str, schedule: Schedule, num_visual: int = 576, num_layers: int = 32) -> float:
-    counts = methods()[name].policy().counts(schedule, num_visual)
+    counts = REGISTERED[name].policy().counts(schedule, num_visual)
     return flops.average_tokens(num_visual, tuple(zip(schedule.layers, counts, strict=True)), num_layers)
 
 
@@ -37,7 +37,7 @@ def test_what_sparsevlm_calls_a_budget(budget: int, average: float) -> None:
     assert true_average("sparsevlm", schedule_for("sparsevlm", budget)) == pytest.approx(average, abs=0.05)
 
 
-SOLVED = [name for name, one in methods().items() if not one.trained]
+SOLVED = [name for name, one in REGISTERED.items() if not one.trained]
 
 
 @pytest.mark.parametrize("name", SOLVED)
@@ -48,7 +48,7 @@ def test_solved_budgets_are_met(name: str, num_visual: int, num_layers: int, bud
     if name == "downsample":  # whole images only
         assert 0.75 * budget < average <= budget
     else:  # half a token per stage by rounding; merged tokens come in steps
-        assert average == pytest.approx(budget, abs=3 if methods()[name].merges else 1)
+        assert average == pytest.approx(budget, abs=3 if REGISTERED[name].merges else 1)
 
 
 def test_other_layers_than_the_authors_are_solved() -> None:
@@ -72,28 +72,28 @@ def test_an_unknown_method_is_named() -> None:
 
 
 def test_the_registry() -> None:
-    found = methods()
-    assert list(found) == list(METHODS)
+    found = dict(REGISTERED)
+    assert list(found) == list(REGISTERED)
     assert all(isinstance(one, Method) and one.name == name for name, one in found.items())
     assert all(isinstance(found[name].policy(), Policy) for name in SOLVED)
     found.clear()
-    assert methods()  # a copy was given away
+    assert REGISTERED  # a copy was given away
 
 
 @pytest.mark.parametrize("num_layers", [6, 24, 28, 32, 40, 80])
 def test_default_layers_scale_with_the_depth(num_layers: int) -> None:
-    for one in methods().values():
+    for one in REGISTERED.values():
         layers = one.layers(num_layers)
         assert len(layers) == len(one.stages) and layers == tuple(sorted(set(layers))) and layers[-1] < num_layers
         assert (layers == (0,)) == (one.stages == (0,))
         if one.stages != (0,):
             assert one.layers(num_layers, first=3)[0] >= 3 or num_layers < 7
-    assert methods()["pyramiddrop"].layers(32) == (2, 8, 16)
+    assert REGISTERED["pyramiddrop"].layers(32) == (2, 8, 16)
 
 
 def test_the_page_on_methods_has_them_all() -> None:
     page = (Path(__file__).parents[2] / "docs/methods.md").read_text()
     rows = [line for line in page.splitlines() if line.startswith("| `")]
-    assert [row.split("`")[1] for row in rows] == list(methods())
-    for row, one in zip(rows, methods().values(), strict=True):
+    assert [row.split("`")[1] for row in rows] == list(REGISTERED)
+    for row, one in zip(rows, REGISTERED.values(), strict=True):
         assert row.rstrip("| ").rsplit("| ", 1)[1] == ", ".join(map(str, one.stages))

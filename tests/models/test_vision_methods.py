@@ -25,10 +25,10 @@ from tests.models.tiny_families import (
     visual_mask,
 )
 from toprl_models import Policy, Schedule, StageContext, attach
-from toprl_models.baselines.downsample import Downsample, from_patches, resized, smaller_grid, spread, to_patches
-from toprl_models.baselines.fastervlm import FasterVLM
-from toprl_models.baselines.visionzip import VisionZip, zip_tiles
-from toprl_models.vision import ClassTokenReader, TileReading, split_rows, tile_shares
+from toprl_models.methods._tower import ClassTokenReader, TileReading, split_rows, tile_shares
+from toprl_models.methods.downsample import Downsample, from_patches, resized, smaller_grid, spread, to_patches
+from toprl_models.methods.fastervlm import FasterVLM
+from toprl_models.methods.visionzip import VisionZip, zip_tiles
 
 CLASS_TOKEN_FAMILIES = ["llava", "llava_next", "video_llava"]
 SMALLER = ["llava", "video_llava", "internvl", "qwen2_5_vl"]

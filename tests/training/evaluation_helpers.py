@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from toprl_models import TopRLPolicy, tiny
-from toprl_models.policy import model_signature
+from toprl_models.methods.toprl import model_signature
 from training.evaluation.config import EvaluateConfig
 
 LAYERS, KEPT = [1, 2, 3], [8, 4, 2]

@@ -319,7 +319,7 @@ def test_options_of_tasks():
 def test_flags_from_the_command_line_and_from_a_file(tmp_path):
     flags = parse("--task textvqa gqa --method fastv --budget 192 64 --stages 2 8 16 --seeds 0 1 --overwrite".split())
     assert (flags.task, flags.budget, flags.stages, flags.seeds) == (["textvqa", "gqa"], [192, 64], [2, 8, 16], [0, 1])
-    assert flags.overwrite and flags.budgets() == ["192", "64"] and flags.methods() == ["full", "fastv"]
+    assert flags.overwrite and flags.budgets() == ["192", "64"] and flags.METHODS == ["full", "fastv"]
     file = tmp_path / "table1.yaml"
     file.write_text("task: [textvqa, gqa]\nmethod: [fastv]\nbudget: [192, 64]\nstages: [2, 8, 16]\noverwrite: true\n")
     given = parse([str(file)])

@@ -15,8 +15,8 @@ from matplotlib.figure import Figure
 
 from bench.prefill import LLAVA_100M, LLAVA_NEXT_7B, Case, attached, build_inputs, build_model
 from toprl_kernels import flops
-from toprl_models import Policy, Schedule, TopRLPolicy, methods, schedule_for
-from toprl_models.caches import cache_bytes
+from toprl_models import METHODS, Policy, Schedule, TopRLPolicy, schedule_for
+from toprl_models.runtime.cache import cache_bytes
 from training.analyses import plots
 from training.analyses.config import Analysis, ReproduceConfig, Result
 from training.analyses.lab import Lab
@@ -102,7 +102,7 @@ def policies(case: Case, device: torch.device) -> dict[str, tuple[Policy, Schedu
                 device, case.dtype
             )
         else:
-            policy = methods()[name].policy()
+            policy = METHODS[name].policy()
         found[name] = (policy, schedule)
     return found
 
@@ -268,7 +268,7 @@ def table(result: Result) -> str:
     for name, row in result["rows"].items():
         prefill, decode = median(row["prefill_ms"]), median(row["decode_ms"])
         fast = "" if name == "full" else speed_up(result, name).text()
-        label = "full model" if name == "full" else methods()[name].title
+        label = "full model" if name == "full" else METHODS[name].title
         cells = [f"{row['average_tokens']:.0f}", f"{prefill:.0f}", fast, f"{row['macs_ratio']:.2f}", f"{decode:.1f}"]
         measured.append([label, *cells, f"{row['kv_bytes'] / 1e6:.1f}"])
     heads = [
@@ -324,7 +324,7 @@ def figure(result: Result) -> Figure:
         mew=2,
         label="multiply-adds",
     )
-    right.set_yticks(range(len(mine)), [methods()[name].title for name in mine])
+    right.set_yticks(range(len(mine)), [METHODS[name].title for name in mine])
     right.set_xlim(
         0, math.ceil(max(*(one.high for one in ups), *(r["macs_ratio"] for r in result["rows"].values()))) + 0.2
     )

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from toprl_models import methods, schedule_for
+from toprl_models import METHODS, schedule_for
 from toprl_models.schedule import stage_layers_for
 from training.analyses import plots
 from training.analyses.clips import FRAMES, PREFIX
@@ -90,7 +90,7 @@ def verdicts(result: Result) -> list[Verdict]:
         Verdict(
             "TOP-RL has the highest average retention on video.",
             judge(gap),
-            f"Minus {methods()[best].title}, the best of {len(BASELINES)} others: {gap.percent(signed=True)} points.",
+            f"Minus {METHODS[best].title}, the best of {len(BASELINES)} others: {gap.percent(signed=True)} points.",
         ),
         Verdict(
             "Agents of single images are of use on clips (control, not in the paper): they beat random patches.",
@@ -101,7 +101,7 @@ def verdicts(result: Result) -> list[Verdict]:
 
 
 def label_of(name: str) -> str:
-    return {"full": "full model", "toprl": "TOP-RL, trained on images"}.get(name) or methods()[name].title
+    return {"full": "full model", "toprl": "TOP-RL, trained on images"}.get(name) or METHODS[name].title
 
 
 def table(result: Result) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from toprl_models import Schedule, schedule_for
-from toprl_models.methods import Method
+from toprl_models.registry import Method
 from training.evaluation.methods import METHODS
 from training.tasks import DTYPES
 

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from toprl_models.caches import cache_bytes
 from toprl_models.families import family_of, visual_token_ids
+from toprl_models.runtime.cache import cache_bytes
 from training.tasks import Sample, Task, read_answers
 
 

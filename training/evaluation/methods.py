@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from toprl_models import OneShot, Policy, StageContext, TopRLPolicy, methods
-from toprl_models.methods import Method
-from toprl_models.policy import model_signature
+from toprl_models import METHODS as REGISTERED
+from toprl_models import OneShot, Policy, StageContext, TopRLPolicy
+from toprl_models.methods.toprl import model_signature
+from toprl_models.registry import Method
 from training.rollout import ArgmaxPolicy
 
 
@@ -24,7 +25,7 @@ class Row:
 
     Attributes:
         label: for people.
-        method: the method of ``toprl_models.methods()`` that it runs; None for the unpruned model.
+        method: the method of ``toprl_models.METHODS`` that it runs; None for the unpruned model.
         needs_policy: it is made of a trained actor.
         draws: it depends on a seed; others run once (TOP-RL: once per policy).
         scheduled: it keeps what the budget says; others run once for all budgets.
@@ -40,7 +41,7 @@ class Row:
 
 
 DEFAULTS = ("toprl", "fastv", "fastv_progressive", "pyramiddrop", "random")
-_TOPRL = methods()["toprl"]
+_TOPRL = REGISTERED["toprl"]
 METHODS = {
     "full": Row("Full model, no pruning", scheduled=False, default=True),
     **{
@@ -51,7 +52,7 @@ METHODS = {
             draws=name == "random",
             default=name in DEFAULTS,
         )
-        for name, method in methods().items()
+        for name, method in REGISTERED.items()
     },
     "untrained": Row("Untrained actor", _TOPRL, needs_policy=True, draws=True, default=True),
     "argmax": Row("TOP-RL, arg-max", _TOPRL, needs_policy=True, scheduled=False, default=True),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from dataclasses import dataclass, field
 
-from toprl_models.policy import CONDITIONS
+from toprl_models.methods.toprl import CONDITIONS
 from training.rewards import ALPHA_SCHEDULES, REWARD_QS, REWARD_TERMS, REWARDS
 from training.tasks import DTYPES
 from training.trainer.log import TRACKERS

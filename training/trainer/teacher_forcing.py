@@ -60,7 +60,7 @@ def answer_log_prob(model: Any, processor: Any, samples: Sequence[Sample], input
     for name, fill in (("attention_mask", 1), ("token_type_ids", 0), ("mm_token_type_ids", 0)):
         if name in inputs:
             extended[name] = torch.cat([inputs[name], torch.full_like(ids, fill, dtype=inputs[name].dtype)], 1)
-    # the cache and logits_to_keep tell the pruner what is a draft (see toprl_models.prompts.drafted_tokens)
+    # the cache and logits_to_keep tell the pruner what is a draft (see toprl_models.runtime.prompt.drafted_tokens)
     cache = DynamicCache(config=model.config.get_text_config())
     logits = model(**extended, past_key_values=cache, use_cache=True, logits_to_keep=longest + 1).logits
     dtype = torch.promote_types(logits.dtype, torch.float32)

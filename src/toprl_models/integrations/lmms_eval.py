@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from toprl_models.baselines import OneShot
-from toprl_models.methods import methods, schedule_for
-from toprl_models.policy import Policy, TopRLPolicy
+from toprl_models.methods import OneShot
+from toprl_models.methods.toprl import TopRLPolicy
+from toprl_models.policy import Policy
 from toprl_models.pruner import attach
+from toprl_models.registry import METHODS, schedule_for
 from toprl_models.schedule import Schedule
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ class PruningArguments:
     """What ``--model_args`` say about pruning.
 
     Attributes:
-        method: a name of ``toprl_models.methods()``.
+        method: a name of ``toprl_models.METHODS``.
         budget: visual tokens averaged over all decoder layers, more than 0.
         policy: folder or Hub id of the trained policy; None for methods that have none.
         stages: layers to prune before; None for the policy's, else those of the method's authors scaled to the depth.
@@ -95,7 +96,7 @@ class PruningArguments:
 
     def _policy(self, num_layers: int) -> tuple[Policy, tuple[int, ...]]:
         """The policy and the layers that it prunes before."""
-        method = methods()[self.method]
+        method = METHODS[self.method]
         if self.policy is None:
             return method.policy(), self.stages or method.layers(num_layers)
         trained = load_policy(self.policy)
@@ -139,13 +140,13 @@ def skeleton(config: PretrainedConfig) -> Any:
 
 
 def _method(method: Any, policy: Any) -> str:
-    known = f"known methods: {', '.join(methods())}"
+    known = f"known methods: {', '.join(METHODS)}"
     if method is None and policy is None:
         raise ValueError(f"method is missing: give method=NAME ({known}) or policy=FOLDER_OR_HUB_ID")
     method = "toprl" if method is None else method
-    if method not in methods():
+    if method not in METHODS:
         raise ValueError(f"method={method} is unknown; {known}")
-    trained = methods()[method].trained
+    trained = METHODS[method].trained
     if trained and policy is None:
         raise ValueError(f"method={method} needs a trained policy: policy=FOLDER_OR_HUB_ID")
     if not trained and policy is not None:

@@ -15,9 +15,9 @@ from lmms_eval.models.simple.llava_hf import LlavaHf as PlainLlavaHf
 from lmms_eval.models.simple.qwen2_5_vl import Qwen2_5_VL as PlainQwen2_5_VL
 from transformers import AutoConfig
 
-from toprl_models.baselines import OneShot
 from toprl_models.integrations.lmms_eval import PruningArguments
-from toprl_models.policy import TopRLPolicy
+from toprl_models.methods import OneShot
+from toprl_models.methods.toprl import TopRLPolicy
 from toprl_models.pruner import Pruner, attach
 from toprl_models.schedule import Schedule
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from toprl_models.compat import repeats_hooks
+from toprl_models.runtime.compat import repeats_hooks
 
 
 class OneForward:

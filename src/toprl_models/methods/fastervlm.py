@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from toprl_models.methods._tower import KEPT, ClassTokenPolicy
 from toprl_models.policy import StageContext
-from toprl_models.vision import KEPT, ClassTokenPolicy
 
 
 class FasterVLM(ClassTokenPolicy):

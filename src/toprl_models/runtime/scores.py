@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from toprl_models.caches import check_rows
+from toprl_models.runtime.cache import check_rows
 
 
 def gather_slots(tensor: Tensor, indices: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from toprl_models.stages import ForwardPass, composed_indices
+from toprl_models.runtime.stage import ForwardPass, composed_indices
 
 
 @dataclass

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize, one_hot
 
+from toprl_models.methods._tower import KEPT, ClassTokenPolicy, TileReading
 from toprl_models.policy import Decision, StageContext
-from toprl_models.vision import KEPT, ClassTokenPolicy, TileReading
 
 # 30 of 192, 20 of 128, 10 of 64 and, for a tile of LLaVA-NeXT, 5 of 32: each is this share exactly
 AUTHORS_RATIO = 5 / 32

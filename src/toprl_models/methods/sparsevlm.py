@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from toprl_models.attention import gather_slots
-from toprl_models.baselines.dpc_knn import cluster_means, dpc_knn
+from toprl_models.methods._dpc_knn import cluster_means, dpc_knn
 from toprl_models.policy import Decision, Policy, StageContext
+from toprl_models.runtime.scores import gather_slots
 from toprl_models.schedule import Schedule
 
 

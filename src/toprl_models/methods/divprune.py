@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from toprl_models.methods._tower import check_before_llm
 from toprl_models.policy import Policy, StageContext
 from toprl_models.schedule import Schedule
-from toprl_models.vision import check_before_llm
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

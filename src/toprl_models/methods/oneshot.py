@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from toprl_models.policy import Decision, Policy, StageContext, TopRLPolicy
+from toprl_models.methods.toprl import TopRLPolicy
+from toprl_models.policy import Decision, Policy, StageContext
 from toprl_models.schedule import Schedule
 
 if TYPE_CHECKING:

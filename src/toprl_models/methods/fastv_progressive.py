@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from toprl_models.baselines.fastv import FastV
+from toprl_models.methods.fastv import FastV
 
 
 class FastVProgressive(FastV):

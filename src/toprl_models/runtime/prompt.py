@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from toprl_models.attention import padding_of
 from toprl_models.families import Family, video_token_ids, visual_token_ids
-from toprl_models.stages import Entry, ForwardPass, Visual, last_slots, on_device
+from toprl_models.runtime.scores import padding_of
+from toprl_models.runtime.stage import Entry, ForwardPass, Visual, last_slots, on_device
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

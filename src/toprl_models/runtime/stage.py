@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from toprl_kernels import topk_compact
-from toprl_models.attention import gather_slots, query_attention
 from toprl_models.policy import Decision, Policy, PromptEmbeddings, StageContext, TextStates
+from toprl_models.runtime.scores import gather_slots, query_attention
 from toprl_models.schedule import Schedule
 
 

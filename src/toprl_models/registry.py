@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from toprl_kernels import flops
-from toprl_models.baselines import (
+from toprl_models.methods import (
     DivPrune,
     Downsample,
     FasterVLM,
@@ -18,7 +18,8 @@ from toprl_models.baselines import (
     SparseVLM,
     VisionZip,
 )
-from toprl_models.policy import Policy, TopRLPolicy
+from toprl_models.methods.toprl import TopRLPolicy
+from toprl_models.policy import Policy
 from toprl_models.schedule import PAPER_LAYERS, PAPER_STAGES, Schedule, stage_layers_for
 
 # Visual tokens of LLaVA-1.5, on which the authors state their settings
@@ -87,11 +88,6 @@ METHODS = {
 }
 
 
-def methods() -> dict[str, Method]:
-    """All methods by name, in the order of the tables."""
-    return dict(METHODS)
-
-
 def method_of(name: str) -> Method:
     """The method called ``name``.
 
@@ -118,7 +114,7 @@ def schedule_for(
     pruned: their 192, 128 and 64 are 206.5, 145.4 and 82.2 on average.
 
     Args:
-        method: a name of ``methods()``.
+        method: a name of ``METHODS``.
         average_tokens: wanted average of visual tokens over all decoder layers.
         num_visual: visual tokens of an image.
         num_layers: decoder layers.

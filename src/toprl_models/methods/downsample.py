@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from toprl_models.families import family_of
+from toprl_models.methods._tower import Recorder, check_before_llm, check_features, refuse_videos, split_rows
 from toprl_models.policy import Decision, Policy, StageContext
-from toprl_models.vision import Recorder, check_before_llm, check_features, refuse_videos, split_rows
 
 if TYPE_CHECKING:
     from torch.utils.hooks import RemovableHandle
