@@ -17,7 +17,7 @@ from toprl_models.methods.toprl import TopRLPolicy
 from toprl_models.policy import Decision, Policy, PromptEmbeddings, StageContext
 from toprl_models.pruner import Pruner, attach
 from toprl_models.registry import METHODS, Method, schedule_for
-from toprl_models.runtime.stage import StageTrace
+from toprl_models.runtime.state import StageTrace
 from toprl_models.schedule import Schedule
 
 __all__ = [
