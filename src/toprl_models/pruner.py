@@ -139,13 +139,6 @@ class Pruner:
         finally:
             thread.prompt_length = was
 
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        """A copy of the model would share or duplicate the pruner's state without being attached."""
-        raise RuntimeError(
-            "a model cannot be copied or pickled while a Pruner is attached: detach() first and attach to the copy, or "
-            "save model.state_dict() or model.save_pretrained(folder)"
-        )
-
 
 def _refuse_continuous_batching(*args: Any, **kwargs: Any) -> NoReturn:
     """Stands in for transformers' continuous batching, which has pages of keys and values instead of a cache."""

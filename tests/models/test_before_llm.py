@@ -166,7 +166,7 @@ def test_hidden_states_lie_at_the_places_of_the_prompt() -> None:
 
 
 def test_the_layer_before_has_no_attention_to_read() -> None:
-    with pytest.raises(ValueError, match="first stage at layer 0, but FastV reads the attention of the layer before"):
+    with pytest.raises(ValueError, match="a stage at layer 0, but FastV reads the attention of the layer before"):
         attach(model_of("llava"), FastV(), schedule=ONCE)
 
 

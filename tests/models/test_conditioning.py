@@ -246,7 +246,7 @@ def test_no_text_behind_the_image_is_refused(mode):
     end = int(visual_mask(inputs)[0].nonzero().max()) + 1
     cut = inputs | {name: inputs[name][:, :end] for name in ("input_ids", "attention_mask")}
     stage_scores(model, cut, make_policy("none"), ALL, mode)  # keeps all, and needs no question
-    with pytest.raises(ValueError, match=r"row 0 ends in a visual token.*append the question"):
+    with pytest.raises(ValueError, match=r"prompt 0 ends in a visual token.*append it"):
         stage_scores(model, cut, make_policy(), ALL, mode)
 
 

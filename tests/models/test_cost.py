@@ -16,7 +16,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from tests.models.agreement import MIXED, assert_agreement, attached, generate, layer_arguments, model_of, schedule_of
 from tests.models.conftest import HashPolicy
 from tests.models.tiny_families import FAMILY_NAMES, FIRST_WORD, HIDDEN_SIZE, NUM_LAYERS, build_inputs, build_model
-from toprl_models import Decision, FastV, Policy, PyramidDrop, RandomPolicy, TopRLPolicy, attach, pruner
+from toprl_models import Decision, FastV, Policy, PyramidDrop, RandomPolicy, TopRLPolicy, attach
+from toprl_models.runtime import compact
 
 aten = torch.ops.aten
 # what stops the host until the device is done
@@ -182,13 +183,13 @@ def test_masks_and_rotary_tables_are_made_once_per_stage(
     made: Counter[str] = Counter()
 
     def counting(name: str) -> None:
-        function = getattr(pruner, name)
+        function = getattr(compact, name)
 
         def wrapper(*args: Any) -> Any:
             made[name] += 1
             return function(*args)
 
-        monkeypatch.setattr(pruner, name, wrapper)
+        monkeypatch.setattr(compact, name, wrapper)
 
     for name in ("gather_tables", "prefill_mask", "rebuild_mask"):
         counting(name)

@@ -12,7 +12,7 @@ from torch import Tensor
 from tests.models import flash_stand_in, test_attention_backends, test_cost, test_families
 from tests.models.agreement import MIXED, assert_agreement, model_of, schedule_of
 from tests.models.tiny_families import build_inputs
-from toprl_models import prompts, pruner, stages
+from toprl_models.runtime import compact, hooks, prompt, state
 
 Break = Callable[[pytest.MonkeyPatch], None]
 Check = Callable[[str], Any]
@@ -52,17 +52,19 @@ def renumbered_positions(patch: pytest.MonkeyPatch) -> None:
     def gather_tables(tables: Any, kept: Tensor | None) -> Any:
         return tables if kept is None else tuple(table[:, : kept.shape[1]] for table in tables)
 
-    patch.setattr(pruner, "gather_tables", gather_tables)
+    patch.setattr(compact, "gather_tables", gather_tables)
 
 
 def gapped_positions_reach_the_layers(patch: pytest.MonkeyPatch) -> None:
-    shorten = pruner.Pruner._shorten
+    before_layer = compact.Compact.before_layer
 
-    def leaves_positions(self: Any, forward: Any, number: int, index: int, states: Tensor, kwargs: dict) -> None:
-        shorten(self, forward, number, index, states, kwargs)
-        kwargs["position_ids"] = 2 * torch.arange(states.shape[1])[None]
+    def leaves_positions(
+        self: Any, forward: Any, number: int, index: int, states: Tensor, kwargs: dict[str, Any]
+    ) -> dict[str, Any]:
+        changed = before_layer(self, forward, number, index, states, kwargs)
+        return {**changed, "position_ids": 2 * torch.arange(states.shape[1])[None]}
 
-    patch.setattr(pruner.Pruner, "_shorten", leaves_positions)
+    patch.setattr(compact.Compact, "before_layer", leaves_positions)
 
 
 def gapped_positions_reach_the_mask_maker(patch: pytest.MonkeyPatch) -> None:
@@ -71,32 +73,34 @@ def gapped_positions_reach_the_mask_maker(patch: pytest.MonkeyPatch) -> None:
 
         return create_causal_mask(config, states, valid, view, 2 * torch.arange(states.shape[1])[None])
 
-    patch.setattr(pruner, "rebuild_mask", rebuild_mask)
+    patch.setattr(compact, "rebuild_mask", rebuild_mask)
 
 
 def no_modality_gate(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(prompts.VisualIds, "brought", lambda self, kwargs: self.images + self.videos)
+    patch.setattr(prompt.VisualIds, "brought", lambda self, kwargs: self.images + self.videos)
 
 
 def fillers_of_short_rows_are_keys(patch: pytest.MonkeyPatch) -> None:
-    prefill_mask = pruner.prefill_mask
-    patch.setattr(pruner, "prefill_mask", lambda mask, indices, valid: prefill_mask(mask, indices, None))
+    prefill_mask = compact.prefill_mask
+    patch.setattr(compact, "prefill_mask", lambda mask, indices, valid: prefill_mask(mask, indices, None))
 
 
 def decoding_forgets_the_fillers(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(pruner, "extend_mask", lambda stored, new, past, states: new)
+    patch.setattr(compact, "extend_mask", lambda stored, new, past, states: new)
 
 
 def one_layer_late_in_both_modes(patch: pytest.MonkeyPatch) -> None:
-    init = pruner._LayerHook.__init__
+    init = hooks._LayerHook.__init__
 
-    def second_stage_late(self: Any, owner: Any, index: int) -> None:
-        init(self, owner, index)
-        late = owner.schedule.layers[1]
-        owner._stage_at = {layer + (layer == late): stage for stage, layer in enumerate(owner.schedule.layers)}
+    def second_stage_late(self: Any, runtime: Any, index: int) -> None:
+        init(self, runtime, index)
+        late = runtime.schedule.layers[1]
+        runtime._stage_at = {
+            layer + (layer == late): stage for layer, stage in zip(runtime.schedule.layers, runtime.stages, strict=True)
+        }
         self.number -= index == late
 
-    patch.setattr(pruner._LayerHook, "__init__", second_stage_late)
+    patch.setattr(hooks._LayerHook, "__init__", second_stage_late)
 
 
 def dropped_tokens_do_not_see_themselves(patch: pytest.MonkeyPatch) -> None:
@@ -112,11 +116,11 @@ def masks_are_checked_for_padding(patch: pytest.MonkeyPatch) -> None:
 
         return create_causal_mask(config, states, valid, view)
 
-    patch.setattr(pruner, "rebuild_mask", rebuild_mask)
+    patch.setattr(compact, "rebuild_mask", rebuild_mask)
 
 
 def numbers_are_copied_in_time(patch: pytest.MonkeyPatch) -> None:
-    for module in (stages, prompts):
+    for module in (compact, prompt, state):
         patch.setattr(module, "on_device", lambda numbers, device: torch.tensor(numbers, device=device))
 
 

@@ -130,7 +130,7 @@ def test_labels_that_are_not_one_per_token_are_refused() -> None:
     model, inputs = shared_model("llava"), build_inputs()
     with (
         attach(model, HashPolicy(), schedule=schedule_of("llava")),
-        pytest.raises(ValueError, match=r"labels have shape \(1, 3\)"),
+        pytest.raises(ValueError, match=r"labels: shape \(1, 3\)"),
     ):
         model(**inputs, labels=inputs["input_ids"][:, -3:], logits_to_keep=3)
 
@@ -232,6 +232,8 @@ def test_outputs_as_a_tuple(mode: str) -> None:
 
 class Soft(Policy):
     """A given keep mask at each stage, so that it can be differentiated."""
+
+    uses_text = False
 
     def __init__(self, masks: list[Tensor]) -> None:
         self.masks = masks

@@ -245,7 +245,7 @@ def test_flex_attention_is_refused() -> None:
     with (
         torch.compiler.set_stance("force_eager"),
         attached(model, SCHEDULE),
-        pytest.raises(ValueError, match=r"image tokens see those behind them"),
+        pytest.raises(ValueError, match=r"image tokens see those after them"),
     ):
         model(**gemma3_inputs((1,)))
 
@@ -258,5 +258,5 @@ def test_images_on_a_filled_cache_are_refused(attn_implementation: str) -> None:
         cache = model(**inputs, use_cache=True).past_key_values
         # of all tokens, those in the cache included
         both = {name: torch.cat([inputs[name]] * 2, 1) for name in ("attention_mask", "token_type_ids")}
-        with pytest.raises(ValueError, match=r"image tokens see those behind them"):
+        with pytest.raises(ValueError, match=r"image tokens see those after them"):
             model(**inputs | both, past_key_values=cache)

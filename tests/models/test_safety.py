@@ -310,17 +310,6 @@ def test_a_layer_that_is_called_alone_is_refused() -> None:
             layer(states, **call)
 
 
-@pytest.mark.parametrize("other", [1, "cuda:1", torch.device("cuda", 1)])
-def test_several_devices_are_refused(other: Any) -> None:
-    """As ``device_map="auto"`` makes of two GPUs; parts in memory or on disk run on the one GPU."""
-    model = build_model()
-    model.hf_device_map = {"model.vision_tower": 0, "model.language_model": other, "lm_head": "disk"}
-    with pytest.raises(ValueError, match=r"spread over the devices 0, .*1, which is not supported.*device_map="):
-        attach(model, HashPolicy(), schedule=schedule_of("llava"))
-    model.hf_device_map = {"model.vision_tower": 0, "model.language_model": "cpu", "lm_head": "disk"}
-    attach(model, HashPolicy(), schedule=schedule_of("llava")).detach()
-
-
 def test_dropout_is_refused_in_mask_mode() -> None:
     model, inputs = build_model(), build_inputs()
     for layer in model.get_decoder().layers:

@@ -428,8 +428,9 @@ def shares_of_rows(model: Any, inputs: dict[str, Tensor], keep: float) -> list[t
 def test_visionzip_is_the_model_on_the_authors_tokens(family, rows, keep):
     model, inputs = model_of(family), build_inputs(family, rows)
     short = short_prompts(model, inputs, expected_zip(family, inputs, keep))
+    expected = model(**short).logits[:, -1]
     with attach(model, VisionZip(), schedule=schedule(keep)) as pruner:
-        torch.testing.assert_close(model(**inputs).logits[:, -1], model(**short).logits[:, -1], atol=ATOL, rtol=1e-4)
+        torch.testing.assert_close(model(**inputs).logits[:, -1], expected, atol=ATOL, rtol=1e-4)
         assert pruner.trace[0].counts == tuple(schedule(keep).counts(n)[0] for n in visual_mask(inputs).sum(1).tolist())
         tokens = answers(model, inputs)
     plain = model(**inputs).logits[:, -1]
@@ -467,8 +468,9 @@ def test_fastervlm_keeps_the_best_patches_of_each_tile(family, rows, keep):
             wanted |= {tile * 16 + patch for patch in best}
     chosen = [torch.tensor([number in wanted for number in one.tolist()]) for one in present]
     short = short_prompts(model, inputs, [one[mask] for one, mask in zip(features, chosen, strict=True)])
+    expected = model(**short).logits[:, -1]
     with attach(model, FasterVLM(), schedule=schedule(keep)) as pruner:
-        torch.testing.assert_close(model(**inputs).logits[:, -1], model(**short).logits[:, -1], atol=ATOL, rtol=1e-4)
+        torch.testing.assert_close(model(**inputs).logits[:, -1], expected, atol=ATOL, rtol=1e-4)
         expected = [
             torch.cat([chosen[picture] for picture in pictures]).nonzero()[:, 0].tolist() if pictures else []
             for pictures in pictures_of_rows(model, inputs)
@@ -514,8 +516,9 @@ def test_downsample_is_the_model_on_smaller_pictures(family, rows, keep, side):
     assert features.shape[1] == side * side
     short = short_prompts(model, inputs, list(features))
     policy = Downsample()
+    expected = model(**short).logits[:, -1]
     with attach(model, policy, schedule=schedule(keep)) as pruner:
-        torch.testing.assert_close(model(**inputs).logits[:, -1], model(**short).logits[:, -1], atol=ATOL, rtol=1e-4)
+        torch.testing.assert_close(model(**inputs).logits[:, -1], expected, atol=ATOL, rtol=1e-4)
         visual = visual_mask(inputs).sum(1).tolist()
         assert pruner.trace[0].counts == tuple(side * side * count // 16 for count in visual)
         assert pruner.trace[0].counts == tuple(policy.counts(schedule(keep), count)[0] for count in visual)

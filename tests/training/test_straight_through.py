@@ -13,7 +13,8 @@ import torch
 from tests.models.test_outputs import in_float64
 from tests.models.tiny_families import EOS_ID, FAMILY_NAMES, TINY, build_inputs, build_model
 from toprl_kernels import masked_attention
-from toprl_models import Schedule, TopRLPolicy, masking, tiny
+from toprl_models import Schedule, TopRLPolicy, tiny
+from toprl_models.runtime import mask as masking
 from training import rollout as rollout_module
 from training.rollout import SamplingPolicy, rollout
 from training.tasks import Sample, encode, make_task

@@ -19,8 +19,9 @@ import pytest
 import torch
 from transformers import PreTrainedModel, set_seed, testing_utils
 
-from toprl_models import Policy, Schedule, attach, stages
+from toprl_models import Policy, Schedule, attach
 from toprl_models.families import FAMILIES, decoder_of, min_stage_of
+from toprl_models.runtime import compact
 
 VARIANTS = ("none", "keep-all", "gather", "drop")
 
@@ -83,17 +84,7 @@ class Attacher:
 
 def gather_everything(monkeypatch: pytest.MonkeyPatch) -> None:
     """Take the shortcut of a stage that drops nothing away: gather all tokens, rebuild masks and rotary tables."""
-    compact = stages.compact_stage
-
-    def identity(forward, hidden_states, decision, counts):
-        segment = compact(forward, hidden_states, decision, counts)
-        if segment.indices is None:
-            batch, length = hidden_states.shape[:2]
-            segment.indices = torch.arange(length, device=hidden_states.device).expand(batch, -1)
-            segment.compacted = hidden_states.clone()
-        return segment
-
-    monkeypatch.setattr(stages, "compact_stage", identity)
+    monkeypatch.setattr(compact, "drops_nothing", lambda *_: False)
 
 
 # -- pytest ----------------------------------------------------------------------------------------------------------

@@ -27,7 +27,7 @@ from toprl_models.runtime.shortened import (
     static_step_mask,
 )
 from toprl_models.runtime.stage import Stage, shared_by_image, trace_of
-from toprl_models.runtime.state import ForwardPass, Packing, Segment, on_device, put, visual_of
+from toprl_models.runtime.state import ForwardPass, Packing, Segment, Visual, on_device, put, visual_of
 
 
 class Compact:
@@ -66,7 +66,7 @@ class Compact:
         visual, before = forward.visual, forward.segment
         assert visual is not None
         number = stage.number + 1
-        if counts == visual.counts:  # nothing drops: no gather, so keep-all is bitwise the unattached model
+        if drops_nothing(visual, counts):  # no gather, so keep-all is bitwise the unattached model
             after = Segment(before.slots, before.valid, before.moved, before.shift, before.packing)
             indices = visual.index.masked_fill(~visual.valid, -1)
         else:
@@ -281,6 +281,11 @@ class Compact:
         if output.get("hidden_states"):
             output["hidden_states"] = scatter_all(output.hidden_states, forward, self._stage_layers, num_layers)
         return Survivors(forward.length, slots)
+
+
+def drops_nothing(visual: Visual, counts: tuple[int, ...]) -> bool:
+    """Tell whether a stage keeps all tokens that are left."""
+    return counts == visual.counts
 
 
 def selection(forward: ForwardPass, stage: Stage, decision: Decision, counts: tuple[int, ...]) -> Tensor:

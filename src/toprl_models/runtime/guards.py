@@ -106,7 +106,7 @@ def refuse_window(window: int, length: int) -> None:
     """Refuse a sequence that is longer than the window: slots of a pruned sequence are no distances."""
     if length > window:
         raise RuntimeError(
-            f"sliding_window={window} (or attention_chunk_size) is shorter than the sequence of {length} tokens, which "
-            "pruning does not support: shorten the prompt or the answer, or load the model with "
+            f"sliding_window={window} is shorter than the sequence of {length} tokens (attention_chunk_size counts "
+            "as one), which pruning does not support: shorten the prompt or the answer, or load the model with "
             "config.get_text_config().sliding_window = None if it was trained for that"
         )

@@ -320,6 +320,13 @@ class Runtime:
                 kwargs["shift_labels"] = without_dropped(dropped, kwargs["shift_labels"], shifted=True)
         return model_loss(logits, labels, *args, **kwargs)
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """A copy of the model would share or duplicate the pruner's state without being attached."""
+        raise RuntimeError(
+            "a model cannot be copied or pickled while a Pruner is attached: detach() first and attach to the copy, or "
+            "save model.state_dict() or model.save_pretrained(folder)"
+        )
+
 
 def _reads(stage: Stage, source: str) -> bool:
     return stage.policy.attention_from == source

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 NAME = "toprl_masked"
 # Arguments of an attention call that change no number under causality within the window (guards.py)
-HARMLESS = frozenset({"sliding_window", "is_causal", "layer_idx", "output_attentions"})
+HARMLESS = frozenset({"sliding_window", "is_causal", "layer_idx", "output_attentions", "use_cache", "position_ids"})
 
 
 @dataclass

@@ -71,8 +71,8 @@ def without_dropped(dropped: Tensor, labels: Tensor | None, *, shifted: bool = F
         return None
     if labels.shape != dropped.shape:
         raise ValueError(
-            f"labels have shape {tuple(labels.shape)}, the prompt {tuple(dropped.shape)}: while a Pruner is attached, "
-            "give a label to every token (-100 for none) and leave logits_to_keep at 0"
+            f"labels: shape {tuple(labels.shape)} is not the prompt's {tuple(dropped.shape)}: while a Pruner is "
+            "attached, give a label to every token (-100 for none) and leave logits_to_keep at 0"
         )
     dropped = dropped.to(labels.device)
     neighbour = pad(dropped[:, 1:], (0, 1)) if shifted else pad(dropped[:, :-1], (1, 0))

@@ -197,7 +197,10 @@ def read_call(
 
 def _checked(mask: Tensor, name: str, batch: int, length: int) -> Tensor:
     if mask.shape != (batch, length):
-        raise ValueError(f"{name} has shape {tuple(mask.shape)}, the prompt {(batch, length)}: give one per slot")
+        raise ValueError(
+            f"{name}: shape {tuple(mask.shape)} is not the prompt's {(batch, length)}; give one to every token (in "
+            "labels -100 for none), and leave logits_to_keep at 0 with labels"
+        )
     return mask
 
 

@@ -95,7 +95,8 @@ def packed_block_mask(packing: Packing, valid: Tensor | None) -> Any:
     def survivors(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         return (query >= key) & (number[batch, query] == number[batch, key])
 
-    return create_block_mask(survivors, len(number), None, *[number.shape[1]] * 2, device=str(number.device))
+    batch, length = number.shape
+    return create_block_mask(survivors, batch, None, length, length, device=str(number.device))
 
 
 def rebuild_mask(config: Any, hidden_states: Tensor, valid: Tensor | None, view: LayerView | None) -> Any:

@@ -69,26 +69,27 @@ class Stage:
 
     def context(self, forward: ForwardPass, hidden_states: Tensor) -> StageContext:
         """Gather what the policy may look at; what costs something is a function that it may call."""
-        visual, prompts, packing = forward.visual, forward.prompts, forward.segment.packing
+        # held here, so that a context stays what it was when the pass goes on
+        visual, prompts, segment, observe = forward.visual, forward.prompts, forward.segment, self.observe
+        packing = segment.packing
         assert visual is not None and prompts is not None
         last = _last_slots(forward, prompts)
 
         def attention(queries: Tensor) -> Tensor:
-            if self.observe is None:
+            if observe is None:
                 raise RuntimeError(
                     "the attention needs attention_from='current' or 'previous' on the policy class "
                     f"{type(self.policy).__name__}"
                 )
-            seen = self.observe()
+            seen = observe()
             weights = seen.call.weights(queries, seen.past, packing, seen.keep_mask)
             columns = (visual.slots + seen.past)[:, None].expand(-1, queries.shape[1], -1).to(weights.device)
             return self.heads.mean(weights.gather(2, columns)).to(hidden_states.device)
 
         def text_slots() -> tuple[Tensor, Tensor]:
             self._refuse_without_text(forward)
-            slots, valid = forward.segment.slots, forward.segment.valid
-            flags = prompts.is_text if slots is None else prompts.is_text.gather(1, slots)
-            return listed(flags if valid is None else flags & valid, prompts.num_text, packing)
+            flags = prompts.is_text if segment.slots is None else prompts.is_text.gather(1, segment.slots)
+            return listed(flags if segment.valid is None else flags & segment.valid, prompts.num_text, packing)
 
         def text_states() -> TextStates:
             slots, valid = text_slots()
