@@ -39,6 +39,9 @@ FEATURES = (
     "videos",
     "left-padded batch with text-only rows",
     "right-padded forward",
+    "several prompts packed into a row",
+    "inputs_embeds that hold the features",
+    "image-only prefix for many questions",
     # schedules
     "keep-all = unattached, bitwise",
     "compact = mask (Eqs. 6-7)",
@@ -70,6 +73,7 @@ FEATURES = (
     # outputs and training
     "logits_to_keep",
     "labels and loss",
+    "answer in the forward pass",
     "output_hidden_states",
     "output_attentions",
     "gradient of the keep mask",

@@ -254,9 +254,9 @@ class Compact:
         if segment.moved is not None or earlier is not None:
             assert positions is not None
             if segment.moved is not None:
-                positions = positions - segment.moved
+                positions = positions - segment.moved.to(positions.device)
             if earlier is not None:
-                positions = positions - earlier[:, None]
+                positions = positions - earlier[:, None].to(positions.device)
             arguments["position_embeddings"] = self._decoder.rotary_emb(hidden_states, positions)  # type: ignore[operator]
             if state is not None and keeps and segment.shift is not None:
                 state.shifts[number] = segment.shift if earlier is None else segment.shift + earlier

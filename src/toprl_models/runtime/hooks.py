@@ -240,6 +240,7 @@ class Runtime:
             forward.current = stage.number + 1
             forward.segments[forward.current] = Segment(valid=forward.segments[0].valid)
             return hidden_states
+        forward.move(hidden_states.device)
         if _reads(stage, "current"):
             stage.observe = functools.cache(lambda: self._ask(forward, index, hidden_states, args, kwargs))
         elif _reads(stage, "previous"):

@@ -37,6 +37,7 @@ def scatter_back(states: Tensor, slots: Tensor | None, length: int) -> Tensor:
     if slots is None:
         return states
     full = states.new_zeros(len(states), length + 1, states.shape[-1])
+    slots = slots.to(states.device)
     return full.scatter(1, slots[..., None].expand_as(states), states)[:, :length]
 
 

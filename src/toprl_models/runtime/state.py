@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from itertools import accumulate
 from typing import Any
 
@@ -116,6 +116,24 @@ class ForwardPass:
     @property
     def segment(self) -> Segment:
         return self.segments[self.current]
+
+    def move(self, device: torch.device) -> None:
+        """Move what a stage needs to the device of its layer, where a model is spread over several."""
+        if self.ordinal is not None and self.ordinal.device != device:
+            self.ordinal, self.visual = _moved(self.ordinal, device), _moved(self.visual, device)
+            self.prompts = _moved(self.prompts, device)
+            self.segments |= {0: _moved(self.segments[0], device), self.current: _moved(self.segment, device)}
+
+
+def _moved(value: Any, device: torch.device) -> Any:
+    """Return a copy of a tensor, or of a dataclass with its tensors, on ``device``."""
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if isinstance(value, Visual | Packing | Prompts | Segment):
+        kinds = (Tensor, Visual, Packing)
+        moved = {item.name: getattr(value, item.name) for item in fields(value)}
+        return replace(value, **{name: _moved(part, device) for name, part in moved.items() if isinstance(part, kinds)})
+    return value
 
 
 def gather_slots(tensor: Tensor, slots: Tensor) -> Tensor:
