@@ -649,8 +649,8 @@ def test_models_that_do_not_fit_are_refused(policy, family):
         "qwen3_vl": "no class token",
     }
     if policy is Downsample:
-        tiled = "must be resized before the processor"
-        reasons = {"llava_next": tiled, "llava_onevision": tiled, "qwen3_vl": "is not among"}
+        tiled = "the number of tiles follows the picture"
+        reasons = {"llava_next": tiled, "llava_onevision": tiled, "qwen3_vl": "names no image_tower"}
     assert (family in reasons) == (family not in supported(policy))
     if family in reasons:
         with pytest.raises(ValueError, match=reasons[family]):

@@ -13,9 +13,10 @@ from tests.training import tables
 from tests.training.evaluation_helpers import KEPT, LAYERS, config_of, read_samples, save_policy
 from toprl_kernels import flops
 from toprl_models import Schedule, StageContext, TopRLPolicy, attach, tiny
+from toprl_models.families import count_visual
 from training.evaluate import EvaluateConfig, evaluate, main, make_tasks, parse
 from training.evaluation import runner as runner_module
-from training.evaluation.measure import answer_timed, count_visual
+from training.evaluation.measure import answer_timed
 from training.evaluation.methods import METHODS, RandomBySample, load_policies, make_method, policies_for
 from training.evaluation.records import Store
 from training.evaluation.results import level_of, summarise
