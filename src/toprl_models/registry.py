@@ -265,7 +265,11 @@ def schedule_for(
     """
     if isinstance(model, str):  # the method comes first
         name, of = model, None
-        average_tokens = average_tokens if method is None else float(method)
+        if isinstance(method, str):
+            raise ValueError(
+                f"average_tokens={method!r} must be a number; schedule_for takes a model, not a model's name"
+            )
+        average_tokens = average_tokens if method is None else method
     else:
         name, of = str(method), model
     if (keep is None) == (average_tokens is None):

@@ -18,7 +18,6 @@ from lmms_eval.tasks import TaskManager
 from tests.lmms_eval import local_task
 from toprl_models import FastV
 from toprl_models.integrations import lmms_eval_models
-from toprl_models.integrations.lmms_eval import TRAINED
 from toprl_models.registry import METHODS
 from training.evaluate import EvaluateConfig, evaluate
 
@@ -180,7 +179,7 @@ def test_a_budget_of_all_tokens_is_the_plain_model_of_lmms_eval(case, force_simp
 @pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_meets_its_budget(llava, method):
-    learned = f",policy={llava.policy}" if method in TRAINED else ""
+    learned = f",policy={llava.policy}" if METHODS[method].trained else ""
     # 5 x 5: "downsample" takes squares
     results = lmms_evaluation(llava, "toprl_llava_hf", f"method={method},budget=25{learned}", limit=2)
     assert len(results["samples"][local_task.NAME]) == 2
@@ -202,12 +201,10 @@ def test_an_exception_inside_a_generation_surfaces(case, force_simple, monkeypat
 def test_in_process_and_what_lmms_eval_frees(llava):
     arguments = f"{llava.arguments},{llava.fastv}"
     model = get_model("toprl_llava_hf").create_from_arg_string(arguments, {"batch_size": 1, "device": "cpu"})
-    with pytest.raises(NotImplementedError, match="generate_until"):
-        model.loglikelihood([])
     weights = weakref.ref(model.model)
     results = lmms_evaluation(llava, model)
     assert score_of(results) == score_of(lmms_evaluation(llava, "toprl_llava_hf", llava.fastv))
-    # lmms-eval drops its model behind an evaluation, to make room for a judge: the pruner must not hold it
+    # lmms-eval drops its model after an evaluation, to make room for a judge: the pruner must not hold it
     assert weights() is None
 
 
@@ -229,7 +226,7 @@ def test_command_line(llava, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ("method=fastvv,budget=16", "method=fastvv is unknown; known methods: toprl, fastv"),
+        ("method=fastvv,budget=16", "method=fastvv: .*known methods: toprl, fastv"),
         ("method=fastv", "budget is missing"),
         ("method=fastv,budget=3", "budget=3.*between .* and 64"),
         ("method=fastv,budget=16,stages=2:9", "stage at layer 9"),

@@ -36,7 +36,7 @@ def test_our_arguments_are_taken_and_the_others_left():
     ("arguments", "message"),
     [
         ({"budget": 8}, "method is missing: give method=NAME"),
-        ({"method": "fastvv", "budget": 8}, "method=fastvv is unknown; known methods: toprl, fastv, "),
+        ({"method": "fastvv", "budget": 8}, "method=fastvv: method 'fastvv' is unknown; known methods: toprl, fastv, "),
         ({"method": "toprl", "budget": 8}, "method=toprl needs a trained policy: policy=FOLDER_OR_HUB_ID"),
         ({"method": "oneshot", "budget": 8}, "method=oneshot needs a trained policy: policy=FOLDER_OR_HUB_ID"),
         ({"method": "fastv", "policy": "x", "budget": 8}, "policy=x: method=fastv takes no policy"),

@@ -335,7 +335,10 @@ def test_flags_from_the_command_line_and_from_a_file(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"method": ["fastv", "slowv"]}, "--method slowv is unknown; known methods: full, toprl"),
+        (
+            {"method": ["fastv", "slowv"]},
+            "--method slowv: method 'slowv' is unknown; known methods: toprl, .* full, untrained, argmax",
+        ),
         ({"method": ["toprl"]}, "--method toprl needs --policy"),
         ({"keep": []}, "either --keep"),
         ({"budget": [16]}, "either --keep"),
