@@ -125,7 +125,7 @@ def test_what_cannot_be_composed() -> None:
         Compose([])
     with pytest.raises(TypeError, match="a Compose within a Compose; list its policies instead"):
         Compose([DivPrune(), Compose([FastV()])])
-    with pytest.raises(TypeError, match="str is not a toprl_models.Policy"):
+    with pytest.raises(TypeError, match=r"str is not a toprl_models\.Policy"):
         Compose(["divprune"])  # type: ignore[list-item]
 
 

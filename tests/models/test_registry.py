@@ -160,7 +160,7 @@ def install(folder: Path, value: str, source: str) -> None:
 def test_an_installed_package_brings_methods(value: str, decorator: str, stages: tuple, tmp_path: Path) -> None:
     install(tmp_path, value, BRIGHTEST.format(decorator=decorator))
     assert plugins.names() == ["bright"] and "bright" not in METHODS
-    with pytest.raises(ValueError, match="known methods: .*random, bright;"):
+    with pytest.raises(ValueError, match=r"known methods: .*random, bright;"):
         method_of("brighter")
     assert "bright_package" not in sys.modules  # lazily
     method = method_of("bright")

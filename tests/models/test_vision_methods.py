@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import gc
 import math
@@ -11,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import transformers
 from PIL import Image
 from torch import Tensor
 
@@ -24,7 +26,7 @@ from tests.models.tiny_families import (
     build_model,
     visual_mask,
 )
-from toprl_models import Policy, Schedule, StageContext, attach
+from toprl_models import Policy, Schedule, StageContext, attach, families
 from toprl_models.methods._tower import ClassTokenReader, TileReading, split_rows, tile_shares
 from toprl_models.methods.downsample import Downsample, from_patches, resized, smaller_grid, spread, to_patches
 from toprl_models.methods.fastervlm import FasterVLM
@@ -695,6 +697,58 @@ def test_configs_that_do_not_fit_are_refused(policy, change, message):
     if "full" in change.values():
         with pytest.raises(ValueError, match="must drop the class token"):
             Downsample().check(model, schedule(0.5))
+
+
+def llava_with(tower: str) -> Any:
+    """LLaVA's own decoder and projector with another vision tower."""
+    config = build_model("llava").config
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    vision = transformers.AutoConfig.for_model(tower, **sizes, image_size=32, patch_size=8)
+    return transformers.LlavaForConditionalGeneration(
+        transformers.LlavaConfig(
+            text_config=config.text_config,
+            vision_config=vision,
+            image_token_id=IMAGE_ID,
+            vision_feature_layer=-1,
+            vision_feature_select_strategy="full",
+        )
+    )
+
+
+@pytest.mark.parametrize(
+    ("tower", "name"), [("pixtral", "PixtralVisionModel"), ("siglip_vision_model", "SiglipVision")]
+)
+def test_other_towers_of_llava(tower, name):
+    """Pixtral has no ``embeddings``; SigLIP has, but no class token, and images of it can be made smaller."""
+    model = llava_with(tower)
+    for policy in POLICIES:
+        if policy is Downsample and tower != "pixtral":
+            attach(model, policy(), schedule=schedule(0.5)).detach()
+            continue
+        with pytest.raises(ValueError, match=name):
+            attach(model, policy(), schedule=schedule(0.5))
+    assert not model.base_model._forward_hooks
+
+
+def test_a_family_without_an_image_tower_is_refused(monkeypatch):
+    row = dataclasses.replace(families.FAMILIES["LlavaForConditionalGeneration"], image_tower="")
+    monkeypatch.setitem(families.FAMILIES, row.model_class, row)
+    for policy in POLICIES:
+        with pytest.raises(ValueError, match="the row of LlavaForConditionalGeneration names no image_tower"):
+            policy().check(model_of("llava"), schedule(0.5))
+    monkeypatch.setitem(families.FAMILIES, row.model_class, dataclasses.replace(row, image_tower="eye"))
+    for policy in POLICIES:
+        with pytest.raises(ValueError, match=r"no class token|has no eye"):
+            policy().check(model_of("llava"), schedule(0.5))
+
+
+def test_an_unreadable_attention_is_refused(monkeypatch):
+    model = build_model("llava")
+    attention = tower_of(model).encoder.layers[-1].self_attn
+    monkeypatch.delattr(attention, "scale")
+    for policy in (VisionZip, FasterVLM):
+        with pytest.raises(ValueError, match="has no self_attn with scale"):
+            policy().check(model, schedule(0.5))
 
 
 @pytest.mark.parametrize("policy", [VisionZip, FasterVLM])
