@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -181,3 +182,12 @@ def test_a_broken_package_is_named(source: str, message: str, tmp_path: Path) ->
     with pytest.raises(ImportError, match=f"method 'bright': .*{message}"):
         method_of("bright")
     assert method_of("fastv") is METHODS["fastv"]
+
+
+def test_the_page_on_methods_runs() -> None:
+    page = (Path(__file__).parents[2] / "docs/methods.md").read_text()
+    blocks = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    assert len(blocks) == 4
+    for block in blocks:
+        exec(block, {"__name__": "page"})
+    assert METHODS["sharpest"].stages == (2,)
