@@ -65,11 +65,38 @@ class _Pruned(lmms):
         super().clean()
 
 
-class LlavaHf(_Pruned, PlainLlavaHf):
+class _PrunedLlava(_Pruned):
+    """What is added to lmms-eval's LLaVA."""
+
+    def loglikelihood(self, requests: list[Any]) -> list[Any]:
+        """Loss of each answer, and whether it is the greedy one; the pruner's policy does not see the answer."""
+        processor, self._image_processor = self._image_processor, _WithImages(self._image_processor)
+        try:
+            return super().loglikelihood(requests)
+        finally:
+            self._image_processor = processor
+
+
+class _WithImages:
+    """A processor that expands placeholders in a text without images by those of the text before it.
+
+    lmms-eval gets the labels' beginning from the length of the question, and processes it without its images: that is
+    too short by all but one of the placeholders, so that labels would begin within the image.
+    """
+
+    def __init__(self, processor: Any) -> None:
+        self._processor, self._images = processor, None
+
+    def __call__(self, *, images: Any = None, **arguments: Any) -> Any:
+        self._images = self._images if images is None else images
+        return self._processor(images=self._images, **arguments)
+
+
+class LlavaHf(_PrunedLlava, PlainLlavaHf):
     """LLaVA-1.5, LLaVA-NeXT and LLaVA-OneVision."""
 
 
-class LlavaHfChat(_Pruned, PlainLlavaHfChat):
+class LlavaHfChat(_PrunedLlava, PlainLlavaHfChat):
     """LLaVA-1.5, LLaVA-NeXT and LLaVA-OneVision, asked in the processor's chat template."""
 
 
