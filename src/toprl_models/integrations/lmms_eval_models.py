@@ -78,10 +78,10 @@ class _PrunedLlava(_Pruned):
 
 
 class _WithImages:
-    """A processor that expands placeholders in a text without images by those of the text before it.
+    """A processor that gives a text without images those of the text before it.
 
-    lmms-eval gets the labels' beginning from the length of the question, and processes it without its images: that is
-    too short by all but one of the placeholders, so that labels would begin within the image.
+    lmms-eval measures the question alone, to know where the answer begins, and processes it without its images. That is
+    an error in processors of transformers 5.23; before, it was too short by all placeholders but one.
     """
 
     def __init__(self, processor: Any) -> None:
