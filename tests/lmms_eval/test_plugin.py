@@ -21,7 +21,7 @@ from PIL import Image
 from tests.lmms_eval import local_task
 from toprl_models import FastV
 from toprl_models.integrations import lmms_eval_models
-from toprl_models.registry import METHODS
+from toprl_models.registry import METHODS, method_of
 from training.evaluate import EvaluateConfig, evaluate
 
 STAGES = [1, 2, 3]
@@ -180,9 +180,9 @@ def test_a_budget_of_all_tokens_is_the_plain_model_of_lmms_eval(case, force_simp
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", [*METHODS, "divprune+fastv+toprl"])
 def test_every_method_meets_its_budget(llava, method):
-    learned = f",policy={llava.policy}" if METHODS[method].trained else ""
+    learned = f",policy={llava.policy}" if method_of(method).trained else ""
     # 5 x 5: "downsample" takes squares
     results = lmms_evaluation(llava, "toprl_llava_hf", f"method={method},budget=25{learned}", limit=2)
     assert len(results["samples"][local_task.NAME]) == 2
