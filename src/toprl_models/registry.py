@@ -263,34 +263,40 @@ def schedule_for(
         >>> schedule_for("fastv", keep=0.5).counts(576)
         (269,)
     """
-    if isinstance(model, str):  # the method comes first
-        name, of = model, None
-        if isinstance(method, str):
-            raise ValueError(
-                f"average_tokens={method!r} must be a number; schedule_for takes a model, not a model's name"
-            )
-        average_tokens = average_tokens if method is None else method
-    else:
-        name, of = str(method), model
-    if (keep is None) == (average_tokens is None):
-        raise ValueError(f"keep={keep}, average_tokens={average_tokens}: give one of them")
-    info = method_of(name)
-    first, depth = 0, num_layers or PAPER_LAYERS
-    if of is not None:
-        first, depth = min_stage_of(of, family_of(of)), num_layers or of.config.get_text_config().num_hidden_layers
-    chosen = info.layers(depth, first) if layers is None else tuple(layers)
-    tokens, alike = _tokens_of(of, inputs, num_visual)
-    if keep is not None:
-        _check_keep(keep, chosen, depth)
+    if not isinstance(model, str):
+        depth = num_layers or model.config.get_text_config().num_hidden_layers
+        return _schedule(model, str(method), keep, average_tokens, inputs, num_visual, depth, layers)
+    if isinstance(method, str):
+        raise ValueError(f"average_tokens={method!r} must be a number; schedule_for takes a model, not a model's name")
+    budget = average_tokens if method is None else method
+    return _schedule(None, model, keep, budget, inputs, num_visual, num_layers or PAPER_LAYERS, layers)
+
+
+def _schedule(
+    model: PreTrainedModel | None,
+    method: str,
+    keep: float | None,
+    average_tokens: float | None,
+    inputs: Mapping[str, Any] | None,
+    num_visual: int | None,
+    num_layers: int,
+    layers: tuple[int, ...] | None,
+) -> Schedule:
+    info, first = method_of(method), 0 if model is None else min_stage_of(model, family_of(model))
+    chosen = info.layers(num_layers, first) if layers is None else tuple(layers)
+    tokens, alike = _tokens_of(model, inputs, num_visual)
+    if keep is not None and average_tokens is None:
+        _check_keep(keep, chosen, num_layers)
         tokens = tokens or PAPER_TOKENS
-        return in_shares(_solve(info, keep * tokens, chosen, tokens, depth), tokens)
+        return in_shares(_solve(info, keep * tokens, chosen, tokens, num_layers), tokens)
+    if keep is not None or average_tokens is None:
+        raise ValueError(f"keep={keep}, average_tokens={average_tokens}: give one of them")
     if tokens is None:
         raise ValueError(
             f"average_tokens={average_tokens}: of how many visual tokens? Pass inputs= (what the processor returned) "
             "or num_visual=, or say keep=, a share"
         )
-    assert average_tokens is not None
-    schedule = _solve(info, average_tokens, chosen, tokens, depth)
+    schedule = _solve(info, average_tokens, chosen, tokens, num_layers)
     return schedule if alike else in_shares(schedule, tokens)
 
 

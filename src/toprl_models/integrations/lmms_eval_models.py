@@ -68,6 +68,8 @@ class _Pruned(lmms):
 class _PrunedLlava(_Pruned):
     """What is added to lmms-eval's LLaVA."""
 
+    _image_processor: Any
+
     def loglikelihood(self, requests: list[Any]) -> list[Any]:
         """Loss of each answer, and whether it is the greedy one; the pruner's policy does not see the answer."""
         processor, self._image_processor = self._image_processor, _WithImages(self._image_processor)

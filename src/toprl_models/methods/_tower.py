@@ -35,8 +35,11 @@ def after_first_layers(family: Family) -> str:
 
 def no_class_token(family: Family) -> str:
     """Say why the class token of a family's tower says nothing about its visual tokens; "" where it does."""
-    if reason := after_first_layers(family) or family.no_class_token:
-        return reason
+    return family.no_class_token or no_image_tower(family)
+
+
+def no_image_tower(family: Family) -> str:
+    """Say that a family's row names no vision tower; "" where it does."""
     return "" if family.image_tower else f"the row of {family.model_class} names no image_tower"
 
 
@@ -268,39 +271,31 @@ def class_token_layer(model: PreTrainedModel) -> nn.Module:
             several layers are selected.
     """
     family, config = family_of(model), model.config
-    tower, reason = getattr(model.base_model, family.image_tower or "_", None), family.no_class_token
+    tower: Any = getattr(model.base_model, family.image_tower or "_", None)
+    reason = no_class_token(family)
     if not reason and not hasattr(getattr(tower, "embeddings", None), "class_embedding"):
-        known = f"the vision tower ({type(tower).__name__}) has no class token" if family.image_tower else ""
-        reason = known or no_class_token(family)
+        reason = f"the vision tower ({type(tower).__name__}) has no class token"
     if reason:
         raise ValueError(f"model: this method needs the attention of the vision tower's class token, but {reason}")
-    assert tower is not None
-    if config.vision_feature_select_strategy != "default":
+    strategy = getattr(config, "vision_feature_select_strategy", None)
+    if strategy != "default" or not hasattr(model.base_model, "multi_modal_projector"):
         raise ValueError(
-            f"model: config.vision_feature_select_strategy={config.vision_feature_select_strategy!r} must be "
-            '"default": the class token may not be a visual token itself'
+            f'model: config.vision_feature_select_strategy={strategy!r} must be "default", so that the class '
+            "token is no visual token itself, and the model must have a multi_modal_projector"
         )
-    selected, layers = config.vision_feature_layer, tower.encoder.layers
+    selected, layers = getattr(config, "vision_feature_layer", None), tower.encoder.layers
     if isinstance(selected, int):
         # hidden_states[0] of the tower are the embeddings, hidden_states[i + 1] is the output of layer i
         index = selected + len(layers) if selected < 0 else selected - 1
         if 0 <= index < len(layers):
-            _check_attention(layers[index])
+            attention = getattr(layers[index], "self_attn", None)
+            missing = [name for name in ("q_proj", "k_proj", "head_dim", "scale") if not hasattr(attention, name)]
+            if missing:
+                raise ValueError(f"model: the vision tower's {type(attention).__name__} has no {', '.join(missing)}")
             return layers[index]
     raise ValueError(
         f"model: config.vision_feature_layer={selected!r} must be one of the vision tower's {len(layers)} layers"
     )
-
-
-def _check_attention(layer: nn.Module) -> None:
-    """Refuse a layer whose queries and keys cannot be read."""
-    parts = ("q_proj", "k_proj", "head_dim", "scale")
-    missing = [name for name in parts if not hasattr(getattr(layer, "self_attn", None), name)]
-    if missing:
-        raise ValueError(
-            f"model: this method reads queries and keys of the vision tower, but {type(layer).__name__} has no "
-            f"self_attn with {', '.join(missing)}"
-        )
 
 
 class ClassTokenReader:

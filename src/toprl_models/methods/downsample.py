@@ -18,6 +18,7 @@ from toprl_models.methods._tower import (
     after_first_layers,
     check_before_llm,
     check_features,
+    no_image_tower,
     refuse_videos,
     split_rows,
 )
@@ -94,7 +95,7 @@ def not_smaller(family: Family) -> str:
     """Say why the images of a family cannot be shrunk after its processor; "" where they can."""
     if family.tiles:
         return "the number of tiles follows the picture"
-    return "" if family.image_tower else f"the row of {family.model_class} names no image_tower"
+    return no_image_tower(family)
 
 
 def is_cut_by_processor(tower: Any) -> bool:
@@ -117,8 +118,10 @@ def why_not(model: PreTrainedModel) -> str:
     if not (hasattr(embeddings, "interpolate_pos_encoding") and hasattr(patches, "num_patches")):
         return f"the vision tower ({type(tower).__name__}) cannot interpolate its position embeddings"
     has_class_token = hasattr(embeddings, "class_embedding") or hasattr(embeddings, "cls_token")
-    if has_class_token != (model.config.vision_feature_select_strategy == "default"):
+    if has_class_token != (getattr(model.config, "vision_feature_select_strategy", None) == "default"):
         return "config.vision_feature_select_strategy must drop the class token and nothing else"
+    if not hasattr(model.base_model, "multi_modal_projector"):
+        return f"{type(model).__name__} has no multi_modal_projector"
     return ""
 
 
