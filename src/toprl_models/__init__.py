@@ -18,7 +18,7 @@ from toprl_models.methods import (
 from toprl_models.policy import Decision, Policy, PromptEmbeddings, StageContext
 from toprl_models.pruner import Pruner, attach
 from toprl_models.registry import METHODS, Method, method_of, register_method, schedule_for
-from toprl_models.runtime.stage import StageTrace
+from toprl_models.runtime.state import StageTrace
 from toprl_models.schedule import Schedule
 
 __all__ = [

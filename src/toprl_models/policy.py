@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 class PromptEmbeddings(NamedTuple):
     """Embeddings that entered layer 0; shorter rows are padded with zeros at their end.
 
-    Shapes: ``visual`` ``[B, V0, d]``, the original visual tokens; ``text`` ``[B, R, d]``, the question: the tokens after
-    the last visual one, up to the prompt's end. ``visual_valid`` and ``text_valid`` are False for padding.
+    Shapes: ``visual`` ``[B, V0, d]``, the original visual tokens; ``text`` ``[B, R, d]``, the question: what follows
+    the last visual token up to the prompt's end. ``visual_valid`` and ``text_valid`` are False for padding.
     """
 
     visual: Tensor

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from toprl_kernels import flops
@@ -303,7 +303,7 @@ def _schedule(
 def in_shares(schedule: Schedule, num_visual: int) -> Schedule:
     """Turn numbers of tokens, out of ``num_visual``, into shares, which hold for images of any size."""
     stages = ((layer, keep / num_visual if isinstance(keep, int) else keep) for layer, keep in schedule.stages)
-    return Schedule(tuple(stages))
+    return replace(schedule, stages=tuple(stages))
 
 
 def _tokens_of(

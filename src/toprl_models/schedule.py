@@ -39,10 +39,13 @@ class Schedule:
             (0-based), so ``layer`` layers have run on what was there before; layer 0 is before the language model.
             ``keep`` is a fraction of the *original* visual tokens when it is a float, and a number of tokens when it is
             an int; it never grows.
+        share: "row" lets the visual tokens of a prompt compete; "image" gives each image (tile group, frame) of n
+            tokens its proportional share of the prompt's tokens. Images that follow each other without a token between
+            them count as one.
 
     Raises:
-        ValueError: no stage, layers not ascending or negative, a fraction outside [0, 1], a negative count, or a stage
-            that would keep more than the one before it.
+        ValueError: unknown ``share``, no stage, layers not ascending or negative, a fraction outside [0, 1], a negative
+            count, or a stage that would keep more than the one before it.
         TypeError: a layer that is not an int, or a keep that is neither int nor float.
 
     Example:
@@ -52,8 +55,11 @@ class Schedule:
     """
 
     stages: tuple[tuple[int, Keep], ...]
+    share: str = "row"
 
     def __post_init__(self) -> None:
+        if self.share not in ("row", "image"):
+            raise ValueError(f'share={self.share!r} must be "row" or "image"')
         stages = tuple((layer, keep) for layer, keep in self.stages)
         object.__setattr__(self, "stages", stages)
         if not stages:

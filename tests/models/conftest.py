@@ -17,6 +17,8 @@ BATCHES = {
 class HashPolicy(Policy):
     """Scores that depend on (stage, raster number) alone: the same in both modes, different at each stage."""
 
+    uses_text = False
+
     def __init__(self) -> None:
         self.calls = 0
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from toprl_models.methods._dpc_knn import cluster_means, dpc_knn
 from toprl_models.policy import Decision, Policy, StageContext
 from toprl_models.registry import register_method
-from toprl_models.runtime.scores import gather_slots
+from toprl_models.runtime.state import gather_slots
 from toprl_models.schedule import Schedule
 
 

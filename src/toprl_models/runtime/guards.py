@@ -91,44 +91,22 @@ def refuse_checkpointing(layers: nn.ModuleList, mode: str) -> None:
             )
 
 
-def refuse_several_devices(model: nn.Module) -> None:
-    """Refuse a ``device_map`` over several GPUs: indices made on one of them meet states of the other."""
-    devices = {str(device) for device in getattr(model, "hf_device_map", {}).values()} - {"cpu", "disk"}
-    if len(devices) > 1:
-        raise ValueError(
-            f"model is spread over the devices {', '.join(sorted(devices))}, which is not supported: load it with "
-            'device_map={"": 0}, or with a device_map of one GPU and "cpu" or "disk"'
-        )
-
-
-def refuse_packed(arguments: dict[str, Any]) -> None:
-    """Refuse several prompts in one row under flash attention, where the arguments of a layer tell their bounds.
-
-    The bounds would be those of the unpruned row, and stages count the visual tokens of a row as one prompt's.
-    """
-    position_ids, mask = arguments.get("position_ids"), arguments.get("attention_mask")
-    packed = arguments.get("cu_seq_lens_q") is not None
-    if not packed and mask is None and position_ids is not None and position_ids.shape[0] == 1:
-        packed = bool((position_ids.diff(dim=-1) < 0).any())
-    if packed:
-        raise ValueError(
-            "position_ids or cu_seq_lens_q pack several prompts into one row, which pruning does not support: give "
-            "each prompt a row of its own, with padding on the left"
-        )
-
-
 def sliding_window(config: Any) -> int | None:
-    """The attention window of a text config, None when all layers see everything."""
-    window = getattr(config, "sliding_window", None)
+    """Return the shortest window or chunk of attention of a text config; None when all layers see everything."""
     kinds = getattr(config, "layer_types", None)
-    return None if kinds is not None and "sliding_attention" not in kinds else window
+    window, chunk = getattr(config, "sliding_window", None), getattr(config, "attention_chunk_size", None)
+    windows = [
+        window if kinds is None or "sliding_attention" in kinds else None,
+        chunk if kinds is None or "chunked_attention" in kinds else None,
+    ]
+    return min((size for size in windows if size is not None), default=None)
 
 
 def refuse_window(window: int, length: int) -> None:
     """Refuse a sequence that is longer than the window: slots of a pruned sequence are no distances."""
     if length > window:
         raise RuntimeError(
-            f"sliding_window={window} is shorter than the sequence of {length} tokens, which pruning does not support: "
-            "shorten the prompt or the answer, or load the model with config.get_text_config().sliding_window = None "
-            "if it was trained for that"
+            f"sliding_window={window} (or attention_chunk_size) is shorter than the sequence of {length} tokens, which "
+            "pruning does not support: shorten the prompt or the answer, or load the model with "
+            "config.get_text_config().sliding_window = None if it was trained for that"
         )

@@ -1,37 +1,176 @@
-"""Mask mode: Eqs. 6-7 through transformers' AttentionInterface, under the name ``toprl_masked``."""
+"""Mask mode: nothing is removed; attention follows Eqs. 6-7, through transformers' AttentionInterface."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from toprl_kernels import masked_attention
+from toprl_models.policy import Decision
+from toprl_models.runtime.cache import CacheState, cache_state, extend_mask
+from toprl_models.runtime.compact import selection, top_mask
+from toprl_models.runtime.outputs import Survivors
+from toprl_models.runtime.stage import Stage, trace_of
+from toprl_models.runtime.state import ForwardPass, Segment, Visual, put, visual_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 NAME = "toprl_masked"
+# Arguments of an attention call that change no number under causality within the window (guards.py)
+HARMLESS = frozenset({"sliding_window", "is_causal", "layer_idx", "output_attentions"})
+
+
+@dataclass
+class KeepArgument:
+    """What a layer is given for its attention function, as the keyword argument ``toprl_keep``.
+
+    Attributes:
+        keep_mask: ``[B, L]`` over all keys, those in the cache included; None keeps all.
+        bounded_grad: the policy's ``bounded_mask_grad``.
+        layer_arguments: names of the layer's keyword arguments; what else reaches the attention function is its own.
+        arrived: whether the attention function was called with it.
+    """
+
+    keep_mask: Tensor | None
+    bounded_grad: bool
+    layer_arguments: frozenset[str]
+    arrived: bool = False
+
+
+class Mask:
+    """Mask dropped tokens in attention; all tokens stay in the sequence and in the cache."""
+
+    name = "mask"
+
+    def __init__(self) -> None:
+        self._implementation: str | None = None
+
+    def install(self, model: PreTrainedModel) -> None:
+        """Switch the decoder of ``model`` to masked attention."""
+        from transformers import AttentionInterface, AttentionMaskInterface
+
+        AttentionInterface.register(NAME, toprl_masked_forward)
+        AttentionMaskInterface.register(NAME, padding_mask)
+        self._implementation = model.config.get_text_config()._attn_implementation
+        model.set_attn_implementation({"text_config": NAME})
+
+    def uninstall(self, model: PreTrainedModel) -> None:
+        """Give ``model`` back the attention that it had."""
+        if self._implementation is not None:
+            model.set_attn_implementation({"text_config": self._implementation})
+            self._implementation = None
+
+    def at_stage(
+        self,
+        forward: ForwardPass,
+        stage: Stage,
+        hidden_states: Tensor,
+        decision: Decision,
+        counts: tuple[int, ...],
+        kwargs: dict[str, Any],
+    ) -> Tensor:
+        """Make the keep mask of the next segment; states change only where a policy merges tokens.
+
+        Raises:
+            ValueError: several prompts are packed into a row.
+        """
+        visual, before = forward.visual, forward.segment
+        assert visual is not None and forward.ordinal is not None
+        if before.packing is not None:
+            raise ValueError(
+                'mode="mask" knows causal attention alone, and several prompts are packed into a row: use '
+                'mode="compact", or give each prompt a row of its own'
+            )
+        keep = decision.keep_mask
+        if keep is None or forward.prompts.run is not None:  # type: ignore[union-attr]
+            keep = top_mask(selection(forward, stage, decision, counts), visual.valid, counts)
+        alive = (keep.detach() > 0) & visual.valid
+        # differentiable masks keep their gradient
+        keep = alive if keep.dtype == torch.bool else keep * visual.valid
+        everything = torch.ones(forward.ordinal.shape, dtype=keep.dtype, device=keep.device)
+        full = put(everything, visual.slots, visual.index >= 0, keep, None)
+        if decision.states is not None and counts != visual.counts:
+            hidden_states = put(hidden_states, visual.slots, visual.valid, decision.states, None)
+        forward.visual = Visual(visual.slots, alive, visual.index, counts)
+        number = stage.number + 1
+        forward.segments[number], forward.current = Segment(valid=before.valid, keep_mask=full), number
+        indices = visual_of(visual.index.masked_fill(~alive, -1), counts, None)  # the survivors' columns
+        forward.trace.append(trace_of(stage, forward, visual, decision, indices.index, counts))
+        return hidden_states
+
+    def before_layer(
+        self, forward: ForwardPass, number: int, index: int, hidden_states: Tensor, kwargs: dict[str, Any]
+    ) -> dict[str, Any]:
+        """Add the keep mask over all keys of this layer, those in the cache included.
+
+        Args:
+            number: segment that the layer runs in; the next one while a layer is asked for scores.
+        """
+        segment, asked = forward.segment, number != forward.current
+        if asked or segment.made_from is None:
+            cache = kwargs.get("past_key_values")
+            past = cache.get_seq_length(index) if cache is not None else 0
+            state: CacheState | None = getattr(cache, "_toprl_state", None)
+            if state is not None and not past:  # the cache was reset
+                state.masks.pop(number, None)
+            stored = state.masks.get(number) if state is not None else None
+            keep = extend_mask(stored, segment.keep_mask, past, hidden_states)
+            if not asked:
+                segment.made_from, segment.arguments = (), {"keep": keep}
+                if forward.prunes and cache is not None and keep is not None:
+                    cache_state(cache).masks[number] = keep.detach()
+        else:
+            keep = segment.arguments["keep"]
+        argument = KeepArgument(keep, forward.bounded_mask_grad, frozenset(kwargs))
+        if not asked:
+            forward.sent[index] = argument
+        return {**kwargs, "toprl_keep": argument}
+
+    def finish(self, forward: ForwardPass, output: Any, num_layers: int) -> Survivors | None:
+        """Check that every layer was masked; nothing was removed, so that nothing is scattered.
+
+        Raises:
+            RuntimeError: a layer did not hand its arguments on to its attention function.
+        """
+        for index, argument in forward.sent.items():
+            if not argument.arrived:
+                raise RuntimeError(
+                    f"decoder layer {index} did not hand its keyword arguments on to its attention function, so that "
+                    'nothing was masked there: mode="mask" cannot support this decoder, use mode="compact"'
+                )
+        full = forward.segment.keep_mask
+        if full is None:
+            return None
+        kept = full.detach() > 0
+        kept = kept if forward.segment.valid is None else kept & forward.segment.valid
+        everything = torch.arange(forward.length, device=kept.device)
+        return Survivors(forward.length, everything.where(kept, forward.length))
 
 
 def toprl_masked_forward(
-    module: nn.Module,
+    module: Any,
     query: Tensor,
     key: Tensor,
     value: Tensor,
     attention_mask: Tensor | None,
     scaling: float | None = None,
     dropout: float = 0.0,
-    toprl_keep_mask: Tensor | None = None,
-    toprl_bounded_mask_grad: bool = False,
+    toprl_keep: KeepArgument | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """An attention function of transformers: ``[B, H, Nq, D]`` in, ``([B, Nq, H, D], None)`` out.
+    """Attend by Eqs. 6-7: an attention function of transformers, ``[B, H, Nq, D]`` in, ``([B, Nq, H, D], None)`` out.
 
-    ``attention_mask`` is the 2-D padding mask that ``padding_mask`` below made, ``toprl_keep_mask`` [B, N] comes from
-    the pruner's layer hook; without it all tokens are kept. ``toprl_bounded_mask_grad`` is the policy's.
+    Args:
+        attention_mask: the 2-D padding mask that ``padding_mask`` made.
+        toprl_keep: the pruner's; None (a layer before the first stage) keeps all tokens.
+
+    Raises:
+        ValueError: attention weights or dropout are asked for, or the attention has something Eq. 7 has not.
     """
     if kwargs.get("output_attentions"):
         raise ValueError(
@@ -40,19 +179,34 @@ def toprl_masked_forward(
         )
     if dropout:
         raise ValueError(f"dropout={dropout}: mask mode has no attention dropout; put the model in eval mode")
-    if attention_mask is not None:  # a static cache has free slots behind the tokens
+    if attention_mask is not None and attention_mask.ndim != 2:
+        raise ValueError(
+            'mode="mask" knows causal attention alone, but attention_mask is 4-D (packed sequences?): use '
+            'mode="compact", or a 2-D padding mask'
+        )
+    keep_mask = None
+    if toprl_keep is not None:
+        toprl_keep.arrived, keep_mask = True, toprl_keep.keep_mask
+        known = toprl_keep.layer_arguments | HARMLESS
+        unknown = {name: value for name, value in kwargs.items() if value is not None and name not in known}
+        if unknown:
+            raise ValueError(
+                f"{type(module).__name__} gives {', '.join(unknown)} to its attention function, which Eq. 7 has not: "
+                'mode="mask" cannot support this model, use mode="compact"'
+            )
+    if attention_mask is not None:  # a static cache has free slots after the tokens
         key, value = (states[:, :, : attention_mask.shape[1]] for states in (key, value))
-    if toprl_keep_mask is None:
-        toprl_keep_mask = torch.ones(key.shape[0], key.shape[2], dtype=torch.bool, device=key.device)
+    if keep_mask is None:
+        keep_mask = torch.ones(key.shape[0], key.shape[2], dtype=torch.bool, device=key.device)
     output = masked_attention(
         query,
         key,
         value,
-        toprl_keep_mask,
+        keep_mask.to(query.device),
         key_padding_mask=attention_mask,
         is_causal=True,
         scale=scaling,
-        bounded_mask_grad=toprl_bounded_mask_grad,
+        bounded_mask_grad=toprl_keep is not None and toprl_keep.bounded_grad,
     )
     return output.transpose(1, 2).contiguous(), None
 
@@ -67,7 +221,7 @@ def padding_mask(
     mask_function: Callable[..., Any] | None = None,
     **kwargs: Any,
 ) -> Tensor | None:
-    """The mask maker of ``toprl_masked``: the 2-D padding mask itself, bool ``[B, N]``; causality is the kernel's.
+    """Return the 2-D padding mask itself, bool ``[B, N]``: the mask maker of ``toprl_masked``; the kernel is causal.
 
     N are the tokens seen so far: a static cache is longer than that, a mask must be there to tell.
 
@@ -108,19 +262,3 @@ def _refuse_other_patterns(
             'mode="mask" knows causal attention alone, but this model asks for another pattern (image tokens that see '
             'each other, a sliding window, or packed sequences); use mode="compact"'
         )
-
-
-def install(model: PreTrainedModel) -> str:
-    """Switch the decoder of ``model`` to masked attention; returns the implementation it had."""
-    from transformers import AttentionInterface, AttentionMaskInterface
-
-    AttentionInterface.register(NAME, toprl_masked_forward)
-    AttentionMaskInterface.register(NAME, padding_mask)
-    previous = model.config.get_text_config()._attn_implementation
-    model.set_attn_implementation({"text_config": NAME})
-    return previous
-
-
-def restore(model: PreTrainedModel, implementation: str) -> None:
-    """Undo ``install``."""
-    model.set_attn_implementation({"text_config": implementation})

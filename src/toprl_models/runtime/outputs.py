@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from toprl_models.runtime.stage import ForwardPass, composed_indices
+from toprl_models.runtime.state import ForwardPass
 
 
 @dataclass
@@ -18,38 +18,22 @@ class Survivors:
     length: int
     slots: Tensor  # [B, m], ``length`` where a row is shorter
 
-    @classmethod
-    def of(cls, forward: ForwardPass) -> Survivors | None:
-        """After the last layer; None when all tokens survived."""
-        number = max(forward.segments, default=0)  # fewer than the schedule has if the model stops early
-        if not number:
-            return None
-        segment = forward.segments[number]
-        if segment.keep_mask is not None:
-            kept = segment.keep_mask.detach() > 0
-            kept = kept if forward.valid is None else kept & forward.valid
-            everything = torch.arange(forward.length, device=kept.device)
-            return cls(forward.length, everything.where(kept, forward.length))
-        slots = slots_of(forward, number)
-        return None if slots is None else cls(forward.length, slots)
-
     def dropped(self) -> Tensor:
-        """bool [B, N]."""
+        """Return which tokens were dropped, bool ``[B, N]``; padding counts as dropped."""
         kept = torch.zeros(len(self.slots), self.length + 1, dtype=torch.bool, device=self.slots.device)
         return ~kept.scatter(1, self.slots, True)[:, : self.length]
 
 
 def slots_of(forward: ForwardPass, number: int) -> Tensor | None:
-    """Slots of the prompt that segment ``number`` holds, one too many for its padding; None for all."""
-    composed = composed_indices(forward, number)
-    if composed is None:
+    """Prompt slots that segment ``number`` holds; padding is marked by ``forward.length``; None means all."""
+    segment = forward.segments.get(number)
+    if segment is None or segment.slots is None:
         return None
-    valid = forward.segments[number].valid
-    return composed if valid is None else composed.masked_fill(~valid, forward.length)
+    return segment.slots if segment.valid is None else segment.slots.masked_fill(~segment.valid, forward.length)
 
 
 def scatter_back(states: Tensor, slots: Tensor | None, length: int) -> Tensor:
-    """States [B, m, d] at their places in a sequence of ``length``, zeros elsewhere."""
+    """Put states [B, m, d] at their places in a sequence of ``length``, zeros elsewhere."""
     if slots is None:
         return states
     full = states.new_zeros(len(states), length + 1, states.shape[-1])
@@ -59,7 +43,7 @@ def scatter_back(states: Tensor, slots: Tensor | None, length: int) -> Tensor:
 def scatter_all(
     states: tuple[Tensor | None, ...], forward: ForwardPass, stage_layers: tuple[int, ...], num_layers: int
 ) -> tuple[Tensor | None, ...]:
-    """``hidden_states`` of transformers, each entry at the length of the prompt.
+    """Bring each entry of transformers' ``hidden_states`` to the length of the prompt.
 
     The last entry left the last layer; a selection of some may lack the first, the embeddings, which are what layer 0
     was given.
@@ -67,13 +51,13 @@ def scatter_all(
     first = num_layers - len(states)
     numbers = [sum(layer <= max(0, first + i) for layer in stage_layers) for i in range(len(states))]
     return tuple(
-        one if one is None else scatter_back(one, slots_of(forward, number), forward.length)
-        for one, number in zip(states, numbers, strict=True)
+        state if state is None else scatter_back(state, slots_of(forward, number), forward.length)
+        for state, number in zip(states, numbers, strict=True)
     )
 
 
 def without_dropped(dropped: Tensor, labels: Tensor | None, *, shifted: bool = False) -> Tensor | None:
-    """Labels [B, N] with -100 for dropped tokens and for what would be predicted from one.
+    """Set labels [B, N] to -100 for dropped tokens and for what would be predicted from a dropped token.
 
     Args:
         dropped: bool [B, N].

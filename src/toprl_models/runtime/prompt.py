@@ -1,17 +1,16 @@
-"""Reading what a model is called with: which tokens are visual, which are real, which are a draft."""
+"""Reading what a model is called with: visual slots, padding, packed prompts, and where each prompt ends."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from toprl_models.families import Family, video_token_ids, visual_token_ids
-from toprl_models.runtime.scores import padding_of
-from toprl_models.runtime.stage import Entry, ForwardPass, Visual, last_slots, on_device
+from toprl_models.runtime.state import ForwardPass, Packing, Prompts, Segment, on_device, take, visual_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -27,10 +26,10 @@ class VisualIds:
     @classmethod
     def of(cls, model: PreTrainedModel, family: Family) -> VisualIds:
         videos = video_token_ids(model, family)
-        return cls(tuple(one for one in visual_token_ids(model, family) if one not in videos), videos)
+        return cls(tuple(token for token in visual_token_ids(model, family) if token not in videos), videos)
 
-    def brought(self, kwargs: dict[str, Any]) -> tuple[int, ...]:
-        """Ids of the kinds of input that came along: a *generated* token may carry the id of an image or a video."""
+    def brought(self, kwargs: Mapping[str, Any]) -> tuple[int, ...]:
+        """Return the ids whose inputs came along: a *generated* token may carry the id of an image or a video."""
         encoded = kwargs.get("mm_encoder_outputs") or {}
         names = [name for name, value in kwargs.items() if name.startswith("pixel_values") and value is not None]
         names += [name for name, value in encoded.items() if value is not None]
@@ -39,94 +38,274 @@ class VisualIds:
 
 
 @dataclass
-class Prompt:
-    """What the model was called with, as far as pruning is concerned; B samples, N tokens of this pass."""
+class Told:
+    """What the caller says of the prompt beyond the base model's arguments.
 
+    Attributes:
+        prompt_length: slots of the prompt, counted from the start of the sequence (of each packed prompt), padding and
+            cached tokens included: an int, or int64 with one for each prompt.
+        visual_mask: bool ``[B, N]``, the slots whose ``inputs_embeds`` hold image features.
+        labels: ``[B, N]``; ``shifted`` when they are transformers' ``shift_labels``.
+    """
+
+    prompt_length: int | Tensor | None = None
+    visual_mask: Tensor | None = None
+    labels: Tensor | None = None
+    shifted: bool = False
+
+    @classmethod
+    def pop_from(cls, kwargs: dict[str, Any]) -> Told:
+        """Take ``prompt_length`` and ``visual_mask`` out of a call's keyword arguments and note its labels."""
+        told = cls(kwargs.pop("prompt_length", None), kwargs.pop("visual_mask", None), kwargs.get("labels"))
+        if kwargs.get("shift_labels") is not None:
+            told.labels, told.shifted = kwargs["shift_labels"], True
+        return told
+
+
+@dataclass
+class Call:
+    """What the base model was called with, as far as pruning is concerned; B rows, N tokens of this pass."""
+
+    shape: tuple[int, int]
     visual: Tensor | None = None  # bool [B, N], None when no images came along
     valid: Tensor | None = None  # bool [B, N], None when all tokens are real
     past: int = 0  # tokens in the cache
     past_valid: Tensor | None = None  # bool [B, past], None when all of them are real
-    drafted: int = 0  # last tokens that are a draft to be checked, not the prompt
+    starts: Tensor | None = None  # bool [B, N], first token of each prompt; None when a row is a prompt
+    separate: Tensor | None = None  # bool [], whether a 4-D mask is that of separate causal prompts
+    told: Told = field(default_factory=Told)
+    generates: int | None = None  # length of the prompt that generate() began with
+    uncached: bool = False  # generate() runs without a cache
 
 
-def drafted_tokens(kwargs: dict[str, Any]) -> int:
-    """How many last tokens of this call of the model are a draft: assisted decoding checks one along with the prompt.
+def open_slots(mask: Tensor) -> Tensor:
+    """Return a 4-D attention mask as bool ``[B, n, L]``, True where a query sees a key."""
+    mask = mask[:, 0]
+    return mask > torch.finfo(mask.dtype).min / 2 if mask.is_floating_point() else mask.bool()
 
-    No policy may take the end of a draft for the question. Only ``logits_to_keep`` tells, together with a cache: a
-    forward pass that merely saves logits brings none.
+
+def padding_of(mask: Any, length: int, new: int) -> Tensor | None:
+    """Find the real tokens, bool ``[B, n]``, n <= ``length``, None when the mask does not tell.
+
+    Args:
+        mask: the attention mask a model was called with: 2-D, or what generate() prepares for a static cache: 4-D, or
+            a dict of those by layer type.
+        length: of the tokens in the cache and those of this pass.
+        new: tokens of this pass.
+
+    Raises:
+        TypeError: a mask of another kind.
     """
-    keep = kwargs.get("logits_to_keep")
-    return max(keep - 1, 0) if isinstance(keep, int) and kwargs.get("past_key_values") is not None else 0
+    if mask is None:
+        return None
+    if not isinstance(mask, Tensor):
+        raise TypeError(
+            f"attention_mask is a {type(mask).__name__}; pass the 2-D padding mask while a Pruner is attached"
+        )
+    if mask.ndim == 4:  # a real token sees itself; a cached one is seen by some
+        visible, past = open_slots(mask), length - new
+        return torch.cat([visible[:, :, :past].any(1), visible.diagonal(past, 1, 2)[:, :new]], 1)
+    return mask[:, :length].bool()
+
+
+def starts_of(mask: Any, valid: Tensor | None, past: int, length: int) -> tuple[Tensor, Tensor] | None:
+    """Find the prompts that a 4-D mask packs into a row: where each starts, and whether they are apart and causal."""
+    if not isinstance(mask, Tensor) or mask.ndim != 4:
+        return None
+    visible = open_slots(mask)[:, :, past : past + length]
+    real = torch.ones_like(visible[:, 0]) if valid is None else valid
+    sees_neighbour = visible.diagonal(-1, 1, 2) & real[:, :-1]
+    starts = real & torch.nn.functional.pad(~sees_neighbour, (1, 0), value=True)
+    number = starts.cumsum(1)
+    expected = (number[:, :, None] == number[:, None]) & real[:, None] & real[:, :, None]
+    above = torch.ones_like(expected[0]).triu(1)  # tokens of an image may see each other
+    return starts, ((visible == expected) | above | ~real[:, :, None]).all()
+
+
+def starts_by_position(kwargs: Mapping[str, Any], length: int, backend: str, config: Any) -> Tensor | None:
+    """Find the prompts that ``cu_seq_lens_q`` or ``position_ids`` pack into a row, under the model's own conditions."""
+    flash, bounds = "flash" in backend, kwargs.get("cu_seq_lens_q")
+    if kwargs.get("attention_mask") is not None:
+        return None
+    if flash and bounds is not None:
+        starts = torch.zeros(1, length + 1, dtype=torch.bool, device=bounds.device)
+        return starts.scatter(1, bounds[None].long(), True)[:, :length]
+    positions, use_cache = kwargs.get("position_ids"), kwargs.get("use_cache")
+    if positions is None or (positions.ndim == 3 and len(positions) != 4):
+        return None  # M-RoPE without text positions: transformers looks at no packing
+    positions = positions[0] if positions.ndim == 3 else positions
+    if flash:
+        packs = len(positions) == 1
+    else:
+        packs = kwargs.get("past_key_values") is None and not (config.use_cache if use_cache is None else use_cache)
+    return positions.diff(dim=-1, prepend=positions[:, :1]).ne(1) if packs else None
 
 
 def find_placeholders(ids: tuple[int, ...], tokens: Tensor, embed: nn.Module) -> Tensor:
-    """bool [B, N]: where ``tokens``, ids [B, N] or embeddings [B, N, d], stand for visual tokens.
+    """Find where ``tokens``, ids [B, N] or embeddings [B, N, d], stand for visual tokens: bool [B, N].
 
     Among embeddings the models look for that of the id, and so must this.
     """
     wanted = on_device(ids, tokens.device)
     if tokens.ndim == 2:
         return torch.isin(tokens, wanted)
-    return torch.stack([(tokens == one).all(-1) for one in embed(wanted)]).any(0)
+    return torch.stack([(tokens == embedding).all(-1) for embedding in embed(wanted)]).any(0)
 
 
-def read_prompt(ids: VisualIds, args: tuple, kwargs: dict[str, Any], drafted: int, embed: nn.Module) -> Prompt | None:
-    """The prompt in a call of the base model, whose token embedding is ``embed``; None for a decoding step."""
+def read_call(
+    ids: VisualIds, args: tuple, kwargs: Mapping[str, Any], told: Told, embed: nn.Module, decoder: nn.Module
+) -> Call | None:
+    """Read a call of the base model, whose token embedding is ``embed``; None for a decoding step.
+
+    Raises:
+        ValueError: ``visual_mask`` has another shape than the prompt.
+    """
     brought = ids.brought(kwargs)
     tokens = args[0] if args else kwargs.get("input_ids")
     if tokens is None:
         tokens = kwargs.get("inputs_embeds")
-    if tokens is None or (not brought and tokens.shape[1] == 1):
+    if tokens is None or (not brought and told.visual_mask is None and tokens.shape[1] == 1):
         return None
     batch, length = tokens.shape[:2]
     cache = kwargs.get("past_key_values")
     past = int(cache.get_seq_length()) if cache is not None else 0
-    mask = padding_of(kwargs.get("attention_mask"), past + length)
-    valid = past_valid = None
-    if mask is not None:
-        mask = mask.expand(batch, -1)
-        valid = mask[:, -length:]
-        past_valid = mask[:, :past] if past and mask.shape[1] == past + length else None
-    visual = find_placeholders(brought, tokens, embed) if brought else None
-    return Prompt(visual, valid, past, past_valid, drafted)
+    mask = kwargs.get("attention_mask")
+    mask = mask.get("full_attention") if isinstance(mask, dict) else mask
+    padding = padding_of(mask, past + length, length)
+    call = Call((batch, length), past=past, told=told)
+    if padding is not None:
+        padding = padding.expand(batch, -1)
+        call.valid = padding[:, -length:]
+        call.past_valid = padding[:, :past] if past and padding.shape[1] == past + length else None
+    types = kwargs.get("mm_token_type_ids")
+    if told.visual_mask is not None:
+        call.visual = _checked(told.visual_mask, "visual_mask", batch, length).bool()
+    elif brought:
+        call.visual = find_placeholders(brought, tokens, embed)
+    elif tokens.ndim == 3 and types is not None:  # embeddings that hold the features
+        call.visual = _checked(types, "mm_token_type_ids", batch, length) > 0
+    if call.visual is not None:
+        apart = starts_of(mask, call.valid, past, length)
+        if apart is not None:
+            call.starts, call.separate = apart
+        elif not past:
+            config: Any = decoder.config
+            starts = starts_by_position(kwargs, length, config._attn_implementation, config)
+            call.starts = None if starts is None else starts.expand(batch, -1)
+    return call
 
 
-def begin(prompt: Prompt | None, embeddings: Tensor, inputs: Mapping[str, Any]) -> ForwardPass:
-    """The state in which a forward pass over ``prompt`` reaches the decoder.
+def _checked(mask: Tensor, name: str, batch: int, length: int) -> Tensor:
+    if mask.shape != (batch, length):
+        raise ValueError(f"{name} has shape {tuple(mask.shape)}, the prompt {(batch, length)}: give one per slot")
+    return mask
+
+
+def _reduced(values: Tensor, packing: Packing | None, reduce: str) -> Tensor:
+    """Reduce int64 ``values`` [B, N] over the slots of each prompt: [P]; "sum", "amax" or "amin"."""
+    if packing is None:
+        return getattr(values, reduce)(1)
+    start = torch.full((len(packing.rows),), 0 if reduce == "sum" else -1 if reduce == "amax" else 1 << 60)
+    start = start.to(values.device, non_blocking=True)
+    index, values = packing.number.flatten(), values.flatten()
+    return start.scatter_add(0, index, values) if reduce == "sum" else start.scatter_reduce(0, index, values, reduce)
+
+
+def _packing(starts: Tensor | None) -> Packing | None:
+    """Number the prompts; None where every row is a prompt. Padding counts to the prompt before it, or the first."""
+    if starts is None:
+        return None
+    number = (starts.cumsum(1) - 1).clamp(min=0)
+    counts = (number[:, -1] + 1).tolist()
+    if max(counts) == 1:
+        return None
+    rows = tuple(row for row, count in enumerate(counts) for _ in range(count))
+    first = [sum(counts[:row]) for row in range(len(counts))]
+    return Packing(number + on_device(first, number.device)[:, None], rows, on_device(rows, number.device))
+
+
+def _ends(call: Call, packing: Packing | None, last_visual: Tensor, slots: Tensor) -> tuple[Tensor, str]:
+    """Find each prompt's end, the first slot [P] that is no longer the prompt's, and what told it."""
+    told, length = call.told, call.shape[1]
+    prompts = len(last_visual)
+    if told.prompt_length is not None:
+        ends = torch.as_tensor(told.prompt_length).to(slots.device).expand(prompts) - call.past
+        if packing is not None:
+            first = torch.where(packing.number == packing.number.roll(1, 1), length, slots)
+            first[:, 0] = 0
+            ends = ends + _reduced(first, packing, "amin")
+        return ends, "prompt_length"
+    if told.labels is not None:
+        labels = _checked(told.labels, "labels", *call.shape).to(slots.device)
+        number = last_visual[:, None] if packing is None else last_visual[packing.number]
+        answers = (labels != -100) & (slots + told.shifted >= number)
+        return _reduced(torch.where(answers, slots + told.shifted, length), packing, "amin"), "labels"
+    if call.generates is not None:
+        return torch.full((prompts,), call.generates - call.past, device=slots.device), "the prompt of generate()"
+    return torch.full((prompts,), length, device=slots.device), "the forward pass"
+
+
+def begin(call: Call | None, embeddings: Tensor, inputs: Mapping[str, Any], by_image: bool = False) -> ForwardPass:
+    """Make the state in which a forward pass over ``call`` reaches the decoder.
 
     Args:
         embeddings: what enters layer 0, ``[B, N, d]``.
         inputs: what the model was called with.
+        by_image: number the images, for budgets that are shared by image.
+
+    Raises:
+        ValueError: a 4-D mask that is neither causal nor that of separate prompts.
     """
-    if prompt is None:
-        return ForwardPass(prunes=False)
-    visual, valid = prompt.visual, prompt.valid
+    if call is None:
+        return ForwardPass(prunes=False, segments={0: Segment()})
+    visual, valid = call.visual, call.valid
     if visual is None:
-        return ForwardPass(prunes=False, valid=None if valid is None or bool(valid.all()) else valid)
+        valid = None if valid is None or bool(valid.all()) else valid
+        return ForwardPass(prunes=False, length=call.shape[1], past=call.past, segments={0: Segment(valid=valid)})
+    packing = _packing(call.starts)
     everything = torch.ones_like(visual) if valid is None else valid
     visual = visual & everything
-    ordinal = torch.where(visual, visual.cumsum(1) - 1, -1)
-    ends = visual.gather(1, last_slots(valid, visual, prompt.drafted)[:, None])[:, 0]
-    slots = torch.arange(visual.shape[1], device=visual.device)
-    last_visual = (visual * (slots + 1)).amax(1)
-    behind = everything & (slots >= last_visual[:, None]) & (slots < visual.shape[1] - prompt.drafted)
+    slots = torch.arange(call.shape[1], device=visual.device).expand_as(visual)
+    last_visual = _reduced(visual * (slots + 1), packing, "amax")
+    ends, end_from = _ends(call, packing, last_visual, slots)
+    after, until = last_visual[:, None], ends[:, None]
+    if packing is not None:
+        after, until = last_visual[packing.number], ends[packing.number]
+    text = everything & (slots >= after) & (slots < until)
+    last = _reduced((everything & (slots < until)) * (slots + 1), packing, "amax") - 1
+    rank = visual.cumsum(1) - 1
+    number_visual = _reduced(visual.long(), packing, "sum")
+    separate = call.separate if call.separate is not None else torch.ones_like(last_visual[:1], dtype=torch.bool)
     # the one host synchronisation of a prefill whose stages keep fixed counts
-    counts = torch.stack([visual.sum(1), everything.sum(1), ends.long(), last_visual, behind.sum(1)]).tolist()
-    num_visual, num_valid = tuple(counts[0]), tuple(counts[1])
-    valid = None if min(num_valid) == visual.shape[1] else valid
-    found = Visual.of(ordinal, num_visual)
+    parts = (number_visual, _reduced(text.long(), packing, "sum"), last_visual, everything.sum(1), separate.view(1))
+    host = torch.cat([part.long() for part in parts]).tolist()
+    prompts = len(last_visual)
+    num_visual, num_text, settled = (tuple(host[i * prompts : (i + 1) * prompts]) for i in range(3))
+    row_tokens = tuple(host[3 * prompts : -1])
+    if not host[-1]:
+        raise ValueError(
+            "attention_mask is 4-D and neither causal nor that of several prompts side by side: a stage could not tell "
+            "which tokens belong to one prompt; give each prompt a row, or detach()"
+        )
+    if packing is not None:
+        rank = rank - on_device(packing.before(num_visual), rank.device)[packing.number]
+    ordinal = torch.where(visual, rank, -1)
+    found = visual_of(ordinal, num_visual, packing)
+    run = None
+    if by_image:
+        runs = (visual & ~torch.nn.functional.pad(visual, (1, 0))[:, :-1]).cumsum(1)
+        run = take(runs[..., None], found.slots, packing)[..., 0]
+        run = run - run[:, :1]
     return ForwardPass(
         prunes=True,
         length=visual.shape[1],
-        past=prompt.past,
-        drafted=prompt.drafted,
-        settled=prompt.past + max(counts[3]),
-        ends_visual=tuple(bool(end) for end in counts[2]),
-        past_valid=prompt.past_valid,
+        past=call.past,
+        uncached=call.uncached,
+        settled=call.past + max(settled),
+        past_valid=call.past_valid,
+        row_tokens=row_tokens,
         ordinal=ordinal,
         visual=found,
-        num_visual=num_visual,
-        num_text=tuple(n - v for n, v in zip(num_valid, num_visual, strict=True)),
-        valid=valid,
-        entry=Entry(embeddings, found, visual, behind, max(counts[4]), inputs),
+        segments={0: Segment(valid=None if min(row_tokens) == visual.shape[1] else valid, packing=packing)},
+        prompts=Prompts(embeddings, visual, text, last.clamp(min=0), found, num_text, end_from, run, inputs),
     )

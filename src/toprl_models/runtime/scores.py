@@ -1,181 +1,256 @@
-"""Attention pieces of the pruner: gathers, masks for shortened layers, scores from one query row."""
+"""Attention scores that are the model's own: queries, keys and mask as a layer hands them to its attention function.
+
+All attention modules of transformers end in one call, ``ALL_ATTENTION_FUNCTIONS.get_interface(implementation,
+eager_attention_forward)(module, query, key, value, attention_mask, scaling=..., ...)``, where norms, rotary positions,
+scaling and the cache have been applied. ``watch`` puts a function there, for one call of one module, that notes the
+arguments; the weights of a few query rows are then the model's own ``eager_attention_forward`` of these rows.
+"""
 
 from __future__ import annotations
 
-import sys
+import copy
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+import torch.distributed as dist
+from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from toprl_models.runtime.cache import check_rows
+from toprl_models.runtime.prompt import open_slots
+from toprl_models.runtime.state import Packing
 
 
-def gather_slots(tensor: Tensor, indices: Tensor) -> Tensor:
-    """Rows of ``tensor`` [B or 1, N, d] at ``indices`` [B, m]: [B, m, d]."""
-    tensor = tensor.expand(len(indices), -1, -1)
-    return tensor.gather(1, indices[..., None].expand(-1, -1, tensor.shape[-1]))
+class _Stop(Exception):
+    """Ends a layer's forward pass at its attention function."""
 
 
-def gather_tables(position_embeddings: Any, indices: Tensor | None) -> Any:
-    """Rotary tables (cos, sin) at ``indices`` [B, m]; the tables themselves for None."""
-    if indices is None:
-        return position_embeddings
-    return tuple(gather_slots(table, indices) for table in position_embeddings)
+def attention_of(layer: nn.Module) -> nn.Module:
+    """Find the module of a decoder layer that calls transformers' attention interface.
+
+    Raises:
+        ValueError: there is none, or several, or transformers has no eager function for it.
+    """
+    modules = [module for module in layer.modules() if "ALL_ATTENTION_FUNCTIONS" in _names(module)]
+    if len(modules) != 1 or "config" not in vars(modules[0]):
+        kinds = ", ".join(type(module).__name__ for module in modules) or "none"
+        raise ValueError(
+            f"{type(layer).__name__} has no single softmax attention of transformers' attention interface (modules "
+            f"that use it: {kinds}), so attention scores of this layer cannot be supported: choose another stage, or "
+            "a method that reads no attention"
+        )
+    if _eager_of(modules[0]) is None:
+        raise ValueError(
+            f"{type(modules[0]).__name__} has no eager_attention_forward, so its attention scores cannot be supported: "
+            "choose a method that reads no attention"
+        )
+    return modules[0]
 
 
-class LayerView:
-    """A cache as seen by one layer: mask makers ask for the lengths of layer 0, but pruned layers are shorter."""
+def _forward_of(module: nn.Module) -> Any:
+    return inspect.unwrap(type(module).forward)
 
-    def __init__(self, cache: Any, layer: int) -> None:
-        self._cache, self._layer = cache, layer
 
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        return self._cache.get_seq_length(self._layer)
+def _names(module: nn.Module) -> tuple[str, ...]:
+    code = getattr(_forward_of(module), "__code__", None)
+    return () if code is None else code.co_names
 
-    def get_query_offset(self, layer_idx: int = 0) -> int:
-        return type(self._cache).get_query_offset(self._cache, self._layer)
 
-    def get_mask_sizes(self, query_length: Any, layer_idx: int = 0) -> tuple[int, int]:
-        return type(self._cache).get_mask_sizes(self._cache, query_length, self._layer)
+def _eager_of(module: nn.Module) -> Callable[..., Any] | None:
+    return _forward_of(module).__globals__.get("eager_attention_forward")
+
+
+@dataclass
+class Observation:
+    """What one attention module handed to its attention function in one forward pass.
+
+    Shapes: ``query`` ``[B, H, n, D]``, ``key`` ``[B, Hkv, L, D]`` with cached keys, ``value`` likewise; ``mask`` in the
+    form of the model's backend.
+    """
+
+    module: nn.Module
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    mask: Any
+    arguments: dict[str, Any]
+
+    def weights(
+        self, queries: Tensor, past: int, packing: Packing | None = None, keep_mask: Tensor | None = None
+    ) -> Tensor:
+        """Compute the attention of a few tokens: float32 ``[P, R, L]``, softmax over the keys, mean over heads.
+
+        Args:
+            queries: int64 ``[P, R]``, slots of the tokens.
+            past: keys that were cached before this pass.
+            packing: prompts of the rows; None where a row is a prompt.
+            keep_mask: ``[B, L]`` of mask mode, where 0 is no key (but for the token itself).
+        """
+        visible = visible_rows(self.mask, queries, self.key.shape[2], past, packing)
+        if keep_mask is not None:
+            kept = pad(keep_mask > 0, (0, self.key.shape[2] - keep_mask.shape[1]))
+            kept = kept if packing is None else kept[packing.row_index]
+            itself = torch.arange(self.key.shape[2], device=kept.device) == queries[..., None] + past
+            visible = visible & (kept[:, None] | itself)
+        if packing is None:
+            return self._eager(self.query, self.key, self.value, queries, visible)
+        rows = [slice(row, row + 1) for row in packing.rows]
+        parts = [
+            self._eager(self.query[row], self.key[row], self.value[row], queries[i : i + 1], visible[i : i + 1])
+            for i, row in enumerate(rows)
+        ]
+        return torch.cat(parts)
+
+    def _eager(self, query: Tensor, key: Tensor, value: Tensor, queries: Tensor, visible: Tensor) -> Tensor:
+        index = queries[:, None, :, None].expand(-1, query.shape[1], -1, query.shape[3])
+        closed = torch.zeros(visible.shape, device=query.device).masked_fill(~visible, torch.finfo(torch.float32).min)
+        eager = _eager_of(self.module)
+        assert eager is not None
+        with torch.no_grad():
+            _, weights = eager(
+                self.module,
+                query.gather(2, index).float(),
+                key.float(),
+                value[..., :1].float(),
+                closed[:, None],
+                **self.arguments | {"dropout": 0.0},
+            )
+        return weights.float().mean(1)
+
+
+def visible_rows(mask: Any, queries: Tensor, num_keys: int, past: int, packing: Packing | None) -> Tensor:
+    """Work out which keys some query rows see, from the mask of any attention backend: bool ``[P, R, num_keys]``.
+
+    Args:
+        mask: 4-D (bool, or float to be added), a BlockMask, a 2-D padding mask under causality, or None for causality.
+        queries: int64 ``[P, R]``, slots among the queries of the pass; ``past`` keys stand before the first.
+    """
+    row = torch.arange(len(queries), device=queries.device) if packing is None else packing.row_index
+    keys = torch.arange(num_keys, device=queries.device)
+    if isinstance(mask, Tensor) and mask.ndim == 4:
+        visible = open_slots(mask)
+        visible = visible.expand(int(len(queries) if packing is None else max(packing.rows) + 1), -1, -1)
+        return visible[row[:, None], queries][..., :num_keys]
+    if hasattr(mask, "mask_mod"):
+        batch = row[:, None, None].expand(*queries.shape, num_keys)
+        return mask.mask_mod(batch, torch.zeros_like(batch), queries[..., None].expand_as(batch), keys.expand_as(batch))
+    visible = keys <= queries[..., None] + past
+    if mask is not None:
+        visible = visible & pad(mask.bool(), (0, num_keys - mask.shape[1]))[row][:, None]
+    if packing is not None:  # flash attention has the bounds of packed prompts in other arguments
+        number = pad(packing.number, (past, num_keys - past - packing.number.shape[1]), value=-1)[row]
+        visible = visible & (number == torch.arange(len(queries), device=keys.device)[:, None])[:, None]
+    return visible
+
+
+class _Watched:
+    """Stands in for the config of one attention module until its attention function is called once."""
+
+    def __init__(self, module: nn.Module, stops: bool) -> None:
+        self._module, self._config, self._stops = module, module.config, stops
+        self.seen: Observation | None = None
+        self._attn_implementation = _registered(self._config._attn_implementation)  # type: ignore[union-attr, arg-type]
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._config, name)
+
+    def begin(self) -> None:
+        self._module.config = self  # type: ignore[assignment]
+
+    def end(self) -> None:
+        self._module.config = self._config
+
+    def __call__(self, query: Tensor, key: Tensor, value: Tensor, mask: Any, kwargs: dict[str, Any]) -> Any:
+        self.end()
+        self.seen = Observation(self._module, query.detach(), key.detach(), value.detach(), mask, kwargs)
+        if self._stops:
+            raise _Stop
+        interface = _forward_of(self._module).__globals__["ALL_ATTENTION_FUNCTIONS"]
+        name = self._config._attn_implementation  # type: ignore[union-attr]
+        return interface.get_interface(name, _eager_of(self._module))(self._module, query, key, value, mask, **kwargs)
+
+
+def _attention(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any = None, **kwargs: Any) -> Any:
+    """An attention function of transformers that notes its arguments, then calls the one it stands for."""
+    return module.config(query, key, value, mask, kwargs)
+
+
+def _registered(name: str) -> str:
+    """Register the watching function under a name that still tells "flash" from the others."""
+    from transformers import AttentionInterface
+
+    AttentionInterface.register(f"toprl_watch_{name}", _attention)
+    return f"toprl_watch_{name}"
+
+
+def watch(module: nn.Module) -> _Watched:
+    """Begin to watch an attention module's next call; ``end()`` it where the call may not have come."""
+    watched = _Watched(module, stops=False)
+    watched.begin()
+    return watched
+
+
+class _Peek:
+    """A cache that gives a layer the keys it would see, without storing new ones."""
+
+    def __init__(self, cache: Any) -> None:
+        self._cache = cache
+
+    def update(self, key: Tensor, value: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        if not self._cache.get_seq_length(layer_idx):
+            return key, value
+        return copy.deepcopy(self._cache.layers[layer_idx]).update(key, value, *args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._cache, name)
 
 
-def prefill_mask(mask: Tensor, indices: Tensor, valid: Tensor | None) -> Tensor:
-    """The model's own 4-D mask [B, 1, N, L], rows and columns at ``indices`` [B, m], padding keys closed.
-
-    Columns behind the N tokens, free slots of a static cache, stay as they are: closed.
-    """
-    mask = mask.expand(len(indices), -1, -1, -1)
-    heads, length = mask.shape[1:3]
-    mask = mask.gather(2, indices[:, None, :, None].expand(-1, heads, -1, mask.shape[3]))
-    free = mask[..., length:]
-    if free.shape[3]:
-        dropped = free[..., :1].expand(-1, -1, -1, length - indices.shape[1])
-        free = torch.cat([dropped, free], 3)
-    mask = mask.gather(3, indices[:, None, None, :].expand(-1, heads, mask.shape[2], -1))
-    if valid is not None:
-        keys = valid[:, None, None, :]
-        mask = mask & keys if mask.dtype == torch.bool else mask.masked_fill(~keys, torch.finfo(mask.dtype).min)
-    return torch.cat([mask, free], 3) if free.shape[3] else mask
+def ask(layer: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> Observation:
+    """Ask a layer for its queries and keys: run it up to its attention function; no cache is written."""
+    module = attention_of(layer)
+    cache = kwargs.get("past_key_values")
+    kwargs = dict(kwargs) if cache is None else {**kwargs, "past_key_values": _Peek(cache)}
+    with _stopping(module) as watched, torch.no_grad():
+        layer(*args, **kwargs)
+    if watched.seen is None:
+        raise RuntimeError(f"{type(layer).__name__} did not call the attention function of {type(module).__name__}")
+    return watched.seen
 
 
-def padding_of(mask: Any, length: int) -> Tensor | None:
-    """bool [B, n], n <= ``length``: the real ones of the tokens seen so far; None when the mask does not tell.
-
-    Args:
-        mask: the attention mask a model was called with: 2-D, or what generate() prepares for a static cache: 4-D, or
-            a dict of those by layer type.
-        length: of the tokens in the cache and those of this pass.
-
-    Raises:
-        TypeError: a mask of another kind.
-    """
-    if isinstance(mask, dict):
-        mask = mask.get("full_attention")
-    if mask is None:
-        return None
-    if not isinstance(mask, Tensor):
-        raise TypeError(
-            f"attention_mask is a {type(mask).__name__}; pass the 2-D padding mask while a Pruner is attached"
-        )
-    if mask.ndim == 4:
-        mask = mask[:, 0, -1]  # the last token sees all real ones
-        if mask.is_floating_point():
-            mask = mask > torch.finfo(mask.dtype).min / 2
-    return mask[:, :length].bool()
+@contextmanager
+def _stopping(module: nn.Module) -> Iterator[_Watched]:
+    watched = _Watched(module, stops=True)
+    watched.begin()
+    try:
+        yield watched
+    except _Stop:
+        pass
+    finally:
+        watched.end()
 
 
-def rebuild_mask(config: Any, hidden_states: Tensor, valid: Tensor | None, view: LayerView | None) -> Any:
-    """The causal mask in the form of the model's attention backend, sized for one layer's cache."""
-    from transformers.masking_utils import create_causal_mask
+class HeadGroup:
+    """The ranks among which tensor parallelism of transformers divides a model's heads; all take the same decision."""
 
-    # where ``valid`` is given some slot is padding: transformers need not wait for the device to find out
-    return create_causal_mask(config, hidden_states, valid, view, allow_is_causal_skip=valid is None)
+    def __init__(self, model: Any) -> None:
+        mesh = getattr(model, "_device_mesh", None) if (getattr(model, "tp_size", None) or 1) > 1 else None
+        if mesh is not None and mesh.ndim > 1:
+            mesh = mesh["tp"]
+        self._group: Any = None if mesh is None else mesh.get_group()
 
+    def mean(self, weights: Tensor) -> Tensor:
+        """Average over all heads of all ranks, where ``weights`` are the means of each rank's own."""
+        if self._group is not None:
+            dist.all_reduce(weights, group=self._group)
+            weights = weights / dist.get_world_size(self._group)
+        return weights
 
-def is_static_step(config: Any, hidden_states: Tensor, cache: Any) -> bool:
-    """One new token on a cache of fixed size: its length is on the device, and a compiled step cannot wait for it.
-
-    Flash attention is left out: it wants a padding mask that ends with the last token, so that the length matters.
-    """
-    fixed = hidden_states.shape[1] == 1 and getattr(cache, "is_compileable", False)
-    return fixed and "flash" not in config._attn_implementation
-
-
-def static_step_mask(config: Any, hidden_states: Tensor, stored: Tensor | None, view: LayerView) -> Any:
-    """The mask of such a step: slots behind the ``stored`` ones [B, n] are valid, and causality closes free ones."""
-    check_rows(stored, len(hidden_states))
-    if stored is not None:
-        stored = pad(stored, (0, view.get_mask_sizes(1)[0] - stored.shape[1]), value=True)
-    return rebuild_mask(config, hidden_states, stored, view)
-
-
-def refuse_views_ahead(mask: Any, past: int, length: int) -> None:
-    """Refuse to rebuild as causal what is not: in some models the tokens of an image see each other.
-
-    Args:
-        mask: the model's own.
-        past: tokens in the cache.
-        length: tokens of this pass.
-
-    Raises:
-        ValueError: under ``mask`` some token sees the one behind it.
-    """
-    if hasattr(mask, "mask_mod"):
-        batch = torch.arange(mask.shape[0], device=mask.kv_indices.device)[:, None]
-        queries = torch.arange(length - 1, device=batch.device)[None]
-        ahead = mask.mask_mod(batch, torch.zeros_like(batch), queries, queries + past + 1)
-    elif isinstance(mask, Tensor) and mask.ndim == 4:
-        ahead = mask.diagonal(past + 1, -2, -1)
-        if mask.is_floating_point():
-            ahead = ahead > torch.finfo(mask.dtype).min / 2
-    else:
-        return
-    if bool(ahead.any()):
-        raise ValueError(
-            "the model lets image tokens see those behind them, which compact mode keeps only with attn_implementation "
-            '"sdpa" or "eager", and with all images in the first forward pass on an empty cache'
-        )
-
-
-def query_attention(
-    layer: Any, hidden_states: Tensor, position_embeddings: Any, queries: Tensor, valid: Tensor | None
-) -> Tensor:
-    """Attention of a few tokens in ``layer``: from their query rows and the keys, no N x N matrix.
-
-    Args:
-        layer: a decoder layer with ``input_layernorm`` and ``self_attn.{q,k}_proj``.
-        hidden_states: what goes into it, ``[B, N, d]``.
-        position_embeddings: its (cos, sin), ``[B or 1, N, head_dim]``.
-        queries: int64 ``[B, R]``, slots of the tokens.
-        valid: bool ``[B, N]`` or None; other slots are no keys.
-
-    Returns:
-        float32 ``[B, R, N]``: softmax over the keys, mean over heads. Keys of earlier turns are not counted.
-    """
-    attention = layer.self_attn
-    apply_rotary = sys.modules[type(attention).__module__].apply_rotary_pos_emb
-    with torch.no_grad():
-        normed = layer.input_layernorm(hidden_states)
-        key = attention.k_proj(normed).unflatten(-1, (-1, attention.head_dim))
-        query = attention.q_proj(gather_slots(normed, queries)).unflatten(-1, (-1, attention.head_dim))
-        if hasattr(attention, "q_norm"):
-            query, key = attention.q_norm(query), attention.k_norm(key)
-        query, key = query.transpose(1, 2), key.transpose(1, 2)
-        # the two sides have different lengths here: rotate each on its own
-        cos, sin = (gather_slots(table, queries) for table in position_embeddings)
-        query = apply_rotary(query, query, cos, sin)[0]
-        cos, sin = (table.expand(len(normed), -1, -1) for table in position_embeddings)
-        key = apply_rotary(key, key, cos, sin)[0]
-        groups = query.shape[1] // key.shape[1]
-        query = query.unflatten(1, (key.shape[1], groups)).flatten(2, 3)  # [B, Hkv, groups * R, head_dim]
-        scores = (query.float() @ key.float().transpose(-1, -2)) * attention.scaling
-        scores = scores.unflatten(2, (groups, -1))
-        seen = torch.arange(normed.shape[1], device=normed.device) <= queries[..., None]  # causal
-        if valid is not None:
-            seen = seen & valid[:, None]
-        return scores.masked_fill(~seen[:, None, None], -torch.inf).softmax(-1).mean((1, 2))
+    def agree(self, decision: Tensor) -> Tensor:
+        """Take the first rank's decision."""
+        if self._group is not None:
+            decision = decision.contiguous()
+            dist.broadcast(decision, dist.get_process_group_ranks(self._group)[0], group=self._group)
+        return decision

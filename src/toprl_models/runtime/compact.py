@@ -1,0 +1,316 @@
+"""Compact mode: before a stage's layer the survivors are gathered; later layers run on the short sequence.
+
+They write short key/value caches, and get the mask, positions and rotary tables of the survivors.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from toprl_kernels import topk_compact
+from toprl_models.policy import Decision
+from toprl_models.runtime.cache import CacheState, cache_state, extend_mask, remove_before_first_layer
+from toprl_models.runtime.outputs import Survivors, scatter_all, scatter_back, slots_of
+from toprl_models.runtime.shortened import (
+    LayerView,
+    flash_bounds,
+    gather_positions,
+    gather_tables,
+    is_static_step,
+    packed_block_mask,
+    prefill_mask,
+    rebuild_mask,
+    refuse_views_ahead,
+    static_step_mask,
+)
+from toprl_models.runtime.stage import Stage, shared_by_image, trace_of
+from toprl_models.runtime.state import ForwardPass, Packing, Segment, on_device, put, visual_of
+
+
+class Compact:
+    """Remove dropped tokens, and their keys and values.
+
+    Args:
+        decoder: the text decoder.
+        stage_layers: the layers that stages stand before.
+        renumbers: of each stage, whether survivors get consecutive positions.
+    """
+
+    name = "compact"
+
+    def __init__(self, decoder: nn.Module, stage_layers: tuple[int, ...], renumbers: tuple[bool, ...]) -> None:
+        self._decoder, self._stage_layers, self._renumbers = decoder, stage_layers, renumbers
+        self._config: Any = decoder.config
+
+    def install(self, model: Any) -> None:
+        """Prepare ``model``: nothing to do."""
+
+    def uninstall(self, model: Any) -> None:
+        """Undo ``install``."""
+
+    # -- a stage ---------------------------------------------------------------------------------------------------
+
+    def at_stage(
+        self,
+        forward: ForwardPass,
+        stage: Stage,
+        hidden_states: Tensor,
+        decision: Decision,
+        counts: tuple[int, ...],
+        kwargs: dict[str, Any],
+    ) -> Tensor:
+        """Gather the survivors of ``hidden_states`` [B, n, d] and begin the next segment: [B, m, d]."""
+        visual, before = forward.visual, forward.segment
+        assert visual is not None
+        number = stage.number + 1
+        if counts == visual.counts:  # nothing drops: no gather, so keep-all is bitwise the unattached model
+            after = Segment(before.slots, before.valid, before.moved, before.shift, before.packing)
+            indices = visual.index.masked_fill(~visual.valid, -1)
+        else:
+            hidden_states, after = self._gather(forward, stage, hidden_states, decision, counts)
+            indices = forward.visual.index  # type: ignore[union-attr]
+        forward.segments[number], forward.current = after, number
+        removed = forward.length - hidden_states.shape[1]
+        cache = kwargs.get("past_key_values")
+        if not stage.schedule.layers[stage.number] and removed and cache is not None:
+            remove_before_first_layer(cache, removed)
+        forward.trace.append(trace_of(stage, forward, visual, decision, indices, counts))
+        return hidden_states
+
+    def _gather(
+        self, forward: ForwardPass, stage: Stage, hidden_states: Tensor, decision: Decision, counts: tuple[int, ...]
+    ) -> tuple[Tensor, Segment]:
+        visual, ordinal, before = forward.visual, forward.ordinal, forward.segment
+        assert visual is not None and ordinal is not None
+        packing = before.packing
+        if decision.states is not None:
+            hidden_states = put(hidden_states, visual.slots, visual.valid, decision.states, packing)
+        # text is always kept: +inf, which a policy's own +inf must not push out
+        scores = selection(forward, stage, decision, counts)
+        every = scores.new_full(ordinal.shape, float("inf"))
+        slot_scores = put(every, visual.slots, visual.valid, scores, packing).contiguous()
+        dropped = [there - kept for there, kept in zip(visual.counts, counts, strict=True)]
+        rows = range(len(counts)) if packing is None else packing.rows
+        totals = list(forward.row_tokens)
+        for row, count in zip(rows, dropped, strict=True):
+            totals[row] -= count
+        if len(set(totals)) > 1:
+            # generation reads the last position: shorter rows are padded on the left
+            kept = topk_compact(
+                hidden_states,
+                slot_scores,
+                on_device(totals, hidden_states.device),
+                valid_mask=before.valid,
+                max_length=max(totals),
+                padding_side="left",
+            )
+            valid, indices = kept.valid_mask, kept.indices.masked_fill(~kept.valid_mask, 0)
+        else:
+            kept = topk_compact(hidden_states, slot_scores, totals[0], valid_mask=before.valid)
+            valid, indices = None, kept.indices
+        after = Segment(indices if before.slots is None else before.slots.gather(1, indices), valid)
+        if packing is not None:
+            after.packing = Packing(packing.number.gather(1, indices), packing.rows, packing.row_index)
+        self._move(before, after, indices, ordinal, dropped, self._renumbers[stage.number])
+        forward.row_tokens = tuple(totals)
+        ordinal = ordinal.gather(1, indices)
+        forward.ordinal = ordinal if valid is None else ordinal.masked_fill(~valid, -1)
+        forward.visual = visual_of(forward.ordinal, counts, after.packing)
+        return kept.hidden_states, after
+
+    def _move(
+        self, before: Segment, after: Segment, indices: Tensor, ordinal: Tensor, dropped: list[int], renumbers: bool
+    ) -> None:
+        """Note how far the survivors' positions move down."""
+        after.shift = before.shift
+        if before.moved is not None:
+            after.moved = before.moved.gather(1, indices)
+        if not renumbers:
+            return
+        real = torch.ones_like(indices) if after.valid is None else after.valid.long()
+        kept = torch.zeros_like(ordinal).scatter_add(1, indices, real) > 0
+        gone = ((ordinal >= 0) & ~kept).cumsum(1)
+        total = gone[:, -1]
+        if before.packing is not None:
+            gone = gone - on_device(before.packing.before(dropped), gone.device)[before.packing.number]
+        gone = gone.gather(1, indices)
+        after.moved = gone if after.moved is None else after.moved + gone
+        after.shift = total if after.shift is None else after.shift + total
+
+    # -- a layer ---------------------------------------------------------------------------------------------------
+
+    def before_layer(
+        self, forward: ForwardPass, number: int, index: int, hidden_states: Tensor, kwargs: dict[str, Any]
+    ) -> dict[str, Any]:
+        """Replace mask, rotary tables and positions by those of the current segment.
+
+        Args:
+            number: segment whose tokens layer ``index`` has cached; the next one while a layer is asked for scores.
+        """
+        cache = kwargs.get("past_key_values")
+        state: CacheState | None = getattr(cache, "_toprl_state", None)
+        if not forward.prunes and state is None:
+            return kwargs  # this cache was filled without pruning: the model's own mask fits
+        segment, asked = forward.segment, number != forward.current
+        made_from = (kwargs.get("attention_mask"), kwargs.get("position_embeddings"))
+        # made once per stage, and again where a model has several kinds of layers
+        if (
+            asked
+            or segment.made_from is None
+            or any(old is not new for old, new in zip(segment.made_from, made_from, strict=True))
+        ):
+            if forward.prunes and cache is not None and not asked:
+                state = self._state_of(forward, cache, state)
+            view = None if cache is None else LayerView(cache, index)
+            arguments = self._arguments(forward, number, hidden_states, kwargs, state, view, keeps=not asked)
+            if asked:
+                return {**kwargs, **arguments}
+            segment.made_from, segment.arguments = made_from, arguments
+        return {**kwargs, **segment.arguments}
+
+    def _state_of(self, forward: ForwardPass, cache: Any, state: CacheState | None) -> CacheState:
+        if state is None:
+            state = cache_state(cache)
+            if forward.past_valid is not None:  # earlier turns had no images, but padding
+                state.masks.update(dict.fromkeys(range(1, len(self._stage_layers) + 1), forward.past_valid))
+        if forward.segment.slots is not None:
+            state.settled = forward.settled
+        return state
+
+    def _arguments(
+        self,
+        forward: ForwardPass,
+        number: int,
+        hidden_states: Tensor,
+        kwargs: dict[str, Any],
+        state: CacheState | None,
+        view: LayerView | None,
+        keeps: bool,
+    ) -> dict[str, Any]:
+        """Make the arguments that differ from the model's."""
+        segment = forward.segment
+        if state is not None and not forward.prunes and is_static_step(self._config, hidden_states, view):
+            assert view is not None
+            mask = static_step_mask(self._config, hidden_states, state.masks.get(number), view)
+            return {"attention_mask": mask, **self._positions(forward, number, hidden_states, kwargs, state, keeps)}
+        past = view.get_seq_length() if view is not None else 0
+        stored = state.masks.get(number) if state is not None and past else None
+        valid = extend_mask(stored, segment.valid, past, hidden_states)
+        arguments = {"attention_mask": self._mask(forward, hidden_states, kwargs, valid, view, past)}
+        if state is not None and keeps and (forward.prunes or segment.valid is not None or not past):
+            state.masks.pop(number, None)  # not past: the cache was reset
+            if valid is not None:
+                state.masks[number] = valid
+        arguments |= self._positions(forward, number, hidden_states, kwargs, state, keeps)
+        return arguments
+
+    def _mask(
+        self,
+        forward: ForwardPass,
+        hidden_states: Tensor,
+        kwargs: dict[str, Any],
+        valid: Tensor | None,
+        view: LayerView | None,
+        past: Any,
+    ) -> Any:
+        original, segment = kwargs.get("attention_mask"), forward.segment
+        if original is None and valid is None:
+            return None
+        if forward.prunes and not past and segment.slots is None:
+            return original
+        if segment.slots is not None and not past and isinstance(original, Tensor) and original.ndim == 4:
+            return prefill_mask(original, segment.slots, segment.valid)
+        if forward.prunes and forward.rebuilt_from is not original:
+            refuse_views_ahead(original, forward.past, forward.length)
+            forward.rebuilt_from = original
+        if segment.packing is not None and hasattr(original, "mask_mod"):
+            return packed_block_mask(segment.packing, segment.valid)
+        return rebuild_mask(self._config, hidden_states, valid, view)
+
+    def _positions(
+        self,
+        forward: ForwardPass,
+        number: int,
+        hidden_states: Tensor,
+        kwargs: dict[str, Any],
+        state: CacheState | None,
+        keeps: bool,
+    ) -> dict[str, Any]:
+        """Make rotary tables and positions of the current segment, and what tells flash attention its prompts."""
+        segment, positions = forward.segment, kwargs.get("position_ids")
+        earlier = None if state is None else state.shifts.get(number)
+        if keeps:  # at later layers the state has this pass's shift in it
+            if not segment.has_earlier:
+                segment.has_earlier, segment.earlier = True, earlier
+            earlier = segment.earlier
+        arguments: dict[str, Any] = {}
+        if segment.slots is None and earlier is None:
+            return arguments
+        if positions is not None and segment.slots is not None:
+            positions = gather_positions(positions, segment.slots)
+        if segment.moved is not None or earlier is not None:
+            assert positions is not None
+            if segment.moved is not None:
+                positions = positions - segment.moved
+            if earlier is not None:
+                positions = positions - earlier[:, None]
+            arguments["position_embeddings"] = self._decoder.rotary_emb(hidden_states, positions)  # type: ignore[operator]
+            if state is not None and keeps and segment.shift is not None:
+                state.shifts[number] = segment.shift if earlier is None else segment.shift + earlier
+        elif "position_embeddings" in kwargs:
+            arguments["position_embeddings"] = gather_tables(kwargs["position_embeddings"], segment.slots)
+        if "position_ids" in kwargs:
+            arguments["position_ids"] = positions
+        if "flash" in self._config._attn_implementation and segment.slots is not None:
+            arguments |= flash_bounds(segment, kwargs)
+        return arguments
+
+    # -- the end ---------------------------------------------------------------------------------------------------
+
+    def finish(self, forward: ForwardPass, output: Any, num_layers: int) -> Survivors | None:
+        """Scatter the survivors' states back to the prompt's length, so that callers see the shape they asked for."""
+        segment = forward.segment
+        if segment.slots is None:
+            return None
+        slots = slots_of(forward, forward.current)
+        assert slots is not None
+        output["last_hidden_state"] = scatter_back(output.last_hidden_state, slots, forward.length)
+        if output.get("hidden_states"):
+            output["hidden_states"] = scatter_all(output.hidden_states, forward, self._stage_layers, num_layers)
+        return Survivors(forward.length, slots)
+
+
+def selection(forward: ForwardPass, stage: Stage, decision: Decision, counts: tuple[int, ...]) -> Tensor:
+    """Turn a decision into scores [P, V] float32 whose top-k in the *row* are the survivors; finite or -inf.
+
+    Raises:
+        ValueError: a keep mask and ``share="image"`` contradict each other.
+    """
+    visual, prompts = forward.visual, forward.prompts
+    assert visual is not None and prompts is not None
+    if decision.keep_mask is not None:
+        if prompts.run is not None:
+            raise ValueError(
+                f"schedule: share='image', but {type(stage.policy).__name__} chooses by a keep mask of its own; use "
+                "share='row'"
+            )
+        return torch.where(decision.keep_mask > 0, 1.0, -1.0)
+    scores = decision.scores.detach()
+    if prompts.run is not None:
+        scores = shared_by_image(scores, visual, prompts)
+    if forward.segment.packing is not None:
+        return torch.where(top_mask(scores, visual.valid, counts), 1.0, -1.0)
+    return scores.float().nan_to_num(nan=float("nan"), posinf=torch.finfo(torch.float32).max)
+
+
+def top_mask(scores: Tensor, valid: Tensor, counts: tuple[int, ...]) -> Tensor:
+    """Mark the ``counts`` best of each prompt: bool [P, V]; ties go to the lower slot."""
+    best = topk_compact(
+        scores[..., None], scores.float(), on_device(counts, scores.device), valid_mask=valid, max_length=max(counts)
+    )
+    width = valid.shape[1]
+    keep = torch.zeros(len(valid), width + 1, dtype=torch.bool, device=scores.device)
+    return keep.scatter(1, best.indices.masked_fill(~best.valid_mask, width), True)[:, :width]

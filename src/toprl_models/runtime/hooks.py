@@ -1,0 +1,354 @@
+"""The hooks of an attached model, in the order in which a forward pass meets them."""
+
+from __future__ import annotations
+
+import functools
+import threading
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+
+from toprl_models.policy import Decision, Policy
+from toprl_models.runtime import scores
+from toprl_models.runtime.compact import Compact
+from toprl_models.runtime.guards import OneForward, refuse_checkpointing, refuse_window, sliding_window
+from toprl_models.runtime.mask import Mask
+from toprl_models.runtime.outputs import Survivors, without_dropped
+from toprl_models.runtime.prompt import Call, Told, VisualIds, begin, read_call
+from toprl_models.runtime.stage import Observed, Stage
+from toprl_models.runtime.state import ForwardPass, Segment, StageTrace
+from toprl_models.schedule import Schedule
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+Change = tuple[tuple, dict[str, Any]]
+
+
+@dataclass
+class Generation:
+    """One call of ``generate()``: the length of its prompt, and what was decided where no cache remembers it."""
+
+    length: int | None
+    beams: int
+    num_visual: tuple[int, ...] = ()
+    decisions: dict[int, tuple[Decision, tuple[int, ...]]] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, args: tuple, kwargs: Mapping[str, Any], default: Any) -> Generation:
+        """Read the arguments of ``generate()``; ``default`` is the model's generation config."""
+        tokens = kwargs.get("inputs_embeds")
+        if tokens is None:
+            tokens = args[0] if args else kwargs.get("input_ids", kwargs.get("inputs"))
+        config = kwargs.get("generation_config") or default
+        beams = kwargs.get("num_beams") or getattr(config, "num_beams", None) or 1
+        return cls(None if tokens is None else tokens.shape[1], beams)
+
+    def recall(self, stage: int, forward: ForwardPass) -> tuple[Decision, tuple[int, ...]] | None:
+        """Return what this stage decided for the same prompt, without its answer.
+
+        Raises:
+            ValueError: beams of one sample were pruned differently, and without a cache they cannot be told apart.
+        """
+        known = self.decisions.get(stage)
+        if known is None or self.num_visual != forward.num_visual:
+            return None
+        if self.beams > 1:
+            alike = known[0].scores.unflatten(0, (-1, self.beams))
+            if not bool((alike == alike[:, :1]).all()):
+                raise ValueError(
+                    f"use_cache=False with num_beams={self.beams}: the policy prunes the beams of a sample "
+                    "differently, and without a cache nothing tells which beam is which: use a cache"
+                )
+        return known
+
+
+class _PerThread(threading.local):
+    """Per-thread state around the forward pass: other threads may come between its parts."""
+
+    told: Told | None = None  # of the call of the whole model that is under way
+    prompt_length: int | Tensor | None = None  # of Pruner.prompt_length()
+    generation: Generation | None = None
+    survivors: Survivors | None = None  # of the last pass, for its loss
+
+
+class Runtime:
+    """What the hooks of one attached model share."""
+
+    def __init__(
+        self, model: PreTrainedModel, policy: Policy, schedule: Schedule, mode: Compact | Mask, ids: VisualIds
+    ) -> None:
+        self.model, self.schedule, self.mode, self._ids = model, schedule, mode, ids
+        self.decoder: Any = model.get_decoder()
+        self.layers: nn.ModuleList = self.decoder.layers
+        heads = scores.HeadGroup(model)
+        self.stages = tuple(
+            Stage(number, policy.at_stage(number), schedule, heads) for number in range(len(schedule.layers))
+        )
+        self._stage_at = {layer: stage for layer, stage in zip(schedule.layers, self.stages, strict=True)}
+        self._window = sliding_window(self.decoder.config)
+        self._call: Call | None = None
+        self._inputs: Mapping[str, Any] = {}  # what the model was called with, until the decoder begins
+        self._forward: ForwardPass | None = None
+        self._watched: tuple[Any, Any, Any] | None = None
+        self._asking = False
+        self._warned = False
+        self.running = OneForward()
+        self.thread = _PerThread()
+        self.enabled = True
+        self.trace: list[StageTrace] = []
+
+    def hook(self) -> list[Any]:
+        """Register all module hooks; returns their handles."""
+        base = self.model.base_model
+        handles: list[Any] = [
+            base.register_forward_pre_hook(self._before_model, with_kwargs=True),
+            base.register_forward_hook(self._after_model, always_call=True),
+            self.decoder.register_forward_pre_hook(self._before_decoder, with_kwargs=True),
+            self.decoder.register_forward_hook(self._after_decoder),
+        ]
+        watched = {stage.schedule.layers[stage.number] - 1 for stage in self.stages if _reads(stage, "previous")}
+        for index in range(min({self.schedule.layers[0]} | watched), len(self.layers)):
+            layer = self.layers[index]
+            handles.append(layer.register_forward_pre_hook(_LayerHook(self, index), with_kwargs=True))
+            if index in watched:
+                handles.append(layer.register_forward_hook(self._after_watched, always_call=True))
+        return handles
+
+    # -- around the model ------------------------------------------------------------------------------------------
+
+    def calling(self, forward: Callable[..., Any]) -> Callable[..., Any]:
+        """Wrap the model's ``forward``: take what only the pruner understands, and note the labels."""
+
+        @functools.wraps(forward)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            self.thread.told = Told.pop_from(kwargs)
+            try:
+                return forward(*args, **kwargs)
+            finally:
+                self.thread.told = None
+
+        return call
+
+    def generating(self, generate: Callable[..., Any]) -> Callable[..., Any]:
+        """Wrap the model's ``generate``: its first pass is the prompt, the others are not."""
+
+        @functools.wraps(generate)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            if self.thread.generation is not None:  # a model that drafts for itself
+                return generate(*args, **kwargs)
+            self.thread.generation = Generation.of(args, kwargs, self.model.generation_config)
+            try:
+                return generate(*args, **kwargs)
+            finally:
+                self.thread.generation = None
+
+        return call
+
+    def _before_model(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Change | None:
+        told, self.thread.told = self.thread.told, None
+        taken = told is None and ("prompt_length" in kwargs or "visual_mask" in kwargs)
+        told = Told.pop_from(kwargs) if told is None else told
+        self.thread.survivors = None
+        self.running.enter()
+        self._call = self._forward = None
+        if self.enabled:
+            if told.prompt_length is None:
+                told.prompt_length = self.thread.prompt_length
+            call = read_call(self._ids, args, kwargs, told, self.model.get_input_embeddings(), self.decoder)
+            generation = self.thread.generation
+            if call is not None and generation is not None:
+                call.generates, call.uncached = generation.length, kwargs.get("past_key_values") is None
+            self._warn_unpruned(call, args, kwargs)
+            self._call, self._inputs = call, kwargs if call is not None else {}
+        return (args, kwargs) if taken else None
+
+    def _warn_unpruned(self, call: Call | None, args: tuple, kwargs: Mapping[str, Any]) -> None:
+        if call is None or call.visual is not None or call.past or self._warned or args:
+            return
+        if kwargs.get("input_ids") is None:
+            self._warned = True
+            warnings.warn(
+                "inputs_embeds came without pixel_values, mm_encoder_outputs, mm_token_type_ids or visual_mask, so "
+                "nothing is pruned; if they hold image features, pass visual_mask= (bool, [batch, tokens])",
+                stacklevel=2,
+            )
+
+    def _before_decoder(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        if not self.enabled:
+            return
+        self.running.check()
+        call, self._call = self._call, None
+        inputs, self._inputs = self._inputs, {}
+        if self._window is not None:
+            self._check_window(self._window, call, kwargs)
+        embeddings = args[0] if args else kwargs["inputs_embeds"]
+        self._forward = begin(call, embeddings, inputs, by_image=self.schedule.share == "image")
+        if self._forward.prunes:
+            refuse_checkpointing(self.layers, self.mode.name)
+
+    def _check_window(self, window: int, call: Call | None, kwargs: dict[str, Any]) -> None:
+        cache = kwargs.get("past_key_values")
+        prunes = call is not None and call.visual is not None
+        if prunes or self.mode.name == "mask" or hasattr(cache, "_toprl_state"):
+            past = cache.get_seq_length() if cache is not None else 0
+            refuse_window(window, int(past) + kwargs["inputs_embeds"].shape[1])
+
+    # -- a layer ---------------------------------------------------------------------------------------------------
+
+    def before_layer(self, index: int, number: int, args: tuple, kwargs: dict[str, Any]) -> Change | None:
+        """Run the stage before layer ``index``, if there is one, and give the layer the arguments of its segment.
+
+        Args:
+            number: stages at or before this layer: the number of its segment.
+        """
+        forward = self._forward
+        if self._asking or (forward is None and not self.enabled):
+            return None
+        if forward is None:
+            raise RuntimeError(
+                "the layer ran outside of the model's forward pass, where the pruner knows nothing of the prompt: "
+                "detach() first; for gradient checkpointing use the model's own, model.gradient_checkpointing_enable()"
+            )
+        hidden_states = args[0] if args else kwargs["hidden_states"]
+        if not forward.prunes:
+            forward.segments.setdefault(number, Segment(valid=forward.segments[0].valid))
+            forward.current = number
+        elif index in self._stage_at:
+            hidden_states = self._at_stage(forward, index, hidden_states, args, kwargs)
+        changed = self.mode.before_layer(forward, number, index, hidden_states, kwargs) if number else kwargs
+        if forward.prunes and index + 1 in self._stage_at and _reads(self._stage_at[index + 1], "previous"):
+            past = _length_of(changed.get("past_key_values"), index)
+            watched = scores.watch(scores.attention_of(self.layers[index]))
+            self._watched = watched, past, _keep_mask_of(changed)
+        if args:
+            return (hidden_states, *args[1:]), changed
+        return args, {**changed, "hidden_states": hidden_states}
+
+    def _after_watched(self, module: nn.Module, args: tuple, output: Any) -> None:
+        if self._watched is not None and not self._asking:
+            self._watched[0].end()
+
+    def _at_stage(
+        self, forward: ForwardPass, index: int, hidden_states: Tensor, args: tuple, kwargs: dict[str, Any]
+    ) -> Tensor:
+        stage = self._stage_at[index]
+        if not any(forward.num_visual):  # images, but all their tokens are padding: a stage that drops nothing
+            forward.current = stage.number + 1
+            forward.segments[forward.current] = Segment(valid=forward.segments[0].valid)
+            return hidden_states
+        if _reads(stage, "current"):
+            stage.observe = functools.cache(lambda: self._ask(forward, index, hidden_states, args, kwargs))
+        elif _reads(stage, "previous"):
+            stage.observe = self._observed
+        generation = self.thread.generation
+        known = generation.recall(stage.number, forward) if generation is not None and forward.uncached else None
+        with self.running.deciding():
+            decision, counts = known or stage.decide(forward, hidden_states)
+        stage.observe = self._watched = None
+        if generation is not None and forward.uncached and known is None:
+            generation.num_visual = forward.num_visual
+            generation.decisions[stage.number] = decision, counts
+        forward.bounded_mask_grad = stage.policy.bounded_mask_grad
+        return self.mode.at_stage(forward, stage, hidden_states, decision, counts, kwargs)
+
+    def _observed(self) -> Observed:
+        """Return the attention call of the layer before the stage."""
+        if self._watched is None or self._watched[0].seen is None:
+            raise RuntimeError("the layer before the stage did not call its attention function")
+        watched, past, keep_mask = self._watched
+        return Observed(watched.seen, past, keep_mask)
+
+    def _ask(
+        self, forward: ForwardPass, index: int, hidden_states: Tensor, args: tuple, kwargs: dict[str, Any]
+    ) -> Observed:
+        """Ask the stage's own layer what it would attend to, over the states that are about to enter it."""
+        number = self._stage_at[index].number + 1
+        changed = self.mode.before_layer(forward, number, index, hidden_states, kwargs)
+        past = _length_of(changed.get("past_key_values"), index)
+        self._asking = True
+        try:
+            if args:
+                call = scores.ask(self.layers[index], (hidden_states, *args[1:]), changed)
+            else:
+                call = scores.ask(self.layers[index], (), {**changed, "hidden_states": hidden_states})
+        finally:
+            self._asking = False
+        return Observed(call, past, _keep_mask_of(changed))
+
+    # -- the end ---------------------------------------------------------------------------------------------------
+
+    def _after_decoder(self, module: nn.Module, args: tuple, output: Any) -> Any:
+        forward = self._forward
+        if forward is None:
+            return None
+        num_layers = self.model.config.get_text_config().num_hidden_layers
+        survivors = self.mode.finish(forward, output, num_layers)
+        if forward.prunes:
+            self.trace, self.thread.survivors = forward.trace, survivors
+        elif forward.length and not forward.past:
+            self.trace = []  # a prompt without images
+        return output
+
+    def _after_model(self, module: nn.Module, args: tuple, output: Any) -> None:
+        self.end_pass()
+
+    def end_pass(self) -> None:
+        """Forget the forward pass, unless it is another thread's."""
+        if self.running.leave():
+            self.forget()
+
+    def forget(self) -> None:
+        """Forget the forward pass."""
+        if self._watched is not None:
+            self._watched[0].end()
+        self._forward = self._call = self._watched = None
+        self._inputs = {}
+
+    def loss(
+        self, model_loss: Callable[..., Tensor], logits: Tensor, labels: Tensor | None, *args: Any, **kwargs: Any
+    ) -> Tensor:
+        """Compute the model's own loss, where labels that concern dropped tokens are ignored."""
+        survivors = self.thread.survivors
+        if survivors is not None:
+            dropped = survivors.dropped()
+            labels = without_dropped(dropped, labels)
+            if "shift_labels" in kwargs:
+                kwargs["shift_labels"] = without_dropped(dropped, kwargs["shift_labels"], shifted=True)
+        return model_loss(logits, labels, *args, **kwargs)
+
+
+def _reads(stage: Stage, source: str) -> bool:
+    return stage.policy.attention_from == source
+
+
+def _length_of(cache: Any, index: int) -> Any:
+    """Return how many keys layer ``index`` has cached; a static cache counts on the device, and goes on counting."""
+    length = cache.get_seq_length(index) if cache is not None else 0
+    return length.clone() if isinstance(length, Tensor) else length
+
+
+def _keep_mask_of(kwargs: Mapping[str, Any]) -> Tensor | None:
+    argument = kwargs.get("toprl_keep")
+    return None if argument is None or argument.keep_mask is None else argument.keep_mask.detach()
+
+
+class _LayerHook:
+    """The pre-hook of one decoder layer (a class, because the layer's number must come along)."""
+
+    def __init__(self, runtime: Runtime, index: int) -> None:
+        self.runtime, self.index = runtime, index
+        self.number = sum(layer <= index for layer in runtime.schedule.layers)  # stages at or before this layer
+
+    def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Change | None:
+        try:
+            return self.runtime.before_layer(self.index, self.number, args, kwargs)
+        except TypeError as error:
+            # transformers answers a TypeError by running the forward again without some arguments
+            raise RuntimeError(f"pruning before layer {self.index} failed: {error}") from error
+        except KeyboardInterrupt:
+            self.runtime.end_pass()  # torch skips the hooks after the model then
+            raise

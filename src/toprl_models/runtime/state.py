@@ -1,0 +1,178 @@
+"""State of one forward pass through the decoder, and how tensors are picked by slot."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import accumulate
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+
+@dataclass(frozen=True)
+class StageTrace:
+    """What one stage did in the last prefill; P prompts (rows of the batch, or the prompts packed into its rows).
+
+    Attributes:
+        stage, layer: which stage, before which decoder layer.
+        num_visual: original visual tokens per prompt.
+        counts: tokens kept per prompt.
+        indices: int64 ``[P, max(counts)]``, raster numbers of the kept tokens, ascending, -1 where a prompt has fewer.
+        scores: the policy's scores ``[P, V]``; ``visual_index`` ``[P, V]`` gives the raster number of each column.
+    """
+
+    stage: int
+    layer: int
+    num_visual: tuple[int, ...]
+    counts: tuple[int, ...]
+    indices: Tensor
+    scores: Tensor
+    visual_index: Tensor
+
+
+@dataclass
+class Visual:
+    """Visual tokens of each prompt: ``slots`` [P, V] in the current sequence (0 where ``valid`` is False)."""
+
+    slots: Tensor
+    valid: Tensor
+    index: Tensor  # int64 [P, V], raster number, -1 for padding
+    counts: tuple[int, ...]
+
+
+@dataclass
+class Packing:
+    """Several prompts in a row: ``number`` [B, n] of the prompt each slot belongs to, ``rows`` the row of each."""
+
+    number: Tensor
+    rows: tuple[int, ...]
+    row_index: Tensor  # int64 [P], the same on the device
+
+    def before(self, counts: Sequence[int]) -> list[int]:
+        """Sum ``counts`` of the earlier prompts of the same row, for each prompt."""
+        sums = [0, *accumulate(counts)]
+        return [sums[prompt] - sums[self.rows.index(row)] for prompt, row in enumerate(self.rows)]
+
+
+@dataclass
+class Prompts:
+    """The prompts of a forward pass as they enter layer 0: B rows, N slots, P prompts."""
+
+    embeddings: Tensor  # [B, N, d]
+    is_visual: Tensor  # bool [B, N]
+    is_text: Tensor  # bool [B, N]: the question, after the prompt's last visual token and before its end
+    last: Tensor  # int64 [P], slot of the last token of each prompt
+    visual: Visual
+    num_text: tuple[int, ...]  # question tokens of each prompt
+    end_from: str  # what told the prompt's end, for messages
+    run: Tensor | None  # int64 [P, V0], number of the image each visual token belongs to; None: not asked for
+    inputs: Mapping[str, Any]  # keyword arguments of the model
+
+
+@dataclass
+class Segment:
+    """The sequence as the layers after one stage see it (segment 0: before all stages); m slots."""
+
+    slots: Tensor | None = None  # int64 [B, m], the prompt's slot of each; None: all N
+    valid: Tensor | None = None  # bool [B, m], False for padding; None: none is
+    moved: Tensor | None = None  # int64 [B, m], by how much positions are smaller than the prompt's
+    shift: Tensor | None = None  # int64 [B], by how much later positions are smaller
+    packing: Packing | None = None
+    earlier: Tensor | None = None  # int64 [B], the shift that earlier passes left; known when ``has_earlier``
+    has_earlier: bool = False
+    keep_mask: Tensor | None = None  # mask mode: [B, N]
+    made_from: tuple[Any, ...] | None = None  # the model's arguments that ``arguments`` replace
+    arguments: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class ForwardPass:
+    """State of one forward pass; ``current`` is the segment that the next layer runs in."""
+
+    prunes: bool
+    length: int = 0  # tokens of this pass
+    past: int = 0  # tokens of the sequence before this pass
+    uncached: bool = False  # a pass of generate() without a cache
+    settled: int = 0  # length of the sequence up to the last visual token of this pass
+    past_valid: Tensor | None = None  # bool [B, past] of the tokens in the cache before this pass
+    prompts: Prompts | None = None
+    row_tokens: tuple[int, ...] = ()  # tokens of each row in the current segment, padding excluded
+    ordinal: Tensor | None = None  # int64 [B, n] of the current segment: raster number, -1 for text
+    visual: Visual | None = None  # of the current segment
+    segments: dict[int, Segment] = field(default_factory=dict)
+    current: int = 0
+    sent: dict[int, Any] = field(default_factory=dict)  # mask mode: what each layer was given
+    bounded_mask_grad: bool = False
+    rebuilt_from: Any = None  # the model's mask that was found to be causal
+    trace: list[StageTrace] = field(default_factory=list)
+
+    @property
+    def num_visual(self) -> tuple[int, ...]:
+        return () if self.prompts is None else self.prompts.visual.counts
+
+    @property
+    def segment(self) -> Segment:
+        return self.segments[self.current]
+
+
+def gather_slots(tensor: Tensor, slots: Tensor) -> Tensor:
+    """Gather rows of ``tensor`` [B or 1, N, d] at ``slots`` [B, m]: [B, m, d]."""
+    tensor = tensor.expand(len(slots), -1, -1)
+    slots = slots.to(tensor.device)
+    return tensor.gather(1, slots[..., None].expand(-1, -1, tensor.shape[-1]))
+
+
+def take(tensor: Tensor, slots: Tensor, packing: Packing | None) -> Tensor:
+    """Pick states [B, n, d] at the slots [P, W] of each prompt: [P, W, d]."""
+    if packing is None:
+        return gather_slots(tensor, slots)
+    return tensor[packing.row_index[:, None].to(tensor.device), slots.to(tensor.device)]
+
+
+def put(base: Tensor, slots: Tensor, valid: Tensor, values: Tensor, packing: Packing | None) -> Tensor:
+    """Return ``base`` [B, n, ...] with ``values`` [P, W, ...] at ``slots`` [P, W] where ``valid``."""
+    batch, length = base.shape[:2]
+    row = torch.arange(batch, device=slots.device) if packing is None else packing.row_index
+    index = torch.where(valid, row[:, None] * length + slots, batch * length).flatten()
+    flat = pad(base.reshape(batch * length, *base.shape[2:]), (0, 0) * (base.ndim - 2) + (0, 1))
+    values = values.to(base.dtype).flatten(0, 1)
+    index = index.reshape(-1, *[1] * (base.ndim - 2)).expand_as(values)
+    return flat.scatter(0, index, values)[: batch * length].view(base.shape)
+
+
+def listed(flags: Tensor, counts: Sequence[int], packing: Packing | None) -> tuple[Tensor, Tensor]:
+    """List the flagged slots of each prompt: ``flags`` [B, n] to slots [P, W] and which of them are any, bool [P, W].
+
+    Args:
+        flags: bool ``[B, n]``.
+        counts: flagged slots of each prompt, on the host; W is the largest.
+        packing: of the slots, None where a row is a prompt.
+    """
+    width, device = max(counts), flags.device
+    rank = flags.cumsum(1) - 1
+    if packing is None:
+        number = torch.arange(len(counts), device=device)[:, None]
+    else:
+        number = packing.number
+        rank = rank - on_device(packing.before(counts), device)[number]
+    index = torch.where(flags, number * width + rank, len(counts) * width)
+    slots = torch.zeros(len(counts) * width + 1, dtype=torch.int64, device=device)
+    everything = torch.arange(flags.shape[1], device=device).expand_as(flags)
+    slots = slots.scatter(0, index.flatten(), everything.flatten())[:-1].view(len(counts), width)
+    valid = torch.arange(width, device=device) < on_device(counts, device)[:, None]
+    return slots.masked_fill(~valid, 0), valid
+
+
+def visual_of(ordinal: Tensor, counts: tuple[int, ...], packing: Packing | None) -> Visual:
+    """List the visual tokens, where ``ordinal`` [B, n] is their raster number and -1 elsewhere."""
+    slots, valid = listed(ordinal >= 0, counts, packing)
+    index = take(ordinal[..., None], slots, packing)[..., 0]
+    return Visual(slots, valid, index.masked_fill(~valid, -1), counts)
+
+
+def on_device(numbers: Sequence[int], device: torch.device) -> Tensor:
+    """Make an int64 tensor ``[n]``; the host does not wait for the device, as in ``torch.tensor(..., device=)``."""
+    return torch.tensor(numbers, dtype=torch.int64).to(device, non_blocking=True)
