@@ -226,9 +226,8 @@ def test_nothing_stays_behind(policy, family):
             model(**inputs)
         assert recorder._seen == {}
         until_image = cut(inputs, int(visual_mask(inputs).any(0).nonzero().max()) + 1)
-        with pytest.raises(ValueError, match="ends in a visual token"):
-            model(**until_image)
-        assert recorder._seen == {}
+        model(**until_image)  # the question does not matter
+        assert recorder._seen == {} and sum(pruner.trace[0].counts) < sum(pruner.trace[0].num_visual)
     assert "pack_image_features" not in vars(model.base_model)
     hooks_after = [(len(module._forward_hooks), len(module._forward_pre_hooks)) for module in model.modules()]
     # transformers installs hooks of its own at the first call, and leaves them
@@ -431,7 +430,8 @@ def test_visionzip_is_the_model_on_the_authors_tokens(family, rows, keep):
     model, inputs = model_of(family), build_inputs(family, rows)
     short = short_prompts(model, inputs, expected_zip(family, inputs, keep))
     with attach(model, VisionZip(), schedule=schedule(keep)) as pruner:
-        torch.testing.assert_close(model(**inputs).logits[:, -1], model(**short).logits[:, -1], atol=ATOL, rtol=1e-4)
+        expected = model(**short).logits[:, -1]  # first: the trace is that of the last pass
+        torch.testing.assert_close(model(**inputs).logits[:, -1], expected, atol=ATOL, rtol=1e-4)
         assert pruner.trace[0].counts == tuple(schedule(keep).counts(n)[0] for n in visual_mask(inputs).sum(1).tolist())
         tokens = answers(model, inputs)
     plain = model(**inputs).logits[:, -1]
@@ -470,7 +470,8 @@ def test_fastervlm_keeps_the_best_patches_of_each_tile(family, rows, keep):
     chosen = [torch.tensor([number in wanted for number in one.tolist()]) for one in present]
     short = short_prompts(model, inputs, [one[mask] for one, mask in zip(features, chosen, strict=True)])
     with attach(model, FasterVLM(), schedule=schedule(keep)) as pruner:
-        torch.testing.assert_close(model(**inputs).logits[:, -1], model(**short).logits[:, -1], atol=ATOL, rtol=1e-4)
+        expected = model(**short).logits[:, -1]  # first: the trace is that of the last pass
+        torch.testing.assert_close(model(**inputs).logits[:, -1], expected, atol=ATOL, rtol=1e-4)
         expected = [
             torch.cat([chosen[picture] for picture in pictures]).nonzero()[:, 0].tolist() if pictures else []
             for pictures in pictures_of_rows(model, inputs)
@@ -517,7 +518,8 @@ def test_downsample_is_the_model_on_smaller_pictures(family, rows, keep, side):
     short = short_prompts(model, inputs, list(features))
     policy = Downsample()
     with attach(model, policy, schedule=schedule(keep)) as pruner:
-        torch.testing.assert_close(model(**inputs).logits[:, -1], model(**short).logits[:, -1], atol=ATOL, rtol=1e-4)
+        expected = model(**short).logits[:, -1]  # first: the trace is that of the last pass
+        torch.testing.assert_close(model(**inputs).logits[:, -1], expected, atol=ATOL, rtol=1e-4)
         visual = visual_mask(inputs).sum(1).tolist()
         assert pruner.trace[0].counts == tuple(side * side * count // 16 for count in visual)
         assert pruner.trace[0].counts == tuple(policy.counts(schedule(keep), count)[0] for count in visual)

@@ -123,7 +123,6 @@ def _watch(pruner: Pruner) -> Iterator[list[tuple[int, float]]]:
     failure: BaseException | None = None
 
     def watched(*args: Any, **kwargs: Any) -> Any:
-        pruner.trace = []  # a prompt without images leaves it as it is
         try:
             output = generate(*args, **kwargs)
         except Exception as error:
