@@ -129,10 +129,10 @@ def test_what_cannot_be_composed() -> None:
         Compose(["divprune"])  # type: ignore[list-item]
 
 
-def run(policy: Policy, schedule: Schedule) -> tuple[Tensor, Any]:
+def run(policy: Policy, schedule: Schedule, mode: Any = "compact") -> tuple[Tensor, Any]:
     model, inputs = build_model("llava").double(), build_inputs("llava", ROWS)
     inputs["pixel_values"] = inputs["pixel_values"].double()
-    with attach(model, policy, schedule=schedule) as pruner:
+    with attach(model, policy, schedule=schedule, mode=mode) as pruner:
         return model(**inputs).logits[:, -1], pruner
 
 
@@ -161,6 +161,31 @@ def test_stages_are_those_of_their_policies() -> None:
     # FastV in the middle: another policy there chooses otherwise
     other, _ = run(Compose([DivPrune(), RandomPolicy(), actor]), schedule)
     assert not torch.allclose(other[:2], logits[:2], atol=1e-3)
+
+
+def test_both_modes_agree() -> None:
+    policy, schedule = Compose([DivPrune(), FastV(), learned(2, 4)]), Schedule(((0, 0.8), (2, 0.5), (4, 0.25)))
+    with pytest.raises(ValueError, match='but DivPrune has positions="renumbered"'):
+        run(policy, schedule, "mask")
+    policy.policies[0].positions = "original"
+    compact, mask = run(policy, schedule), run(policy, schedule, "mask")
+    torch.testing.assert_close(compact[0], mask[0], atol=1e-6, rtol=1e-6)
+    for ours, theirs in zip(compact[1].trace, mask[1].trace, strict=True):
+        assert torch.equal(ours.indices, theirs.indices)
+
+
+def test_a_prompt_that_ends_in_an_image() -> None:
+    """May be pruned as long as no policy of it looks at the text."""
+    model, inputs = build_model("llava"), build_inputs("llava")
+    end = int(visual_mask(inputs).nonzero()[-1, 1]) + 1
+    inputs = inputs | {name: inputs[name][:, :end] for name in ("input_ids", "attention_mask")}
+    for last, refused in ((learned(2), False), (FastV(), True)):
+        with attach(model, Compose([DivPrune(), last]), schedule=Schedule(((0, 0.5), (2, 0.25)))):
+            if refused:
+                with pytest.raises(ValueError, match="ends in a visual token"):
+                    model(**inputs)
+            else:
+                model(**inputs)
 
 
 def test_a_merging_method_in_front() -> None:

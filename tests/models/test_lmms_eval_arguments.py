@@ -107,7 +107,7 @@ def test_classes_in_files_and_compositions(tmp_path):
     assert schedule.layers == (0, 1) and schedule.average_tokens(16, 6) == pytest.approx(8, abs=0.5)
     policy, schedule = PruningArguments(name, 8, stages=(1, 4)).prepare(model.config)
     assert type(policy).__name__ == "Mine" and schedule.layers == (1, 4)
-    with pytest.raises(ValueError, match="method=.*my_file.py has no Yours"):
+    with pytest.raises(ValueError, match=r"method=.*my_file\.py has no Yours"):
         PruningArguments.take_from({"method": f"{tmp_path}/my_file.py:Yours", "budget": 8})
 
 

@@ -46,7 +46,8 @@ class Compose(Policy):
         self.policies = tuple(policies)
 
     def at_stage(self, stage: int) -> Policy:
-        return _Part(self.policies[stage])
+        policy = self.policies[stage]
+        return type(type(policy).__name__, (_Part,), {})(policy)  # errors name the policy
 
     def decide(self, context: StageContext) -> Decision:
         return self.at_stage(context.stage).decide(context)
@@ -74,7 +75,7 @@ class Compose(Policy):
                     f"schedule: a stage at layer 0, but {type(policy).__name__} reads the attention of the layer before"
                 )
             alone = OneShot(policy, layer) if isinstance(policy, TopRLPolicy) else policy
-            alone.check(model, Schedule(((layer, keep),)))
+            alone.check(model, replace(schedule, stages=((layer, keep),)))
 
 
 class _Part(Policy):
