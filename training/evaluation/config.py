@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from toprl_models import Schedule, schedule_for
+from toprl_models import Schedule, plugins, schedule_for
 from toprl_models.registry import Method
 from training.evaluation.methods import METHODS, row_for
 from training.tasks import DTYPES
@@ -27,7 +27,8 @@ class EvaluateConfig:
     method: list[str] = field(
         default_factory=list,
         metadata={
-            "help": f"of {', '.join(METHODS)}; empty takes {', '.join(n for n, row in METHODS.items() if row.default)} "
+            "help": f"of {', '.join([*METHODS, *plugins.names()])}; empty takes "
+            f"{', '.join(name for name, row in METHODS.items() if row.default)} "
             "as far as --policy is given; full always runs. Also a class of your own, my_file.py:MyMethod, and several "
             "methods that follow each other, divprune+fastv"
         },
