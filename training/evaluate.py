@@ -95,7 +95,7 @@ def settings_of(config: EvaluateConfig, runner: Runner, model_name: str) -> dict
 
 
 def _method_files(config: EvaluateConfig) -> dict[str, str]:
-    """Digests of the files whose classes are evaluated."""
+    """Digest the files whose classes are evaluated."""
     files = [file for name in config.methods() for file in files_of(name)]
     return {str(file): hashlib.sha256(file.read_bytes()).hexdigest()[:16] for file in files}
 

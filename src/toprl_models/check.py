@@ -133,7 +133,7 @@ def describe_model(name_or_path: str, method_name: str | None = None) -> str:
 
 
 def _fit(name: str, family: Family, config: Any, first: int) -> str:
-    """One line: where the method prunes in the model of ``config``, or why it cannot."""
+    """Tell in one line where the method prunes in the model of ``config``, or why it cannot."""
     method = method_of(name)
     layers = method.layers(config.get_text_config().num_hidden_layers, first)
     stages = Schedule(tuple((layer, 1.0) for layer in layers))

@@ -79,7 +79,7 @@ def method_in_file(name: str) -> Method:
 
 
 def files_of(name: str) -> list[Path]:
-    """The files that hold the classes of a method's name."""
+    """List the files that hold the classes in a method's name."""
     return [Path(part.strip().rpartition(":")[0]).expanduser() for part in name.split("+") if ":" in part]
 
 
@@ -89,7 +89,7 @@ def _is_policy(value: object) -> bool:
 
 @functools.cache
 def _module(path: Path, changed: int) -> ModuleType:
-    """The module of ``path``; ``changed`` is its time, so that a file that was edited is read again."""
+    """Import ``path``; ``changed`` is its time, so that a file that was edited is imported again."""
     spec = importlib.util.spec_from_file_location(f"toprl_method_{path.stem}_{abs(hash(path)):x}", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)

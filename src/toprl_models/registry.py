@@ -83,7 +83,7 @@ class Method:
         return BEFORE_LLM if self.stages == BEFORE_LLM else stage_layers_for(num_layers, max(1, first), self.stages)
 
     def _layers_of_parts(self, num_layers: int, first: int, trained: Sequence[int]) -> tuple[int, ...]:
-        """Each part's first stage after the stages of the parts before it."""
+        """Take each part's first stage after the stages of the parts before it."""
         layers: list[int] = []
         for part in self.parts:
             stages = part.layers(num_layers, first, trained)
@@ -309,7 +309,7 @@ def in_shares(schedule: Schedule, num_visual: int) -> Schedule:
 def _tokens_of(
     model: PreTrainedModel | None, inputs: Mapping[str, Any] | None, num_visual: int | None
 ) -> tuple[int | None, bool]:
-    """Visual tokens of a prompt (None: not told), and whether all prompts have as many."""
+    """Count the visual tokens of a prompt (None: not told); also tell whether all prompts have as many."""
     if num_visual is not None or inputs is None:
         return PAPER_TOKENS if num_visual is None and model is None else num_visual, True
     if model is None:
@@ -333,7 +333,7 @@ def _check_keep(keep: float, layers: tuple[int, ...], num_layers: int) -> None:
 
 
 def _solve(info: Method, average_tokens: float, layers: tuple[int, ...], num_visual: int, num_layers: int) -> Schedule:
-    """The authors' numbers where they state them, else keeps r, r^2, ... that meet the budget."""
+    """Take the authors' numbers where they state them, else solve for keeps r, r^2, ... that meet the budget."""
     stated = (num_visual, num_layers, layers) == (PAPER_TOKENS, PAPER_LAYERS, info.stages)
     if stated and average_tokens in info.authors:
         return Schedule(tuple(zip(layers, info.authors[average_tokens], strict=True)))
@@ -342,7 +342,7 @@ def _solve(info: Method, average_tokens: float, layers: tuple[int, ...], num_vis
 
 
 def _less_merged(info: Method, schedule: Schedule, budget: float, num_visual: int, num_layers: int) -> Schedule:
-    """As ``schedule``, with so many tokens fewer that those merged at the stages are within the budget."""
+    """Lower the keeps of ``schedule`` until the tokens merged at the stages are within the budget, too."""
     policy = info.make(schedule.layers, trained=Policy())  # which is asked for its counts alone
     low, high = 0.0, float(schedule.stages[0][1])
     for _ in range(40):  # counts are whole numbers: the share needs no more precision

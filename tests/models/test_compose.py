@@ -60,9 +60,9 @@ def context_of(stage: int, layer: int, number: int = 12) -> StageContext:
 def test_a_policy_is_told_its_own_stage() -> None:
     told, actor = Told(), learned(2, 4, 5)
     policy = Compose([told, actor, actor])
-    for stage, layer, own in ((1, 2, 0), (1, 4, 1), (2, 5, 2), (1, 3, 2), (2, 0, 2)):
+    for stage, layer, trained in ((1, 2, 0), (1, 4, 1), (2, 5, 2), (1, 3, 2), (2, 0, 2)):
         decision = policy.at_stage(stage).decide(context_of(stage, layer))
-        assert torch.equal(decision.scores, actor.decide(context_of(own, layer)).scores), (stage, layer)
+        assert torch.equal(decision.scores, actor.decide(context_of(trained, layer)).scores), (stage, layer)
     assert not torch.equal(actor.score(context_of(0, 2)), actor.score(context_of(1, 2)))
     policy.at_stage(0).decide(context_of(0, 0))
     again = Compose([actor, told])

@@ -102,8 +102,8 @@ def test_stages_begin_where_the_family_lets_them() -> None:
 
 def test_tokens_are_counted_in_the_inputs() -> None:
     model = build_model("llava")
-    one = build_inputs("llava", (("image",), ("image",), ()))
-    assert schedule_for(model, "fastv", average_tokens=8, inputs=one) == schedule_for(
+    alike = build_inputs("llava", (("image",), ("image",), ()))
+    assert schedule_for(model, "fastv", average_tokens=8, inputs=alike) == schedule_for(
         "fastv", 8, num_visual=16, num_layers=NUM_LAYERS
     )
     assert schedule_for(model, "fastv", average_tokens=8, num_visual=16) == schedule_for(

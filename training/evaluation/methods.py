@@ -74,7 +74,7 @@ def row_for(name: str) -> Row:
 def make_method(
     name: str, model: Any, *, seed: int = 0, policy: TopRLPolicy | None = None, layers: Sequence[int] = ()
 ) -> Policy | None:
-    """The policy of the method called ``name``; None is the unpruned model.
+    """Make the policy of the method called ``name``; None is the unpruned model.
 
     Args:
         seed: of methods that draw.
@@ -97,7 +97,7 @@ def make_method(
 
 
 def _made(method: Method, seed: int, policy: TopRLPolicy | None, layers: tuple[int, ...]) -> Policy:
-    """As ``Method.make``, where random pruning draws by sample."""
+    """Make the policy as ``Method.make`` does, but let random pruning draw by sample."""
     if method.parts:
         parts = zip(method.parts, layers, strict=True)
         return Compose([_made(part, seed, policy, (layer,)) for part, layer in parts])

@@ -74,7 +74,7 @@ def stages_text(results: Results) -> str:
 
 
 def labels_of(results: Results) -> dict[str, str]:
-    """What people call the methods."""
+    """Map the methods to what people call them."""
     return {average["method"]: average["label"] for average in results["averages"]}
 
 

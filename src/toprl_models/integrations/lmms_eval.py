@@ -127,7 +127,7 @@ def load_policy(name: str) -> TopRLPolicy:
 
 
 def trained_parts(policy: Policy) -> list[TopRLPolicy]:
-    """The trained policies in ``policy``, which may be one, hold one, or be composed of several."""
+    """List the trained policies in ``policy``, which may be trained, hold a trained one, or be composed of several."""
     parts = getattr(policy, "policies", (policy,))
     return [inner for part in parts if isinstance(inner := getattr(part, "policy", part), TopRLPolicy)]
 

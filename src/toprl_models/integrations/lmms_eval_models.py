@@ -71,7 +71,7 @@ class _PrunedLlava(_Pruned):
     _image_processor: Any
 
     def loglikelihood(self, requests: list[Any]) -> list[Any]:
-        """Loss of each answer, and whether it is the greedy one; the pruner's policy does not see the answer."""
+        """Return the loss of each answer and whether it is the greedy one; the policy does not see the answer."""
         processor, self._image_processor = self._image_processor, _WithImages(self._image_processor)
         try:
             return super().loglikelihood(requests)

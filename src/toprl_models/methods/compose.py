@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -55,7 +55,7 @@ class Compose(Policy):
     def counts(self, schedule: Schedule, num_visual: int) -> tuple[int, ...]:
         """Count stage by stage: what a policy merges is there for those after it, which keep no more than is left."""
         counts, left = [], num_visual
-        for (layer, wanted), policy in zip(_counted(schedule, num_visual), self.policies, strict=True):
+        for policy, layer, wanted in zip(self.policies, schedule.layers, schedule.counts(num_visual), strict=True):
             (left,) = policy.counts(Schedule(((layer, min(wanted, left)),)), left)
             counts.append(left)
         return tuple(counts)
@@ -92,7 +92,3 @@ class _Part(Policy):
             layers = policy.stage_layers
             stage = layers.index(context.layer) if context.layer in layers else len(layers) - 1
         return policy.decide(replace(context, stage=stage))
-
-
-def _counted(schedule: Schedule, num_visual: int) -> Iterator[tuple[int, int]]:
-    return zip(schedule.layers, schedule.counts(num_visual), strict=True)

@@ -99,7 +99,7 @@ def not_smaller(family: Family) -> str:
 
 
 def is_cut_by_processor(tower: Any) -> bool:
-    """Whether the tower takes images of any size, as patches that the processor cut (Qwen)."""
+    """Tell whether the tower takes images of any size, as patches that the processor cut (Qwen)."""
     return hasattr(tower.config, "spatial_merge_size") and hasattr(tower.config, "temporal_patch_size")
 
 
