@@ -107,7 +107,7 @@ def test_tokens_are_counted_in_the_inputs() -> None:
         "fastv", 8, num_visual=16, num_layers=NUM_LAYERS
     )
     assert schedule_for(model, "fastv", average_tokens=8, num_visual=16) == schedule_for(
-        model, "fastv", average_tokens=8, inputs=one
+        model, "fastv", average_tokens=8, inputs=alike
     )
     # 16 and 48 tokens: the mean of 32 meets the budget, and each prompt keeps the same share
     several = build_inputs("llava", (("image",), ("image", "image", "image")))
