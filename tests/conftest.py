@@ -8,15 +8,16 @@ from __future__ import annotations
 import os
 from collections.abc import Generator
 from importlib import metadata
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 from packaging.version import Version
 
-from tests.models.features import Matrix
+if TYPE_CHECKING:
+    pass
 
-MATRIX = pytest.StashKey[Matrix]()
+MATRIX = pytest.StashKey["Matrix"]()
 HAS_CUDA = torch.cuda.is_available()
 if not HAS_CUDA:
     os.environ["TRITON_INTERPRET"] = "1"
@@ -24,10 +25,6 @@ if not HAS_CUDA:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--write-features", action="store_true", help="store the family x feature matrix of this run")
-
-
-def pytest_configure(config: pytest.Config) -> None:
-    config.stash[MATRIX] = Matrix()
 
 
 @pytest.hookimpl(wrapper=True)
@@ -47,11 +44,17 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     terminal = session.config.pluginmanager.get_plugin("terminalreporter")
     if terminal is None:  # a worker
         return
-    matrix = session.config.stash[MATRIX]
-    for report in (report for reports in terminal.stats.values() for report in reports):
-        for name, value in getattr(report, "user_properties", ()):
-            if name == "feature":
-                matrix.add(*value)
+    reports = [report for reports in terminal.stats.values() for report in reports]
+    properties = [each for report in reports for each in getattr(report, "user_properties", ())]
+    outcomes = [value for name, value in properties if name == "feature"]
+    if not outcomes and not session.config.getoption("--write-features"):
+        return
+    # imports transformers, and triton after the interpreter was chosen
+    from tests.models.features import Matrix
+
+    matrix = session.config.stash[MATRIX] = Matrix()
+    for outcome in outcomes:
+        matrix.add(*outcome)
     if session.config.getoption("--write-features"):
         matrix.store()
     elif matrix.is_complete() and matrix.table() != matrix.stored() and not HAS_CUDA:
@@ -60,12 +63,14 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
-    matrix = config.stash[MATRIX]
+    matrix = config.stash.get(MATRIX, None)
+    if matrix is None:
+        return
     if lines := matrix.lines():
         terminalreporter.section("families and features")
         terminalreporter.write("\n".join(lines) + "\n")
     if matrix.is_outdated:
-        terminalreporter.write_line("FAILED: the stored matrix is another one; store this one: make feature-matrix")
+        terminalreporter.write_line("FAILED: feature_matrix.json is out of date; run `make feature-matrix`")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

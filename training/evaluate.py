@@ -4,6 +4,7 @@
     python training/evaluate.py --policy runs/ocr/policy --budget 32 14.5 --limit 256  # average tokens over all layers
     python training/evaluate.py --model_name_or_path llava-hf/llava-1.5-7b-hf --task textvqa gqa \\
         --method fastv pyramiddrop random --budget 192 64 --dtype bfloat16 --output_dir runs/table1
+    python training/evaluate.py --method divprune+fastv my_file.py:MyMethod --budget 32  # composed; your class
     torchrun --nproc_per_node 8 training/evaluate.py ...                              # one shard per rank
 
 Stopped, by whatever means, the same command goes on where it was. Writes samples.jsonl (every answer), results.json,
@@ -12,6 +13,7 @@ and the table as table.md and table.html. What the numbers mean: docs/evaluation
 
 from __future__ import annotations
 
+import hashlib
 import inspect
 import json
 import os
@@ -30,13 +32,14 @@ from transformers import HfArgumentParser
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from toprl_models.plugins import files_of
 from training.evaluation.config import EvaluateConfig
 from training.evaluation.methods import Trained, load_policies
 from training.evaluation.records import Store, write_whole
 from training.evaluation.results import summarise
 from training.evaluation.runner import Ranks, Runner
 from training.evaluation.tables import console_tables, html_page, markdown
-from training.tasks import Task, load_model, make_task
+from training.tasks import Task, check_stages, load_model, make_task
 from training.tasks.factory import SCENES
 
 SCENES_TAKEN = 512  # scenes are endless: so many where --limit does not say
@@ -83,11 +86,18 @@ def settings_of(config: EvaluateConfig, runner: Runner, model_name: str) -> dict
         "keep": config.keep,
         "budget": config.budget,
         "stages": {name: runner.layers_of(name) for name in config.methods()},
+        **({"method_files": digests} if (digests := _method_files(config)) else {}),
         "seeds": config.seeds,
         "batch_size": runner.batch_size,
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }
+
+
+def _method_files(config: EvaluateConfig) -> dict[str, str]:
+    """Digest the files whose classes are evaluated."""
+    files = [file for name in config.methods() for file in files_of(name)]
+    return {str(file): hashlib.sha256(file.read_bytes()).hexdigest()[:16] for file in files}
 
 
 def environment_of(runner: Runner, world: int) -> dict[str, Any]:
@@ -105,7 +115,6 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any] | None:
     """
     policies = load_policies(config.policy)
     names = task_names(config, policies)
-    tasks = make_tasks(config, names)
     ranks = Ranks()
     try:
         device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -113,6 +122,9 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any] | None:
             device = f"cuda:{ranks.local_rank}"
         model_name = config.model_name_or_path or (policies[0].model if policies else "tiny")
         model, processor = load_model(model_name, device, getattr(torch, config.dtype))
+        if config.stages:
+            check_stages("--stages", config.stages, model)
+        tasks = make_tasks(config, names)
         for one in policies:
             one.policy.to(device)
         batch_size = config.batch_size or (128 if model_name == "tiny" else 8)

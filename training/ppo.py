@@ -40,7 +40,7 @@ from training.rewards import (
     usable_samples,
 )
 from training.rollout import Rollout, rollout
-from training.tasks import device_of, load_model, make_task
+from training.tasks import check_stages, device_of, load_model, make_task
 from training.trainer.checkpoint import CheckpointError, Writer, load_checkpoint, start_anew
 from training.trainer.config import PPOConfig
 from training.trainer.console import Console
@@ -72,6 +72,7 @@ class Trainer:
             config.attn_implementation or None,
             config.device_map or None,
         )
+        check_stages("--stage_layers", config.stage_layers, self.model)
         self.device = device_of(self.model)
         self.phases = Phases(self.device)
         self.schedule = Schedule(tuple((layer, 1.0) for layer in config.stage_layers))

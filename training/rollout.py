@@ -60,7 +60,7 @@ class SamplingPolicy(Policy):
 
     def __init__(self, policy: TopRLPolicy, seed: int, episodes: Tensor, tau: float) -> None:
         self.policy, self.seed, self.episodes, self.tau = policy, seed, episodes, tau
-        self.attention_from = policy.attention_from
+        self.attention_from, self.uses_text = policy.attention_from, policy.uses_text
         self.steps: list[Step] = []
 
     def check(self, model: Any, schedule: Schedule) -> None:
@@ -95,7 +95,8 @@ class ArgmaxPolicy(Policy):
     """Keeps what the actor finds more likely kept than dropped: as many tokens as it wants, without sampling."""
 
     def __init__(self, policy: TopRLPolicy) -> None:
-        self.policy, self.attention_from = policy, policy.attention_from
+        self.policy = policy
+        self.attention_from, self.uses_text = policy.attention_from, policy.uses_text
 
     def check(self, model: Any, schedule: Schedule) -> None:
         self.policy.check(model, schedule)

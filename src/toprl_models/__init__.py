@@ -2,6 +2,7 @@
 
 from toprl_models.families import Family, register_family
 from toprl_models.methods import (
+    Compose,
     DivPrune,
     Downsample,
     FasterVLM,
@@ -11,17 +12,18 @@ from toprl_models.methods import (
     PyramidDrop,
     RandomPolicy,
     SparseVLM,
+    TopRLPolicy,
     VisionZip,
 )
-from toprl_models.methods.toprl import TopRLPolicy
 from toprl_models.policy import Decision, Policy, PromptEmbeddings, StageContext
 from toprl_models.pruner import Pruner, attach
-from toprl_models.registry import METHODS, Method, schedule_for
+from toprl_models.registry import METHODS, Method, method_of, register_method, schedule_for
 from toprl_models.runtime.state import StageTrace
 from toprl_models.schedule import Schedule
 
 __all__ = [
     "METHODS",
+    "Compose",
     "Decision",
     "DivPrune",
     "Downsample",
@@ -43,6 +45,8 @@ __all__ = [
     "TopRLPolicy",
     "VisionZip",
     "attach",
+    "method_of",
     "register_family",
+    "register_method",
     "schedule_for",
 ]

@@ -2,6 +2,8 @@
 
     python -m toprl_models.check                                     # all families
     python -m toprl_models.check --model_name_or_path PATH_OR_HUB_ID # one model, from its config alone
+    python -m toprl_models.check --method divprune+fastv             # which families a method applies to
+    python -m toprl_models.check --model_name_or_path PATH_OR_HUB_ID --method my_file.py:MyMethod
     python -m toprl_models.check --markdown                          # docs/families.md
 
 The features come from ``feature_matrix.json``, which the tests write (``make feature-matrix``).
@@ -18,20 +20,12 @@ from typing import Any
 import transformers
 
 from toprl_models.families import FAMILIES, Family, min_stage_of
-from toprl_models.schedule import stage_layers_for
+from toprl_models.integrations.lmms_eval import skeleton
+from toprl_models.pruner import attach
+from toprl_models.registry import method_of
+from toprl_models.schedule import PAPER_LAYERS, Schedule, stage_layers_for
 
 MATRIX_FILE = Path(__file__).with_name("feature_matrix.json")
-# decoder layers of released checkpoints: facts of their configs
-DEPTHS = {
-    "LLaVA-1.5": {"7B": 32, "13B": 40},
-    "LLaVA-NeXT": {"7B": 32, "13B": 40, "34B": 60},
-    "Video-LLaVA": {"7B": 32},
-    "LLaVA-OneVision": {"0.5B": 24, "7B": 28, "72B": 80},
-    "Qwen2.5-VL": {"3B": 36, "7B": 28, "32B": 64, "72B": 80},
-    "InternVL3": {"1B": 24, "2B": 28, "8B": 28, "14B": 48, "38B": 64, "78B": 80},
-    "Qwen3-VL": {"2B": 28, "4B": 36, "8B": 36, "32B": 64},
-}
-FIRST_STAGE = {"Qwen3-VL": 3}  # released models: three deepstack layers
 
 
 def feature_matrix() -> dict[str, dict[str, str]]:
@@ -62,12 +56,11 @@ def features_of(family: Family) -> tuple[list[str], dict[str, str]]:
     return passed, others
 
 
-def stages_text(title: str) -> str:
+def stages_text(family: Family) -> str:
     """Per released size: layers, and the paper's stages scaled to them."""
-    first = FIRST_STAGE.get(title, 1)
     parts = []
-    for size, layers in DEPTHS.get(title, {}).items():
-        stages = ", ".join(map(str, stage_layers_for(layers, first)))
+    for size, layers in family.depths.items():
+        stages = ", ".join(map(str, stage_layers_for(layers, family.first_stage)))
         parts.append(f"{size}: {layers} layers, stages {stages}")
     return "; ".join(parts)
 
@@ -75,7 +68,7 @@ def stages_text(title: str) -> str:
 def describe(family: Family) -> str:
     """The text block of one family."""
     lines = [f"{family.title} ({family.model_class})", f"  visual tokens: {family.visual_rule}"]
-    if stages := stages_text(family.title):
+    if stages := stages_text(family):
         lines.append(f"  stages: {stages}")
     passed, others = features_of(family)
     lines.append(f"  tested: {', '.join(passed) or 'nothing'}")
@@ -85,10 +78,31 @@ def describe(family: Family) -> str:
     return "\n".join(lines)
 
 
-def describe_model(name_or_path: str) -> str:
-    """What the pruner would do with a model, read from its config; no weights are loaded.
+def describe_method(name: str) -> str:
+    """Describe a method: where it is from, where it prunes and which families it applies to.
 
     Raises:
+        ValueError: ``name`` is nothing that ``method_of`` takes.
+    """
+    method = method_of(name)
+    stages = ", ".join(map(str, method.layers(PAPER_LAYERS)))
+    lines = [f"{method.name}: {method.title}" + (f" ({method.paper})" if method.paper else "")]
+    lines.append(f"  stages before layers {stages} of {PAPER_LAYERS}" + (", or any others" if method.staged else ""))
+    if method.trained:
+        lines.append("  needs a trained policy: the folder that training/ppo.py wrote")
+    lines += [f"  {family.title}: {method.refuses(family) or 'applies'}" for family in FAMILIES.values()]
+    return "\n".join(lines)
+
+
+def describe_model(name_or_path: str, method_name: str | None = None) -> str:
+    """What the pruner would do with a model, read from its config; no weights are loaded.
+
+    Args:
+        name_or_path: folder or Hub id of the model.
+        method_name: a method whose stages and fit are told too.
+
+    Raises:
+        ValueError: ``method_name`` is nothing that ``method_of`` takes.
         TypeError: the config belongs to no supported class; the message lists the supported ones.
         OSError: transformers finds no config there.
     """
@@ -113,8 +127,24 @@ def describe_model(name_or_path: str) -> str:
             f"  decoder layers: {layers}; stages may lie before layers {first} to {layers - 1}",
             f"  a first schedule: Schedule(stages=({keeps}))",
             *([f"  limits: {family.limits}"] if family.limits else []),
+            *([_fit(method_name, family, config, first)] if method_name else []),
         ]
     )
+
+
+def _fit(name: str, family: Family, config: Any, first: int) -> str:
+    """Tell in one line where the method prunes in the model of ``config``, or why it cannot."""
+    method = method_of(name)
+    layers = method.layers(config.get_text_config().num_hidden_layers, first)
+    stages = Schedule(tuple((layer, 1.0) for layer in layers))
+    reason = method.refuses(family)
+    if not reason and not method.trained:  # a trained policy says itself which model it is for
+        try:
+            attach(skeleton(config), method.make(layers), schedule=stages).detach()
+        except ValueError as error:
+            reason = str(error)
+    stages_told = f"stages before layers {', '.join(map(str, layers))}"
+    return f"  method {name}: {reason or stages_told}"
 
 
 def families_markdown() -> str:
@@ -123,7 +153,7 @@ def families_markdown() -> str:
     for family in FAMILIES.values():
         limits = f" {family.limits}" if family.limits else ""
         rule = f"{family.visual_rule}{limits}".replace("<|", "`<\\|").replace("|>", "\\|>`")
-        rows.append(f"| {family.title} | {rule} | {stages_text(family.title)} |")
+        rows.append(f"| {family.title} | {rule} | {stages_text(family)} |")
     return "\n".join(rows)
 
 
@@ -169,9 +199,12 @@ def main(arguments: Sequence[str] | None = None) -> Any:
     )
     parser.add_argument("--model_name_or_path", help="folder or Hub id of one model")
     parser.add_argument("--markdown", action="store_true", help="print docs/families.md")
+    parser.add_argument("--method", help="a name, my_file.py:MyMethod, or several joined by +")
     options = parser.parse_args(arguments)
     if options.model_name_or_path:
-        print(describe_model(options.model_name_or_path))
+        print(describe_model(options.model_name_or_path, options.method))
+    elif options.method:
+        print(describe_method(options.method))
     elif options.markdown:
         print(page())
     else:

@@ -81,7 +81,8 @@ def save_llava(folder: Path) -> Path:
     model = tiny.build_model(len(processor.tokenizer))
     # lmms-eval's simple models ask the tokenizer, with the placeholder and the question in one string
     processor.chat_template = processor.tokenizer.chat_template = (
-        "{% for m in messages %}{% if m['content'] is string %}{{ m['content'] }} {% else %}"
+        "{% for m in messages %}{% if m['role'] == 'assistant' %}answer {% endif %}"
+        "{% if m['content'] is string %}{{ m['content'] }} {% else %}"
         "{% for c in m['content'] %}{% if c['type'] == 'image' %}<image> {% else %}{{ c['text'] }} {% endif %}"
         "{% endfor %}{% endif %}{% endfor %}{% if add_generation_prompt %}answer{% endif %}"
     )

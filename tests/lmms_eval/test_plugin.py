@@ -6,20 +6,22 @@ import json
 import sys
 import weakref
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import pytest
+import torch
 import transformers
 from lmms_eval.__main__ import cli_evaluate
 from lmms_eval.evaluator import simple_evaluate
 from lmms_eval.models import get_model, list_available_models
 from lmms_eval.tasks import TaskManager
+from PIL import Image
 
 from tests.lmms_eval import local_task
 from toprl_models import FastV
 from toprl_models.integrations import lmms_eval_models
-from toprl_models.integrations.lmms_eval import TRAINED
-from toprl_models.registry import METHODS
+from toprl_models.registry import METHODS, method_of
 from training.evaluate import EvaluateConfig, evaluate
 
 STAGES = [1, 2, 3]
@@ -178,9 +180,9 @@ def test_a_budget_of_all_tokens_is_the_plain_model_of_lmms_eval(case, force_simp
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", [*METHODS, "divprune+fastv+toprl"])
 def test_every_method_meets_its_budget(llava, method):
-    learned = f",policy={llava.policy}" if method in TRAINED else ""
+    learned = f",policy={llava.policy}" if method_of(method).trained else ""
     # 5 x 5: "downsample" takes squares
     results = lmms_evaluation(llava, "toprl_llava_hf", f"method={method},budget=25{learned}", limit=2)
     assert len(results["samples"][local_task.NAME]) == 2
@@ -202,13 +204,81 @@ def test_an_exception_inside_a_generation_surfaces(case, force_simple, monkeypat
 def test_in_process_and_what_lmms_eval_frees(llava):
     arguments = f"{llava.arguments},{llava.fastv}"
     model = get_model("toprl_llava_hf").create_from_arg_string(arguments, {"batch_size": 1, "device": "cpu"})
-    with pytest.raises(NotImplementedError, match="generate_until"):
-        model.loglikelihood([])
     weights = weakref.ref(model.model)
     results = lmms_evaluation(llava, model)
     assert score_of(results) == score_of(lmms_evaluation(llava, "toprl_llava_hf", llava.fastv))
-    # lmms-eval drops its model behind an evaluation, to make room for a judge: the pruner must not hold it
+    # lmms-eval drops its model after an evaluation, to make room for a judge: the pruner must not hold it
     assert weights() is None
+
+
+ANSWERS = ("left", "three blue five")
+
+
+def likelihood_requests(case: Case, model: Any) -> list[Any]:
+    """Each of three questions with each of ANSWERS, as lmms-eval asks them."""
+    docs = [json.loads(line) for line in (case.samples / "test.jsonl").read_text().splitlines()[:3]]
+    model.task_dict[local_task.NAME] = {"test": docs}
+
+    def images(doc: dict[str, str]) -> list[Image.Image]:
+        return [Image.open(doc["image"]).convert("RGB")]
+
+    arguments = [(doc["question"], answer, images, i) for i, doc in enumerate(docs) for answer in ANSWERS]
+    return [SimpleNamespace(args=(*each, local_task.NAME, "test")) for each in arguments]
+
+
+def llava_model(case: Case, arguments: str, force_simple: bool = False) -> Any:
+    plugin = get_model("toprl_llava_hf", force_simple=force_simple)
+    return plugin.create_from_arg_string(f"{case.arguments},{arguments}", {"batch_size": 1, "device": "cpu"})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("force_simple", [False, True])
+def test_loglikelihood(llava, force_simple):
+    """At keep-all that of the unattached model; labels are the answer and nothing else."""
+    model = llava_model(llava, "method=fastv,budget=64", force_simple)
+    requests = likelihood_requests(llava, model)
+    called = []
+    model.model.register_forward_pre_hook(lambda _, args, kwargs: called.append(kwargs), with_kwargs=True)
+    answers = model.loglikelihood(requests)
+    for kwargs, request in zip(called, requests, strict=True):
+        wanted = request.args[1].split()
+        labels = kwargs["labels"][0]
+        assert model.tokenizer.decode(labels[labels != -100]).split()[: len(wanted)] == wanted
+        assert (kwargs["input_ids"] == model.model.config.image_token_id).sum() == 64
+    with model.pruner.disabled():
+        assert model.loglikelihood(requests) == answers
+    losses = [loss for loss, _ in answers]
+    assert len(set(losses)) == len(losses)
+    assert type(model._image_processor).__name__ == "LlavaProcessor"  # lmms-eval's own again
+    model.clean()
+    few = llava_model(llava, "method=fastv,budget=16", force_simple)
+    pruned = few.loglikelihood(likelihood_requests(llava, few))
+    assert all(abs(loss - other) > 1e-4 for (loss, _), other in zip(pruned, losses, strict=True))
+
+
+@pytest.mark.slow
+def test_no_method_sees_the_answer(llava):
+    """Two answers to a question leave the same visual tokens; FastV scores by the last token that it is shown."""
+    model = llava_model(llava, "method=fastv,budget=16")
+    scores = []
+    for request in likelihood_requests(llava, model):
+        model.loglikelihood([request])
+        scores.append(model.pruner.trace[0].scores)
+    for first, second in zip(scores[::2], scores[1::2], strict=True):
+        torch.testing.assert_close(first, second, atol=1e-6, rtol=0)
+    assert (scores[0] - scores[2]).abs().max() > 1e-4  # and another question leaves others
+
+
+@pytest.mark.slow
+def test_generate_is_what_it_was(llava):
+    """While lmms-eval generates, the model's generate is watched; whatever was set on the instance comes back."""
+    model = llava_model(llava, llava.fastv)
+    plain = vars(model.model).get("generate")
+    model.generate_until([])
+    assert vars(model.model).get("generate") is plain
+    model.model.generate = earlier = model.model.generate
+    model.generate_until([])
+    assert vars(model.model)["generate"] is earlier
 
 
 @pytest.mark.slow
@@ -229,7 +299,7 @@ def test_command_line(llava, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ("method=fastvv,budget=16", "method=fastvv is unknown; known methods: toprl, fastv"),
+        ("method=fastvv,budget=16", "method=fastvv: .*known methods: toprl, fastv"),
         ("method=fastv", "budget is missing"),
         ("method=fastv,budget=3", "budget=3.*between .* and 64"),
         ("method=fastv,budget=16,stages=2:9", "stage at layer 9"),

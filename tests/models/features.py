@@ -14,23 +14,11 @@ from typing import Any
 import pytest
 
 from tests.models.tiny_families import FAMILY_NAMES, TINY
+from toprl_models import METHODS
+from toprl_models.check import model_type_of
+from toprl_models.families import FAMILIES
 
 MATRIX_FILE = Path(__file__).resolve().parents[2] / "src/toprl_models/feature_matrix.json"
-
-# the registry's; nothing of toprl_models can be imported before conftest.py has chosen triton's interpreter
-METHODS = (
-    "toprl",
-    "fastv",
-    "fastv_progressive",
-    "pyramiddrop",
-    "sparsevlm",
-    "visionzip",
-    "fastervlm",
-    "divprune",
-    "downsample",
-    "oneshot",
-    "random",
-)
 
 # in the order of the printed table
 FEATURES = (
@@ -90,24 +78,12 @@ FEATURES = (
     *(f"method {name}" for name in METHODS),
 )
 
+# as the families' rows say
 METHODS_NOT_APPLICABLE = {
-    **{
-        (name, "qwen3_vl"): "no stage before the deepstack layers"
-        for name in ("visionzip", "fastervlm", "divprune", "downsample")
-    },
-    **{
-        (name, family): reason
-        for name in ("visionzip", "fastervlm")
-        for family, reason in {
-            "llava_onevision": "the vision tower (SigLIP) has no class token",
-            "qwen2_5_vl": "the vision tower has no class token and merges 4 patches into a token",
-            "internvl": "InternVL merges 4 patches into a token",
-        }.items()
-    },
-    **{
-        ("downsample", family): "the number of tiles follows the picture"
-        for family in ("llava_next", "llava_onevision")
-    },
+    (name, model_type_of(family)): reason
+    for name, method in METHODS.items()
+    for family in FAMILIES.values()
+    if (reason := method.refuses(family))
 }
 
 # why a feature does not apply, by (feature, family)

@@ -52,3 +52,21 @@ def test_an_unsupported_model_is_an_error(tmp_path: Path) -> None:
     transformers.BertConfig().save_pretrained(tmp_path)
     with pytest.raises(TypeError, match=r"model_type='bert'.*supported: .*llava"):
         check.describe_model(str(tmp_path))
+
+
+def test_a_method_by_its_name(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    check.main(["--method", "visionzip+fastv"])
+    printed = capsys.readouterr().out
+    assert "stages before layers 0, 2 of 32" in printed
+    assert "LLaVA-1.5: applies" in printed and "InternVL3: InternVL merges 4 patches" in printed
+    (tmp_path / "mine.py").write_text("from toprl_models import DivPrune\n")
+    arguments = ["--model_name_or_path", str(CHECKPOINT), "--method"]
+    check.main([*arguments, f"{tmp_path}/mine.py:DivPrune"])
+    assert "mine.py:DivPrune: stages before layers 0" in capsys.readouterr().out
+    check.main([*arguments, "random"])
+    assert "method random: stages before layers 1, 2, 3" in capsys.readouterr().out
+    (tmp_path / "late.py").write_text("from toprl_models import DivPrune\nclass Late(DivPrune): pass\n")
+    check.main([*arguments, f"{tmp_path}/late.py:Late"])  # not registered: it may prune anywhere, but does not want to
+    assert "Late chooses tokens before the language model: use one stage" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="'fastvv' is unknown"):
+        check.main(["--method", "fastvv"])

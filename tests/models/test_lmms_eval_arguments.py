@@ -12,7 +12,7 @@ import torch
 
 from tests.models.tiny_families import HIDDEN_SIZE, build_model
 from toprl_models import FastV, Schedule, TopRLPolicy, tiny
-from toprl_models.integrations.lmms_eval import PruningArguments
+from toprl_models.integrations.lmms_eval import PruningArguments, trained_parts
 from toprl_models.methods import OneShot
 from toprl_models.methods.toprl import model_signature
 from toprl_models.registry import schedule_for
@@ -36,7 +36,7 @@ def test_our_arguments_are_taken_and_the_others_left():
     ("arguments", "message"),
     [
         ({"budget": 8}, "method is missing: give method=NAME"),
-        ({"method": "fastvv", "budget": 8}, "method=fastvv is unknown; known methods: toprl, fastv, "),
+        ({"method": "fastvv", "budget": 8}, "method=fastvv: method 'fastvv' is unknown; known methods: toprl, fastv, "),
         ({"method": "toprl", "budget": 8}, "method=toprl needs a trained policy: policy=FOLDER_OR_HUB_ID"),
         ({"method": "oneshot", "budget": 8}, "method=oneshot needs a trained policy: policy=FOLDER_OR_HUB_ID"),
         ({"method": "fastv", "policy": "x", "budget": 8}, "policy=x: method=fastv takes no policy"),
@@ -95,6 +95,33 @@ def test_a_trained_policy_brings_its_stages(tmp_path):
         PruningArguments("toprl", 32, policy=str(tmp_path)).prepare(tiny.load()[0].config)
     oneshot, schedule = PruningArguments("oneshot", 8, policy=str(tmp_path), stages=(2,)).prepare(model.config)
     assert isinstance(oneshot, OneShot) and oneshot.layer == 2 and schedule.layers == (2,)
+
+
+def test_classes_in_files_and_compositions(tmp_path):
+    model = build_model("llava")
+    (tmp_path / "my_file.py").write_text("from toprl_models import RandomPolicy\nclass Mine(RandomPolicy): pass\n")
+    name = f"{tmp_path}/my_file.py:Mine"
+    arguments = {"method": f"divprune+{name}", "budget": 8}
+    policy, schedule = PruningArguments.take_from(arguments).prepare(model.config)
+    assert [type(part).__name__ for part in policy.policies] == ["DivPrune", "Mine"]
+    assert schedule.layers == (0, 1) and schedule.average_tokens(16, 6) == pytest.approx(8, abs=0.5)
+    policy, schedule = PruningArguments(name, 8, stages=(1, 4)).prepare(model.config)
+    assert type(policy).__name__ == "Mine" and schedule.layers == (1, 4)
+    with pytest.raises(ValueError, match=r"method=.*my_file\.py has no Yours"):
+        PruningArguments.take_from({"method": f"{tmp_path}/my_file.py:Yours", "budget": 8})
+
+
+def test_trained_parts_take_the_policy(tmp_path):
+    model = build_model("llava")
+    TopRLPolicy(HIDDEN_SIZE, [1, 4], 16, model_signature(model)).save_pretrained(tmp_path)
+    given = {"method": "random+toprl+oneshot", "budget": 8, "policy": str(tmp_path), "stages": "1:4:5"}
+    policy, schedule = PruningArguments.take_from(given).prepare(model.config)
+    assert schedule.layers == (1, 4, 5) and len(trained_parts(policy)) == 2
+    assert trained_parts(policy)[0] is policy.policies[1] and trained_parts(policy)[1] is policy.policies[2].policy
+    arguments = PruningArguments("random+toprl", 8, policy=str(tmp_path))
+    assert arguments.prepare(model.config)[1].layers == (1, 4)  # those that it was trained for
+    with pytest.raises(ValueError, match=r"method=random\+toprl needs a trained policy"):
+        PruningArguments.take_from({"method": "random+toprl", "budget": 8})
 
 
 @pytest.mark.parametrize(

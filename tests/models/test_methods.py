@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from tests.models.agreement import kept_slots, lengths_of, model_of, single_row
-from tests.models.features import METHODS, METHODS_NOT_APPLICABLE, NOT_APPLICABLE, each_method
+from tests.models.features import METHODS_NOT_APPLICABLE, NOT_APPLICABLE, each_method
 from tests.models.generating import (
     BATCH,
     NEW_TOKENS,
@@ -24,8 +24,7 @@ from tests.models.generating import (
     pruned,
 )
 from tests.models.tiny_families import FAMILY_NAMES, HIDDEN_SIZE, NUM_LAYERS, TINY, build_model, visual_mask
-from toprl_models import METHODS as REGISTERED
-from toprl_models import Decision, OneShot, Policy, Schedule, StageContext, TopRLPolicy, attach
+from toprl_models import METHODS, Decision, Policy, Schedule, StageContext, TopRLPolicy, attach
 
 METHODS_BEFORE_LLM = ("visionzip", "fastervlm", "divprune", "downsample")
 # they need one query row, or a few, and the keys: no attention matrix that only one backend gives
@@ -43,18 +42,15 @@ NO_FLEX = [family for feature, family in NOT_APPLICABLE if feature == "flex_atte
 
 def schedule_of(name: str, family: str, keep: float = 0.5) -> Schedule:
     """The method's stages scaled to six layers; they keep ``keep`` of the tokens, its square, its cube."""
-    layers = REGISTERED[name].layers(NUM_LAYERS, TINY[family].min_stage)
+    layers = METHODS[name].layers(NUM_LAYERS, TINY[family].min_stage)
     return Schedule(tuple((layer, keep ** (number + 1)) for number, layer in enumerate(layers)))
 
 
 def policy_of(name: str, schedule: Schedule) -> Policy:
     """A new policy: one of the learned ones, with weights that tell tokens apart, or one with its defaults."""
     torch.manual_seed(0)
-    if name == "toprl":
-        return TopRLPolicy(HIDDEN_SIZE, list(schedule.layers), actor_size=8)
-    if name == "oneshot":
-        return OneShot(TopRLPolicy(HIDDEN_SIZE, [1, 2, 3], actor_size=8), schedule.layers[0])
-    return REGISTERED[name].policy()
+    trained = TopRLPolicy(HIDDEN_SIZE, list(schedule.layers) if name == "toprl" else [1, 2, 3], actor_size=8)
+    return METHODS[name].make(schedule.layers, trained)
 
 
 @functools.cache
@@ -88,9 +84,8 @@ def num_visual(inputs: dict[str, Tensor]) -> list[int]:
     return visual_mask(inputs).sum(1).tolist()
 
 
-def test_the_matrix_has_every_method() -> None:
-    assert tuple(REGISTERED) == METHODS
-    assert {name for name, info in REGISTERED.items() if info.stages == (0,)} == set(METHODS_BEFORE_LLM)
+def test_which_methods_prune_before_the_language_model() -> None:
+    assert {name for name, info in METHODS.items() if info.stages == (0,)} == set(METHODS_BEFORE_LLM)
 
 
 @pytest.mark.parametrize(("name", "family"), METHODS_NOT_APPLICABLE)

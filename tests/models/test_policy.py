@@ -9,7 +9,7 @@ import torch
 
 from tests.models.conftest import BATCHES
 from tests.models.tiny_families import build_inputs, build_model
-from toprl_models import Schedule, TopRLPolicy, attach
+from toprl_models import METHODS, DivPrune, FastV, OneShot, Policy, Schedule, TopRLPolicy, attach
 from toprl_models.methods.toprl import model_signature
 
 
@@ -97,3 +97,14 @@ def test_missing_weights_are_refused(tmp_path):
 def test_bad_sizes(changes):
     with pytest.raises(ValueError, match=next(iter(changes))):
         make_policy(**changes)
+
+
+def test_which_decisions_depend_on_the_text() -> None:
+    """Those that do not may prune a prompt that ends in an image."""
+    blind = {name for name, method in METHODS.items() if not method.trained and not method.make().uses_text}
+    assert blind == {"visionzip", "fastervlm", "divprune", "downsample", "random"}
+    for condition_on, uses_text in (("none", False), ("text", True)):
+        policy = TopRLPolicy(8, [1, 2], 8, condition_on=condition_on)
+        assert policy.uses_text is uses_text and OneShot(policy, 2).uses_text is uses_text
+    assert OneShot(FastV(), 2).uses_text and not OneShot(DivPrune(), 0).uses_text
+    assert Policy().uses_text

@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from tests.models.tiny_families import NUM_LAYERS, build_inputs, build_model
 from toprl_kernels import flops
 from toprl_models import METHODS as REGISTERED
-from toprl_models import Method, Policy, Schedule, schedule_for
+from toprl_models import Method, Policy, Schedule, method_of, schedule_for
 
 AUTHORS = {
     # k = (32 B - 576 K) / (32 - K) with K = 2
@@ -66,18 +67,85 @@ def test_an_impossible_budget_states_the_floor() -> None:
         schedule_for("divprune", 577)
 
 
+def keeps(schedule: Schedule) -> list[float]:
+    return [keep for _, keep in schedule.stages]
+
+
+@pytest.mark.parametrize("name", [*SOLVED, "divprune+fastv", "sparsevlm+toprl"])
+def test_a_share_of_the_tokens_of_a_model(name: str) -> None:
+    """Shares, whatever the authors state, at layers that the model has."""
+    model = build_model("llava")
+    schedule = schedule_for(model, name, keep=0.4)
+    method = method_of(name)
+    assert schedule.layers == method.layers(NUM_LAYERS) and all(isinstance(keep, float) for keep in keeps(schedule))
+    policy = method.make(schedule.layers, Policy())
+    for num_visual in (576, 2304):
+        counts = zip(schedule.layers, policy.counts(schedule, num_visual), strict=True)
+        average = flops.average_tokens(num_visual, tuple(counts), NUM_LAYERS)
+        assert average <= 0.4 * num_visual + 3
+        if name != "downsample":  # whole images; merged tokens come in steps
+            assert average == pytest.approx(0.4 * num_visual, rel=0.05 if method.merges else 0.01)
+
+
+def test_a_share_is_the_budget_of_a_share() -> None:
+    assert schedule_for("fastv", keep=1 / 3).stages[0][1] == pytest.approx(schedule_for("fastv", 192).stages[0][1])
+    assert keeps(schedule_for("sparsevlm", keep=192 / 576)) == pytest.approx([300 / 576, 200 / 576, 110 / 576])
+    assert schedule_for("fastv", keep=0.5, num_layers=28).layers == (2,)
+
+
+def test_stages_begin_where_the_family_lets_them() -> None:
+    model = build_model("qwen3_vl")
+    assert schedule_for(model, "fastv", keep=0.5).layers == (2,)
+    assert schedule_for(model, "pyramiddrop", keep=0.5).layers == (2, 3, 4)
+    assert schedule_for(model, "fastv", keep=0.75, layers=(4,)).layers == (4,)
+
+
+def test_tokens_are_counted_in_the_inputs() -> None:
+    model = build_model("llava")
+    alike = build_inputs("llava", (("image",), ("image",), ()))
+    assert schedule_for(model, "fastv", average_tokens=8, inputs=alike) == schedule_for(
+        "fastv", 8, num_visual=16, num_layers=NUM_LAYERS
+    )
+    assert schedule_for(model, "fastv", average_tokens=8, num_visual=16) == schedule_for(
+        model, "fastv", average_tokens=8, inputs=alike
+    )
+    # 16 and 48 tokens: the mean of 32 meets the budget, and each prompt keeps the same share
+    several = build_inputs("llava", (("image",), ("image", "image", "image")))
+    schedule = schedule_for(model, "divprune", average_tokens=8, inputs=several)
+    assert keeps(schedule) == [0.25] and schedule.counts(16) == (4,) and schedule.counts(48) == (12,)
+
+
+def test_what_a_schedule_needs() -> None:
+    model = build_model("llava")
+    with pytest.raises(
+        ValueError, match=r"average_tokens=8: of how many visual tokens\? Pass inputs= .* or num_visual="
+    ):
+        schedule_for(model, "fastv", average_tokens=8)
+    for budget in ({}, {"keep": 0.5, "average_tokens": 8}):
+        with pytest.raises(ValueError, match="give one of them"):
+            schedule_for(model, "fastv", **budget)
+    with pytest.raises(ValueError, match=r"keep=0.1 is impossible with stages at \(1,\): .* between 0.167 and 1"):
+        schedule_for(model, "fastv", keep=0.1)
+    with pytest.raises(ValueError, match="keep=25 is impossible"):
+        schedule_for(model, "fastv", keep=25)
+    with pytest.raises(ValueError, match="no prompt has a visual token"):
+        schedule_for(model, "fastv", keep=0.5, inputs=build_inputs("llava", ((),)))
+    with pytest.raises(ValueError, match="no input_ids"):
+        schedule_for(model, "fastv", keep=0.5, inputs={"pixel_values": None})
+    with pytest.raises(ValueError, match="Pass the model first"):
+        schedule_for("fastv", 8, inputs=build_inputs("llava"))
+    with pytest.raises(ValueError, match="not a model's name"):
+        schedule_for("llava", "fastv")
+
+
 def test_an_unknown_method_is_named() -> None:
     with pytest.raises(ValueError, match=r"method 'fastvv' is unknown; known methods: toprl, fastv, .*random"):
         schedule_for("fastvv", 192)
 
 
 def test_the_registry() -> None:
-    found = dict(REGISTERED)
-    assert list(found) == list(REGISTERED)
-    assert all(isinstance(one, Method) and one.name == name for name, one in found.items())
-    assert all(isinstance(found[name].policy(), Policy) for name in SOLVED)
-    found.clear()
-    assert REGISTERED  # a copy was given away
+    assert all(isinstance(method, Method) and method.name == name for name, method in REGISTERED.items())
+    assert all(isinstance(REGISTERED[name].policy(), Policy) for name in SOLVED)
 
 
 @pytest.mark.parametrize("num_layers", [6, 24, 28, 32, 40, 80])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import gc
 import math
@@ -11,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import transformers
 from PIL import Image
 from torch import Tensor
 
@@ -24,7 +26,7 @@ from tests.models.tiny_families import (
     build_model,
     visual_mask,
 )
-from toprl_models import Policy, Schedule, StageContext, attach
+from toprl_models import Policy, Schedule, StageContext, attach, families
 from toprl_models.methods._tower import ClassTokenReader, TileReading, split_rows, tile_shares
 from toprl_models.methods.downsample import Downsample, from_patches, resized, smaller_grid, spread, to_patches
 from toprl_models.methods.fastervlm import FasterVLM
@@ -224,9 +226,8 @@ def test_nothing_stays_behind(policy, family):
             model(**inputs)
         assert recorder._seen == {}
         until_image = cut(inputs, int(visual_mask(inputs).any(0).nonzero().max()) + 1)
-        with pytest.raises(ValueError, match="ends in a visual token"):
-            model(**until_image)
-        assert recorder._seen == {}
+        model(**until_image)  # the question does not matter
+        assert recorder._seen == {} and sum(pruner.trace[0].counts) < sum(pruner.trace[0].num_visual)
     assert "pack_image_features" not in vars(model.base_model)
     hooks_after = [(len(module._forward_hooks), len(module._forward_pre_hooks)) for module in model.modules()]
     # transformers installs hooks of its own at the first call, and leaves them
@@ -652,8 +653,8 @@ def test_models_that_do_not_fit_are_refused(policy, family):
         "qwen3_vl": "no class token",
     }
     if policy is Downsample:
-        tiled = "must be resized before the processor"
-        reasons = {"llava_next": tiled, "llava_onevision": tiled, "qwen3_vl": "is not among"}
+        tiled = "the number of tiles follows the picture"
+        reasons = {"llava_next": tiled, "llava_onevision": tiled, "qwen3_vl": "names no image_tower"}
     assert (family in reasons) == (family not in supported(policy))
     if family in reasons:
         with pytest.raises(ValueError, match=reasons[family]):
@@ -698,6 +699,58 @@ def test_configs_that_do_not_fit_are_refused(policy, change, message):
     if "full" in change.values():
         with pytest.raises(ValueError, match="must drop the class token"):
             Downsample().check(model, schedule(0.5))
+
+
+def llava_with(tower: str) -> Any:
+    """LLaVA's own decoder and projector with another vision tower."""
+    config = build_model("llava").config
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    vision = transformers.AutoConfig.for_model(tower, **sizes, image_size=32, patch_size=8)
+    return transformers.LlavaForConditionalGeneration(
+        transformers.LlavaConfig(
+            text_config=config.text_config,
+            vision_config=vision,
+            image_token_id=IMAGE_ID,
+            vision_feature_layer=-1,
+            vision_feature_select_strategy="full",
+        )
+    )
+
+
+@pytest.mark.parametrize(
+    ("tower", "name"), [("pixtral", "PixtralVisionModel"), ("siglip_vision_model", "SiglipVision")]
+)
+def test_other_towers_of_llava(tower, name):
+    """Pixtral has no ``embeddings``; SigLIP has, but no class token, and images of it can be made smaller."""
+    model = llava_with(tower)
+    for policy in POLICIES:
+        if policy is Downsample and tower != "pixtral":
+            attach(model, policy(), schedule=schedule(0.5)).detach()
+            continue
+        with pytest.raises(ValueError, match=name):
+            attach(model, policy(), schedule=schedule(0.5))
+    assert not model.base_model._forward_hooks
+
+
+def test_a_family_without_an_image_tower_is_refused(monkeypatch):
+    row = dataclasses.replace(families.FAMILIES["LlavaForConditionalGeneration"], image_tower="")
+    monkeypatch.setitem(families.FAMILIES, row.model_class, row)
+    for policy in POLICIES:
+        with pytest.raises(ValueError, match="the row of LlavaForConditionalGeneration names no image_tower"):
+            policy().check(model_of("llava"), schedule(0.5))
+    monkeypatch.setitem(families.FAMILIES, row.model_class, dataclasses.replace(row, image_tower="eye"))
+    for policy in POLICIES:
+        with pytest.raises(ValueError, match=r"no class token|has no eye"):
+            policy().check(model_of("llava"), schedule(0.5))
+
+
+def test_an_unreadable_attention_is_refused(monkeypatch):
+    model = build_model("llava")
+    attention = tower_of(model).encoder.layers[-1].self_attn
+    monkeypatch.delattr(attention, "scale")
+    for policy in (VisionZip, FasterVLM):
+        with pytest.raises(ValueError, match="has no scale"):
+            policy().check(model, schedule(0.5))
 
 
 @pytest.mark.parametrize("policy", [VisionZip, FasterVLM])

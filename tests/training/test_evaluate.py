@@ -13,9 +13,10 @@ from tests.training import tables
 from tests.training.evaluation_helpers import KEPT, LAYERS, config_of, read_samples, save_policy
 from toprl_kernels import flops
 from toprl_models import Schedule, StageContext, TopRLPolicy, attach, tiny
+from toprl_models.families import count_visual
 from training.evaluate import EvaluateConfig, evaluate, main, make_tasks, parse
 from training.evaluation import runner as runner_module
-from training.evaluation.measure import answer_timed, count_visual
+from training.evaluation.measure import answer_timed
 from training.evaluation.methods import METHODS, RandomBySample, load_policies, make_method, policies_for
 from training.evaluation.records import Store
 from training.evaluation.results import level_of, summarise
@@ -23,6 +24,12 @@ from training.evaluation.runner import Ranks, Runner
 from training.tasks import Sample, encode, exact_match, make_task
 
 AVERAGE = (64 + 8 + 4 + 3 * 2) / 6  # tokens over the six layers of the tiny model
+OWN_METHOD = """
+from toprl_models import Policy
+class Brightest(Policy):
+    def score(self, context):
+        return context.hidden_states.norm(dim=-1)
+"""
 PRUNED = ("toprl", "fastv", "fastv_progressive", "pyramiddrop", "random", "untrained")
 
 
@@ -319,7 +326,7 @@ def test_options_of_tasks():
 def test_flags_from_the_command_line_and_from_a_file(tmp_path):
     flags = parse("--task textvqa gqa --method fastv --budget 192 64 --stages 2 8 16 --seeds 0 1 --overwrite".split())
     assert (flags.task, flags.budget, flags.stages, flags.seeds) == (["textvqa", "gqa"], [192, 64], [2, 8, 16], [0, 1])
-    assert flags.overwrite and flags.budgets() == ["192", "64"] and flags.METHODS == ["full", "fastv"]
+    assert flags.overwrite and flags.budgets() == ["192", "64"] and flags.methods() == ["full", "fastv"]
     file = tmp_path / "table1.yaml"
     file.write_text("task: [textvqa, gqa]\nmethod: [fastv]\nbudget: [192, 64]\nstages: [2, 8, 16]\noverwrite: true\n")
     given = parse([str(file)])
@@ -334,7 +341,10 @@ def test_flags_from_the_command_line_and_from_a_file(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"method": ["fastv", "slowv"]}, "--method slowv is unknown; known methods: full, toprl"),
+        (
+            {"method": ["fastv", "slowv"]},
+            "--method slowv: method 'slowv' is unknown; known methods: toprl, .* full, untrained, argmax",
+        ),
         ({"method": ["toprl"]}, "--method toprl needs --policy"),
         ({"keep": []}, "either --keep"),
         ({"budget": [16]}, "either --keep"),
@@ -345,7 +355,7 @@ def test_flags_from_the_command_line_and_from_a_file(tmp_path):
         ({"task": ["ocrs"]}, "ocr, shape, colour"),
         ({"task": []}, "--task is needed"),
         ({"keep": [8, 4]}, "3 numbers are needed"),
-        ({"stages": [1, 2, 6]}, "layers 0..5"),
+        ({"stages": [1, 2, 6]}, "--stages 1 2 6: the model has 6 layers"),
         ({"keep": [], "budget": [5]}, "ocr, fastv: average_tokens=5.0 is impossible .* lies between 10.6667 and 64"),
         ({"policy": ["runs/no/policy"]}, "--policy runs/no/policy: no such folder"),
         ({"dataset_path": ["data"], "task": ["ocr", "shape"]}, "TASK=PATH, TASK one of ocr, shape"),
@@ -424,6 +434,46 @@ def test_all_methods_at_one_budget(policy_folder, tmp_path):
     records = {record["method"]: record for record in read_samples(tmp_path)}
     assert len(records["sparsevlm"]["kept"]) == 3 and records["visionzip"]["kept"] == [32]
     assert "Smaller image: 0" in (tmp_path / "table.md").read_text()
+
+
+def test_compositions_and_classes_in_files(policy_folder, tmp_path):
+    """Each is a row of the table, at the same budget as the others, and a file that changed is another setting."""
+    (tmp_path / "my_file.py").write_text(OWN_METHOD)
+    names = ["divprune+fastv", "random+toprl", f"{tmp_path}/my_file.py:Brightest"]
+    given = {"policy": [policy_folder], "stages": [], "keep": [], "budget": [24], "limit": 4, "seeds": [0, 1]}
+    config = config_of(tmp_path / "out", method=[*names, "fastv"], **given)
+    assert config.methods() == ["full", "fastv", *names]
+    results = evaluate(config)
+    rows = {row["method"]: row for row in results["rows"]}
+    for name in (*names, "fastv"):
+        assert rows[name]["average_tokens"] == pytest.approx(24, abs=1), name
+    assert rows["random+toprl"]["runs"] == 2 and rows["divprune+fastv"]["runs"] == 1  # random draws
+    plans = results["schedules"]["ocr"]["24"]
+    assert plans["divprune+fastv"]["layers"] == [0, 1] and plans["random+toprl"]["layers"] == [1, 2]
+    assert plans[names[2]]["layers"] == LAYERS
+    table = (tmp_path / "out" / "table.md").read_text()
+    assert "DivPrune + FastV: 0, 1" in table and "| Brightest |" in table
+    assert list(results["settings"]["method_files"]) == [f"{tmp_path}/my_file.py"]
+    (tmp_path / "my_file.py").write_text(OWN_METHOD + "# changed\n")
+    with pytest.raises(ValueError, match="method_files"):
+        evaluate(config)
+
+
+def test_random_pruning_in_a_composition_draws_by_sample(tmp_path):
+    given = {"method": ["divprune+random"], "keep": [], "budget": [24], "limit": 4, "seeds": [0]}
+    kept = []
+    for size in (1, 4):
+        evaluate(config_of(tmp_path / str(size), batch_size=size, **given))
+        kept.append([row["prediction"] for row in read_samples(tmp_path / str(size))])
+    assert kept[0] == kept[1]
+
+
+@pytest.mark.parametrize("stages", [[1, 2, 9], [3, 2]])
+def test_stages_are_checked_before_data_are_read(stages, tmp_path, monkeypatch):
+    monkeypatch.setattr("training.evaluate.make_task", lambda *_, **__: pytest.fail("data were read"))
+    asked = " ".join(map(str, stages))
+    with pytest.raises(ValueError, match=f"--stages {asked}: the model has 6 layers, so stages .* from 0 to 5"):
+        evaluate(config_of(tmp_path, stages=stages, keep=[8] * len(stages)))
 
 
 def test_a_method_that_does_not_fit_the_model_is_refused_at_once(tmp_path, monkeypatch):

@@ -112,7 +112,7 @@ def test_markdown_of_the_paired_comparison(results):
     assert "| own choice | TOP-RL, arg-max | gqa |" in text
     assert "headline of pope is not the mean" in text
     assert "pope: f1, n = 100 of data, test" in text
-    assert "Pruning before layers: FastV: 2, 8, 16; Random patches: 0." in text
+    assert "Pruning before layers: FastV: 2, 8, 16; Random | patches: 0." in text
 
 
 def test_one_task_has_no_average_rows(results):

@@ -13,11 +13,11 @@ import torch
 
 from toprl_kernels import flops
 from toprl_models import Policy, RandomPolicy, Schedule, TopRLPolicy, attach
+from toprl_models.families import count_visual
 from training import ppo
 from training.analyses import clips
 from training.analyses.config import ReproduceConfig
 from training.analyses.lab import Lab, digest
-from training.evaluation.measure import count_visual
 from training.evaluation.methods import make_method
 from training.tasks import Sample, Task, answer, encode, load_model, make_task
 

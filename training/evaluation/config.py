@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from toprl_models import Schedule, schedule_for
+from toprl_models import Schedule, plugins, schedule_for
 from toprl_models.registry import Method
-from training.evaluation.methods import METHODS
+from training.evaluation.methods import METHODS, row_for
 from training.tasks import DTYPES
 
 
@@ -27,8 +27,10 @@ class EvaluateConfig:
     method: list[str] = field(
         default_factory=list,
         metadata={
-            "help": f"of {', '.join(METHODS)}; empty takes {', '.join(n for n, row in METHODS.items() if row.default)} "
-            "as far as --policy is given; full always runs"
+            "help": f"of {', '.join([*METHODS, *plugins.names()])}; empty takes "
+            f"{', '.join(name for name, row in METHODS.items() if row.default)} "
+            "as far as --policy is given; full always runs. Also a class of your own, my_file.py:MyMethod, and several "
+            "methods that follow each other, divprune+fastv"
         },
     )
     policy: list[str] = field(
@@ -71,9 +73,11 @@ class EvaluateConfig:
 
     def __post_init__(self) -> None:
         for name in self.method:
-            if name not in METHODS:
-                raise ValueError(f"--method {name} is unknown; known methods: {', '.join(METHODS)}")
-            if METHODS[name].needs_policy and not self.policy:
+            try:
+                row = row_for(name)
+            except ValueError as error:
+                raise ValueError(f"--method {name}: {error}") from error
+            if row.needs_policy and not self.policy:
                 raise ValueError(f"--method {name} needs --policy FOLDER: the actor that training/ppo.py writes")
         for flag in ("task", "method", "policy", "budget", "seeds"):
             values = getattr(self, flag)
@@ -85,15 +89,16 @@ class EvaluateConfig:
             raise ValueError(f"--limit {self.limit} --batch_size {self.batch_size}: must not be negative")
         if self.dtype not in DTYPES:
             raise ValueError(f"--dtype {self.dtype} must be one of {', '.join(DTYPES)}")
-        scheduled = [name for name in self.methods() if METHODS[name].scheduled]
+        scheduled = [name for name in self.methods() if row_for(name).scheduled]
         if (self.keep and self.budget) or (scheduled and not self.keep and not self.budget):
             raise ValueError("give either --keep (tokens per stage) or --budget (average tokens over all layers)")
 
     def methods(self) -> list[str]:
-        """The methods to run, in the table's order."""
+        """The methods to run, in the table's order; those that are not in METHODS come last."""
         runnable = [name for name, row in METHODS.items() if row.default and (self.policy or not row.needs_policy)]
         asked = self.method or runnable
-        return [name for name in METHODS if name in asked or name == "full"]
+        others = [name for name in asked if name not in METHODS]
+        return [*(name for name in METHODS if name in asked or name == "full"), *others]
 
     def budgets(self) -> list[str]:
         """How the blocks are called in all files: "192", or "8/4/2" for what --keep says."""

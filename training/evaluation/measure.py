@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from toprl_models.families import family_of, visual_token_ids
 from toprl_models.runtime.cache import cache_bytes
 from training.tasks import Sample, Task, read_answers
 
@@ -51,15 +50,6 @@ class _Prefill:
 def synchronise(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-
-
-def count_visual(model: Any, inputs: dict[str, Tensor]) -> list[int]:
-    """Visual tokens of each prompt: the placeholders of the model's family."""
-    ids = torch.tensor(visual_token_ids(model, family_of(model)), device=inputs["input_ids"].device)
-    visual = torch.isin(inputs["input_ids"], ids)
-    if "attention_mask" in inputs:
-        visual &= inputs["attention_mask"].bool()
-    return visual.sum(1).tolist()
 
 
 @torch.no_grad()

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from toprl_models import METHODS as REGISTERED
-from toprl_models import OneShot, Policy, StageContext, TopRLPolicy
+from toprl_models import Compose, Policy, StageContext, TopRLPolicy, method_of
 from toprl_models.methods.toprl import model_signature
 from toprl_models.registry import Method
 from training.rollout import ArgmaxPolicy
@@ -41,53 +41,74 @@ class Row:
 
 
 DEFAULTS = ("toprl", "fastv", "fastv_progressive", "pyramiddrop", "random")
+
+
+def _row(method: Method) -> Row:
+    draws = any(part.name == "random" for part in (method, *method.parts))
+    return Row(method.title, method, method.trained, draws, default=method.name in DEFAULTS)
+
+
 _TOPRL = REGISTERED["toprl"]
 METHODS = {
     "full": Row("Full model, no pruning", scheduled=False, default=True),
-    **{
-        name: Row(
-            method.title,
-            method,
-            needs_policy=method.trained,
-            draws=name == "random",
-            default=name in DEFAULTS,
-        )
-        for name, method in REGISTERED.items()
-    },
+    **{name: _row(method) for name, method in REGISTERED.items()},
     "untrained": Row("Untrained actor", _TOPRL, needs_policy=True, draws=True, default=True),
     "argmax": Row("TOP-RL, arg-max", _TOPRL, needs_policy=True, scheduled=False, default=True),
 }
 
 
+def row_for(name: str) -> Row:
+    """Return the row of METHODS, or one for what else ``toprl_models.method_of`` takes: files, compositions, plug-ins.
+
+    Raises:
+        ValueError: unknown name.
+    """
+    if name in METHODS:
+        return METHODS[name]
+    try:
+        return _row(method_of(name))
+    except ValueError as error:
+        raise ValueError(f"{error}; further rows of the table: full, untrained, argmax") from error
+
+
 def make_method(
     name: str, model: Any, *, seed: int = 0, policy: TopRLPolicy | None = None, layers: Sequence[int] = ()
 ) -> Policy | None:
-    """The policy of the method called ``name``; None is the unpruned model.
+    """Make the policy of the method called ``name``; None is the unpruned model.
 
     Args:
         seed: of methods that draw.
         policy: the trained actor; "untrained" takes its sizes and stages.
-        layers: where "oneshot" prunes.
+        layers: where it prunes; "oneshot" and compositions need it.
 
     Raises:
         ValueError: unknown name, or no policy where one is needed.
     """
-    if name not in METHODS:
-        raise ValueError(f"method {name!r} is unknown; known methods: {', '.join(METHODS)}")
-    row = METHODS[name]
+    row = row_for(name)
     if row.method is None:
         return None
-    if name == "random":
-        return RandomBySample(seed)
     if not row.needs_policy:
-        return row.method.policy()
+        return _made(row.method, seed, None, tuple(layers))
     if policy is None:
         raise ValueError(f"method {name!r} needs a trained policy: --policy FOLDER")
-    if name == "oneshot":
-        return OneShot(policy, *layers)
     if name == "argmax":
         return ArgmaxPolicy(policy)
-    return _untrained(policy, model, seed) if name == "untrained" else policy
+    return _untrained(policy, model, seed) if name == "untrained" else _made(row.method, seed, policy, tuple(layers))
+
+
+def _made(method: Method, seed: int, policy: TopRLPolicy | None, layers: tuple[int, ...]) -> Policy:
+    """Make the policy as ``Method.make`` does, but let random pruning draw by sample."""
+    if method.parts:
+        parts = zip(method.parts, layers, strict=True)
+        return Compose([_made(part, seed, policy, (layer,)) for part, layer in parts])
+    return RandomBySample(seed) if method.name == "random" else method.make(layers, policy)
+
+
+def name_samples(policy: Policy | None, keys: Sequence[str]) -> None:
+    """Tell random pruning, alone or in a composition, which samples come next."""
+    for part in policy.policies if isinstance(policy, Compose) else (policy,):
+        if isinstance(part, RandomBySample):
+            part.keys = keys
 
 
 def _untrained(policy: TopRLPolicy, model: Any, seed: int) -> TopRLPolicy:
@@ -110,6 +131,8 @@ class RandomBySample(Policy):
 
     So a run that was stopped, or that ran on other ranks, gives the same numbers.
     """
+
+    uses_text = False
 
     def __init__(self, seed: int) -> None:
         self.seed = seed

@@ -11,7 +11,7 @@ from PIL import Image
 
 from toprl_kernels import flops
 from toprl_models import Schedule
-from training.evaluation.methods import METHODS
+from training.evaluation.methods import row_for
 from training.evaluation.records import Cell
 from training.evaluation.runner import Runner
 from training.evaluation.statistics import bootstrap_means, interval, paired_test, ratio
@@ -157,7 +157,7 @@ def summarise(found: Mapping[Cell, Records], runner: Runner) -> dict[str, Any]:
         mean = np.mean([draws[name][method, budget] for name in draws], axis=0)
         average: dict[str, Any] = {
             "method": method,
-            "label": METHODS[method].label,
+            "label": row_for(method).label,
             "budget": budget,
             "retention": statistics.fmean(known) if len(known) == len(mine) else None,
             "retention_interval": interval(mean, min(facts["n"] for facts in tasks.values())),
@@ -169,7 +169,7 @@ def summarise(found: Mapping[Cell, Records], runner: Runner) -> dict[str, Any]:
     schedules: dict[str, dict[str, dict[str, Any]]] = {name: {} for name in tasks}
     for name, facts in tasks.items():
         for (method, budget), schedule in runner.schedules(name, facts["num_visual"]).items():
-            if METHODS[method].scheduled:
+            if row_for(method).scheduled:
                 plan = schedule_facts(schedule, facts["num_visual"], runner)
                 schedules[name].setdefault(budget, {})[method] = plan
     return {"tasks": tasks, "schedules": schedules, "rows": rows, "averages": averages, "runs": runs}

@@ -13,11 +13,11 @@ import torch
 from torch import distributed
 
 from toprl_models import Policy, Schedule, attach
-from toprl_models.families import family_of, min_stage_of
+from toprl_models.families import count_visual, family_of, min_stage_of
 from toprl_models.schedule import stage_layers_for
 from training.evaluation.config import EvaluateConfig
-from training.evaluation.measure import answer_timed, count_visual
-from training.evaluation.methods import METHODS, RandomBySample, Trained, make_method, policies_for
+from training.evaluation.measure import answer_timed
+from training.evaluation.methods import Trained, make_method, name_samples, policies_for, row_for
 from training.evaluation.records import FREE, FULL, Cell, Store
 from training.tasks import Sample, Task, encode
 
@@ -70,12 +70,14 @@ class Runner:
         self._warm: set[tuple[str, str]] = set()
 
     def layers_of(self, method: str) -> tuple[int, ...]:
-        """The layers that ``method``, a name of METHODS, prunes before; () for the unpruned model."""
-        info = METHODS[method].method
+        """The layers that ``method`` prunes before; () for the unpruned model."""
+        info = row_for(method).method
         if info is None:
             return ()
         settled = self.policies or self.config.stages or self.config.keep
-        return self.layers if info.staged and settled else info.layers(self.num_layers, self.first)
+        if info.staged and settled:
+            return self.layers
+        return info.layers(self.num_layers, self.first, self.layers if self.policies else ())
 
     def _layers(self) -> tuple[int, ...]:
         """The layers that methods of several stages prune before.
@@ -88,25 +90,24 @@ class Runner:
         if trained and asked and trained != asked:
             raise ValueError(f"--stages {asked}: the policy was trained for {trained}; leave --stages out")
         layers = trained or asked or stage_layers_for(self.num_layers, max(1, self.first))
-        schedule = _keep_all(layers)
-        schedule.check_layers(self.num_layers)
         for one in self.policies:
-            one.policy.check(self.model, schedule)
+            one.policy.check(self.model, _keep_all(layers))
         return layers
 
     # -- what there is to run --------------------------------------------------------------------------------------
 
     def seeds(self, task: str, method: str) -> Sequence[int]:
         """Seeds of a method that draws; numbers of the task's policies for TOP-RL."""
-        if METHODS[method].draws:
+        row = row_for(method)
+        if row.draws:
             return self.config.seeds
-        return range(len(policies_for(task, self.policies))) if METHODS[method].needs_policy else (0,)
+        return range(len(policies_for(task, self.policies))) if row.needs_policy else (0,)
 
     def cells(self, task: str) -> list[Cell]:
         """In the table's order; the unpruned run is the first."""
         found = [Cell(task, FULL, FULL, 0)]
         for method in self.config.methods():
-            budgets = self.config.budgets() if METHODS[method].scheduled else [FREE]
+            budgets = self.config.budgets() if row_for(method).scheduled else [FREE]
             if method != FULL:
                 found += [Cell(task, method, b, seed) for b in budgets for seed in self.seeds(task, method)]
         return found
@@ -116,10 +117,11 @@ class Runner:
 
     def trained(self, cell: Cell) -> Trained | None:
         """The policy that a cell runs or takes its sizes from."""
-        if not METHODS[cell.method].needs_policy:
+        row = row_for(cell.method)
+        if not row.needs_policy:
             return None
-        mine = policies_for(cell.task, self.policies)
-        return mine[0] if METHODS[cell.method].draws else mine[cell.seed]
+        policies = policies_for(cell.task, self.policies)
+        return policies[0] if row.draws else policies[cell.seed]
 
     def probe(self) -> None:
         """Refuse an impossible budget before hours of unpruned runs.
@@ -157,7 +159,7 @@ class Runner:
         """
         found = {}
         for name in self.config.methods():
-            row, layers = METHODS[name], self.layers_of(name)
+            row, layers = row_for(name), self.layers_of(name)
             if row.method is None:
                 continue
             if not row.scheduled:
@@ -245,8 +247,7 @@ class Runner:
     ) -> list[dict[str, Any]]:
         """The records of a batch."""
         batch = list(samples.values())
-        if isinstance(policy, RandomBySample):
-            policy.keys = [sample.key for sample in batch]
+        name_samples(policy, [sample.key for sample in batch])
         num_visual = count_visual(self.model, inputs)
         kept: list[tuple[int, ...]] = [()] * len(batch)
         attached = nullcontext() if policy is None else attach(self.model, policy, schedule=_given(schedule))

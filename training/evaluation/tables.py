@@ -7,7 +7,6 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from training.evaluation.methods import METHODS
 from training.evaluation.records import FREE, FULL
 
 Results = Mapping[str, Any]
@@ -65,12 +64,18 @@ def block_title(results: Results, budget: str) -> str:
 
 def stages_text(results: Results) -> str:
     """Where each method prunes: "TOP-RL, Random patches: 2, 8, 16; VisionZip: 0"."""
+    labels = labels_of(results)
     found: dict[str, list[str]] = {}
     for method, plan in ((m, plan) for t in results["schedules"].values() for b in t.values() for m, plan in b.items()):
         names = found.setdefault(", ".join(map(str, plan["layers"])), [])
-        if METHODS[method].label not in names:
-            names.append(METHODS[method].label)
+        if labels[method] not in names:
+            names.append(labels[method])
     return "; ".join(f"{', '.join(names)}: {layers}" for layers, names in found.items())
+
+
+def labels_of(results: Results) -> dict[str, str]:
+    """Map the methods to what people call them."""
+    return {average["method"]: average["label"] for average in results["averages"]}
 
 
 def costs(row: Mapping[str, Any]) -> list[str]:
@@ -123,12 +128,13 @@ def main_rows(results: Results, bold: Callable[[str], str], name: str = "label")
 def paired_rows(results: Results) -> list[list[str]]:
     """Block, method, task, score, difference with interval, retention interval, test of each pruned row."""
     found = []
+    labels = labels_of(results)
     for budget in blocks(results):
         for row in (one for one in results["rows"] if one["budget"] == budget and budget != FULL):
             found.append(
                 [
                     "own choice" if budget == FREE else budget,
-                    METHODS[row["method"]].label,
+                    labels[row["method"]],
                     row["task"],
                     f"{100 * row['difference']:+.1f} {span(row['difference_interval'], signed=True)}",
                     f"{percent(row['retention'])} {span(row['retention_interval'])}",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import json
 from collections.abc import Sequence
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 import transformers
 
 from toprl_models import tiny
+from toprl_models.families import family_of, min_stage_of
 from training.tasks.base import Sample, Task
 
 DTYPES = ("float32", "bfloat16", "float16")  # of a model's weights, as flags name them
@@ -63,6 +65,21 @@ def load_model(
         ) from error
     model.requires_grad_(False)
     return (model if device_map is not None else model.to(device)).eval(), processor
+
+
+def check_stages(flag: str, layers: Sequence[int], model: Any) -> None:
+    """Refuse stages that the model does not have.
+
+    Raises:
+        ValueError: the message names the flag, the layers and the depth.
+    """
+    depth, first = model.config.get_text_config().num_hidden_layers, min_stage_of(model, family_of(model))
+    ascending = all(before < after for before, after in itertools.pairwise(layers))
+    if not ascending or layers[0] < first or layers[-1] >= depth:
+        raise ValueError(
+            f"{flag} {' '.join(map(str, layers))}: the model has {depth} layers, so stages are ascending numbers from "
+            f"{first} to {depth - 1}"
+        )
 
 
 def parse_device_map(text: str) -> str | dict[str, Any]:

@@ -11,11 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from toprl_models.methods import OneShot
-from toprl_models.methods.toprl import TopRLPolicy
+from toprl_models.methods import TopRLPolicy
 from toprl_models.policy import Policy
 from toprl_models.pruner import attach
-from toprl_models.registry import METHODS, schedule_for
+from toprl_models.registry import METHODS, in_shares, method_of, schedule_for
 from toprl_models.schedule import Schedule
 
 if TYPE_CHECKING:
@@ -39,7 +38,7 @@ class PruningArguments:
     """What ``--model_args`` say about pruning.
 
     Attributes:
-        method: a name of ``toprl_models.METHODS``.
+        method: what ``toprl_models.method_of`` takes: a name, my_file.py:MyMethod, divprune+fastv.
         budget: visual tokens averaged over all decoder layers, more than 0.
         policy: folder or Hub id of the trained policy; None for methods that have none.
         stages: layers to prune before; None for the policy's, else those of the method's authors scaled to the depth.
@@ -84,26 +83,22 @@ class PruningArguments:
         num_layers, num_visual = config.get_text_config().num_hidden_layers, self._out_of(config)
         policy, layers = self._policy(num_layers)
         try:
-            found = schedule_for(self.method, self.budget, num_visual=num_visual, num_layers=num_layers, layers=layers)
+            counted = schedule_for(
+                self.method, self.budget, num_visual=num_visual, num_layers=num_layers, layers=layers
+            )
         except ValueError as error:
             stages = ":".join(map(str, layers))
             raise ValueError(f"budget={self.budget:g}, stages={stages}: {error}") from error
-        # shares, also where authors state numbers: they hold for images of any size
-        shares = ((layer, keep / num_visual if isinstance(keep, int) else keep) for layer, keep in found.stages)
-        schedule = Schedule(tuple(shares))
+        schedule = in_shares(counted, num_visual)  # also where authors state numbers
         attach(skeleton(config), policy, schedule=schedule).detach()
         return policy, schedule
 
     def _policy(self, num_layers: int) -> tuple[Policy, tuple[int, ...]]:
         """The policy and the layers that it prunes before."""
-        method = METHODS[self.method]
-        if self.policy is None:
-            return method.policy(), self.stages or method.layers(num_layers)
-        trained = load_policy(self.policy)
-        if self.method == "toprl":
-            return trained, self.stages or trained.stage_layers
-        layers = self.stages or method.layers(num_layers)
-        return OneShot(trained, layers[0]), layers
+        method = method_of(self.method)
+        trained = None if self.policy is None else load_policy(self.policy)
+        layers = self.stages or method.layers(num_layers, trained=() if trained is None else trained.stage_layers)
+        return method.make(layers, trained), layers
 
     def _out_of(self, config: PretrainedConfig) -> int:
         """The visual tokens that the budget is out of."""
@@ -131,6 +126,12 @@ def load_policy(name: str) -> TopRLPolicy:
         raise ValueError(f"policy={name}: give a folder that training/ppo.py wrote, or a Hub id: {error}") from error
 
 
+def trained_parts(policy: Policy) -> list[TopRLPolicy]:
+    """List the trained policies in ``policy``, which may be trained, hold a trained one, or be composed of several."""
+    parts = getattr(policy, "policies", (policy,))
+    return [inner for part in parts if isinstance(inner := getattr(part, "policy", part), TopRLPolicy)]
+
+
 def skeleton(config: PretrainedConfig) -> Any:
     """The model of ``config`` without memory for its weights."""
     from transformers import AutoModelForImageTextToText
@@ -140,13 +141,13 @@ def skeleton(config: PretrainedConfig) -> Any:
 
 
 def _method(method: Any, policy: Any) -> str:
-    known = f"known methods: {', '.join(METHODS)}"
     if method is None and policy is None:
-        raise ValueError(f"method is missing: give method=NAME ({known}) or policy=FOLDER_OR_HUB_ID")
-    method = "toprl" if method is None else method
-    if method not in METHODS:
-        raise ValueError(f"method={method} is unknown; {known}")
-    trained = METHODS[method].trained
+        raise ValueError(f"method is missing: give method=NAME ({', '.join(METHODS)}) or policy=FOLDER_OR_HUB_ID")
+    method = "toprl" if method is None else str(method)
+    try:
+        trained = method_of(method).trained
+    except ValueError as error:
+        raise ValueError(f"method={method}: {error}") from error
     if trained and policy is None:
         raise ValueError(f"method={method} needs a trained policy: policy=FOLDER_OR_HUB_ID")
     if not trained and policy is not None:

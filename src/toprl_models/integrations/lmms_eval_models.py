@@ -15,9 +15,7 @@ from lmms_eval.models.simple.llava_hf import LlavaHf as PlainLlavaHf
 from lmms_eval.models.simple.qwen2_5_vl import Qwen2_5_VL as PlainQwen2_5_VL
 from transformers import AutoConfig
 
-from toprl_models.integrations.lmms_eval import PruningArguments
-from toprl_models.methods import OneShot
-from toprl_models.methods.toprl import TopRLPolicy
+from toprl_models.integrations.lmms_eval import PruningArguments, trained_parts
 from toprl_models.pruner import Pruner, attach
 from toprl_models.schedule import Schedule
 
@@ -42,8 +40,7 @@ class _Pruned(lmms):
         config = AutoConfig.from_pretrained(pretrained, revision=arguments.get("revision", "main"))
         policy, schedule = pruning.prepare(config)
         super().__init__(pretrained=pretrained, **arguments)
-        trained = policy.policy if isinstance(policy, OneShot) else policy
-        if isinstance(trained, TopRLPolicy):
+        for trained in trained_parts(policy):
             trained.to(self.model.device)
         self.pruner = attach(self.model, policy, schedule=schedule)
 
@@ -61,25 +58,47 @@ class _Pruned(lmms):
             log_metrics(total_elapsed_time=0.0, total_gen_tokens=0, avg_speed=0.0, additional_metrics=found)
         return answers
 
-    def loglikelihood(self, requests: list[Any]) -> list[Any]:
-        """Not offered: the answer would be part of the prompt, and methods that look at the text would see it."""
-        raise NotImplementedError(
-            "loglikelihood tasks put the answer into the prompt, where a pruning method sees it before it chooses; "
-            "take a task with output_type: generate_until"
-        )
-
     def clean(self) -> None:
-        """lmms-eval calls it behind an evaluation, to free the model."""
+        """lmms-eval calls it after an evaluation, to free the model."""
         self.pruner.detach()
         del self.pruner
         super().clean()
 
 
-class LlavaHf(_Pruned, PlainLlavaHf):
+class _PrunedLlava(_Pruned):
+    """What is added to lmms-eval's LLaVA."""
+
+    _image_processor: Any
+
+    def loglikelihood(self, requests: list[Any]) -> list[Any]:
+        """Return the loss of each answer and whether it is the greedy one; the policy does not see the answer."""
+        processor, self._image_processor = self._image_processor, _WithImages(self._image_processor)
+        try:
+            return super().loglikelihood(requests)
+        finally:
+            self._image_processor = processor
+
+
+class _WithImages:
+    """A processor that gives a text without images those of the text before it.
+
+    lmms-eval measures the question alone, to know where the answer begins, and processes it without its images. That is
+    an error in processors of transformers 5.23; before, it was too short by all placeholders but one.
+    """
+
+    def __init__(self, processor: Any) -> None:
+        self._processor, self._images = processor, None
+
+    def __call__(self, *, images: Any = None, **arguments: Any) -> Any:
+        self._images = self._images if images is None else images
+        return self._processor(images=self._images, **arguments)
+
+
+class LlavaHf(_PrunedLlava, PlainLlavaHf):
     """LLaVA-1.5, LLaVA-NeXT and LLaVA-OneVision."""
 
 
-class LlavaHfChat(_Pruned, PlainLlavaHfChat):
+class LlavaHfChat(_PrunedLlava, PlainLlavaHfChat):
     """LLaVA-1.5, LLaVA-NeXT and LLaVA-OneVision, asked in the processor's chat template."""
 
 
@@ -99,11 +118,11 @@ def _watch(pruner: Pruner) -> Iterator[list[tuple[int, float]]]:
         One pair for each prompt with an image: its visual tokens, and what is left of them averaged over all layers.
     """
     model, generate = pruner.model, pruner.model.generate
+    earlier = vars(model).get("generate")  # what was set on this instance already
     prompts: list[tuple[int, float]] = []
     failure: BaseException | None = None
 
     def watched(*args: Any, **kwargs: Any) -> Any:
-        pruner.trace = []  # a prompt without images leaves it as it is
         try:
             output = generate(*args, **kwargs)
         except Exception as error:
@@ -118,6 +137,8 @@ def _watch(pruner: Pruner) -> Iterator[list[tuple[int, float]]]:
         failure = carrier.__cause__
     finally:
         del model.generate
+        if earlier is not None:
+            model.generate = earlier
     if failure is not None:
         raise failure
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from toprl_models.families import family_of
+from toprl_models.families import Family, family_of
 from toprl_models.policy import Policy, StageContext
 
 if TYPE_CHECKING:
@@ -24,20 +24,23 @@ if TYPE_CHECKING:
 
     from toprl_models.schedule import Schedule
 
-# Families with a CLIP tower whose patches become visual tokens one by one, and the attribute that holds the tower
-CLASS_TOKEN_TOWERS = {
-    "LlavaForConditionalGeneration": "vision_tower",
-    "LlavaNextForConditionalGeneration": "vision_tower",
-    "VideoLlavaForConditionalGeneration": "image_tower",
-}
 # Added to the scores of what is kept: more than any attention
 KEPT = 2.0
-WHY_NOT = {
-    "InternVLForConditionalGeneration": "InternVL merges 4 patches into a token",
-    "LlavaOnevisionForConditionalGeneration": "the vision tower (SigLIP) has no class token",
-    "Qwen2_5_VLForConditionalGeneration": "the vision tower has no class token and merges 4 patches into a token",
-    "Qwen3VLForConditionalGeneration": "the vision tower has no class token and merges 4 patches into a token",
-}
+
+
+def after_first_layers(family: Family) -> str:
+    """Say why tokens of a family cannot be chosen before layer 0; "" where they can."""
+    return "no stage before the deepstack layers" if family.min_stage else ""
+
+
+def no_class_token(family: Family) -> str:
+    """Say why the class token of a family's tower says nothing about its visual tokens; "" where it does."""
+    return family.no_class_token or no_image_tower(family)
+
+
+def no_image_tower(family: Family) -> str:
+    """Say that a family's row names no vision tower; "" where it does."""
+    return "" if family.image_tower else f"the row of {family.model_class} names no image_tower"
 
 
 def check_before_llm(policy: Policy, schedule: Schedule) -> None:
@@ -268,21 +271,27 @@ def class_token_layer(model: PreTrainedModel) -> nn.Module:
             several layers are selected.
     """
     family, config = family_of(model), model.config
-    name = CLASS_TOKEN_TOWERS.get(family.model_class)
-    tower = getattr(model.base_model, name or "", None)
-    if tower is None or not hasattr(tower.embeddings, "class_embedding"):
-        reason = WHY_NOT.get(family.model_class, "the vision tower has no class token")
+    tower: Any = getattr(model.base_model, family.image_tower or "_", None)
+    reason = no_class_token(family)
+    if not reason and not hasattr(getattr(tower, "embeddings", None), "class_embedding"):
+        reason = f"the vision tower ({type(tower).__name__}) has no class token"
+    if reason:
         raise ValueError(f"model: this method needs the attention of the vision tower's class token, but {reason}")
-    if config.vision_feature_select_strategy != "default":
+    strategy = getattr(config, "vision_feature_select_strategy", None)
+    if strategy != "default" or not hasattr(model.base_model, "multi_modal_projector"):
         raise ValueError(
-            f"model: config.vision_feature_select_strategy={config.vision_feature_select_strategy!r} must be "
-            '"default": the class token may not be a visual token itself'
+            f'model: config.vision_feature_select_strategy={strategy!r} must be "default", so that the class '
+            "token is no visual token itself, and the model must have a multi_modal_projector"
         )
-    selected, layers = config.vision_feature_layer, tower.encoder.layers
+    selected, layers = getattr(config, "vision_feature_layer", None), tower.encoder.layers
     if isinstance(selected, int):
         # hidden_states[0] of the tower are the embeddings, hidden_states[i + 1] is the output of layer i
         index = selected + len(layers) if selected < 0 else selected - 1
         if 0 <= index < len(layers):
+            attention = getattr(layers[index], "self_attn", None)
+            missing = [name for name in ("q_proj", "k_proj", "head_dim", "scale") if not hasattr(attention, name)]
+            if missing:
+                raise ValueError(f"model: the vision tower's {type(attention).__name__} has no {', '.join(missing)}")
             return layers[index]
     raise ValueError(
         f"model: config.vision_feature_layer={selected!r} must be one of the vision tower's {len(layers)} layers"
@@ -375,6 +384,7 @@ class ClassTokenPolicy(Policy):
     """Base of methods that choose visual tokens before layer 0, by what the vision tower's class token sees."""
 
     positions = "renumbered"
+    uses_text = False
 
     def check(self, model: PreTrainedModel, schedule: Schedule) -> None:
         check_before_llm(self, schedule)

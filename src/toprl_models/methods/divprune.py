@@ -8,14 +8,16 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from toprl_models.methods._tower import check_before_llm
+from toprl_models.methods._tower import after_first_layers, check_before_llm
 from toprl_models.policy import Policy, StageContext
+from toprl_models.registry import BEFORE_LLM, register_method
 from toprl_models.schedule import Schedule
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
+@register_method("divprune", "DivPrune", "Alvar et al., CVPR 2025", stages=BEFORE_LLM, refuses=after_first_layers)
 class DivPrune(Policy):
     """Keep the most diverse tokens: greedy max-min selection over the projected visual embeddings, before layer 0.
 
@@ -28,6 +30,7 @@ class DivPrune(Policy):
     """
 
     positions = "renumbered"
+    uses_text = False
 
     def score(self, context: StageContext) -> Tensor:
         """Minus the place at which a token is picked: 0, -1, ...; -V for tokens that no row needs."""

@@ -12,24 +12,24 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from toprl_models.families import family_of
-from toprl_models.methods._tower import Recorder, check_before_llm, check_features, refuse_videos, split_rows
+from toprl_models.families import Family, family_of
+from toprl_models.methods._tower import (
+    Recorder,
+    after_first_layers,
+    check_before_llm,
+    check_features,
+    no_image_tower,
+    refuse_videos,
+    split_rows,
+)
 from toprl_models.policy import Decision, Policy, StageContext
+from toprl_models.registry import BEFORE_LLM, register_method
 
 if TYPE_CHECKING:
     from torch.utils.hooks import RemovableHandle
     from transformers import PreTrainedModel
 
     from toprl_models.schedule import Schedule
-
-# Where the families keep the module that takes pictures
-TOWERS = {
-    "LlavaForConditionalGeneration": "vision_tower",
-    "VideoLlavaForConditionalGeneration": "image_tower",
-    "InternVLForConditionalGeneration": "vision_tower",
-    "Qwen2_5_VLForConditionalGeneration": "visual",
-}
-CUTS_TILES = ("LlavaNextForConditionalGeneration", "LlavaOnevisionForConditionalGeneration")
 
 
 def smaller_grid(height: int, width: int, budget: int) -> tuple[int, int]:
@@ -91,21 +91,37 @@ def to_patches(picture: Tensor, merge: int, frames: int, side: int) -> Tensor:
     return blocks.permute(0, 3, 6, 4, 7, 2, 1, 5, 8).reshape(-1, channels * frames * side * side)
 
 
+def not_smaller(family: Family) -> str:
+    """Say why the images of a family cannot be shrunk after its processor; "" where they can."""
+    if family.tiles:
+        return "the number of tiles follows the picture"
+    return no_image_tower(family)
+
+
+def is_cut_by_processor(tower: Any) -> bool:
+    """Tell whether the tower takes images of any size, as patches that the processor cut (Qwen)."""
+    return hasattr(tower.config, "spatial_merge_size") and hasattr(tower.config, "temporal_patch_size")
+
+
 def why_not(model: PreTrainedModel) -> str:
-    """Why the pictures of ``model`` cannot be shrunk behind its processor; "" where they can."""
-    family = family_of(model).model_class
-    if family in CUTS_TILES:
-        return "the number of tiles follows the picture, so it must be resized before the processor"
-    if family not in TOWERS:
-        return f"{type(model).__name__} is not among {', '.join(TOWERS)}"
-    if TOWERS[family] == "visual":
+    """Say why the images of ``model`` cannot be shrunk after its processor; "" where they can."""
+    family = family_of(model)
+    if reason := not_smaller(family):
+        return reason
+    tower = getattr(model.base_model, family.image_tower, None)
+    if tower is None:
+        return f"{type(model).__name__} has no {family.image_tower}"
+    if is_cut_by_processor(tower):
         return ""
-    embeddings = getattr(model.base_model, TOWERS[family]).embeddings
-    if not hasattr(embeddings, "interpolate_pos_encoding"):
-        return "the vision tower cannot interpolate its position embeddings"
+    embeddings = getattr(tower, "embeddings", None)
+    patches = getattr(embeddings, "patch_embeddings", embeddings)
+    if not (hasattr(embeddings, "interpolate_pos_encoding") and hasattr(patches, "num_patches")):
+        return f"the vision tower ({type(tower).__name__}) cannot interpolate its position embeddings"
     has_class_token = hasattr(embeddings, "class_embedding") or hasattr(embeddings, "cls_token")
-    if has_class_token != (model.config.vision_feature_select_strategy == "default"):
+    if has_class_token != (getattr(model.config, "vision_feature_select_strategy", None) == "default"):
         return "config.vision_feature_select_strategy must drop the class token and nothing else"
+    if not hasattr(model.base_model, "multi_modal_projector"):
+        return f"{type(model).__name__} has no multi_modal_projector"
     return ""
 
 
@@ -166,6 +182,13 @@ class _Patches:
         return list(base.get_image_features(torch.cat(patches), grid, return_dict=True).pooler_output)
 
 
+@register_method(
+    "downsample",
+    "Smaller image",
+    "arXiv 2511.02650",
+    stages=BEFORE_LLM,
+    refuses=lambda family: after_first_layers(family) or not_smaller(family),
+)
 class Downsample(Policy):
     """Encode the same pictures at fewer patches and put these features in place of the visual tokens.
 
@@ -192,6 +215,7 @@ class Downsample(Policy):
     """
 
     positions = "renumbered"
+    uses_text = False
 
     def __init__(self) -> None:
         self._source: _Tiles | _Patches | None = None
@@ -200,7 +224,7 @@ class Downsample(Policy):
         check_before_llm(self, schedule)
         reason = why_not(model)
         if reason:
-            raise ValueError(f"model: Downsample does not apply: {reason}")
+            raise ValueError(f"model: Downsample does not apply: {reason}; resize images before the processor instead")
 
     def counts(self, schedule: Schedule, num_visual: int) -> tuple[int, ...]:
         """Exact for towers of fixed size once attached; before, and for Qwen, as of one square picture."""
@@ -213,10 +237,10 @@ class Downsample(Policy):
 
     def hooks(self, model: PreTrainedModel) -> list[RemovableHandle]:
         base: Any = model.base_model
-        name = TOWERS[family_of(model).model_class]
+        tower = getattr(base, family_of(model).image_tower)
         self._recorder = Recorder(base)
-        source = _Patches if name == "visual" else _Tiles
-        self._source = source(base, getattr(base, name), self._recorder)
+        source = _Patches if is_cut_by_processor(tower) else _Tiles
+        self._source = source(base, tower, self._recorder)
         return self._recorder.handles
 
     def decide(self, context: StageContext) -> Decision:

@@ -4,10 +4,18 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from toprl_models.methods._tower import KEPT, ClassTokenPolicy
+from toprl_models.methods._tower import KEPT, ClassTokenPolicy, after_first_layers, no_class_token
 from toprl_models.policy import StageContext
+from toprl_models.registry import BEFORE_LLM, register_method
 
 
+@register_method(
+    "fastervlm",
+    "FasterVLM",
+    "Zhang et al., arXiv 2412.01818",
+    stages=BEFORE_LLM,
+    refuses=lambda family: after_first_layers(family) or no_class_token(family),
+)
 class FasterVLM(ClassTokenPolicy):
     """Keep the patches that the vision tower's class token attended to most.
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 from torch import Tensor
 
 from toprl_models.policy import Policy, StageContext
+from toprl_models.registry import register_method
 
 
+@register_method("fastv", "FastV", "Chen et al., ECCV 2024", stages=(2,))
 class FastV(Policy):
     """Keep the tokens that the last prompt token attended to most in the layer before the stage.
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from toprl_models.methods.fastv import FastV
+from toprl_models.registry import register_method
 
 
+@register_method("fastv_progressive", "FastV-P", "TOP-RL, Fig. 2", stages=(8, 16, 24), staged=True)
 class FastVProgressive(FastV):
     """FastV's score (Chen et al., ECCV 2024) at each of several stages.
 

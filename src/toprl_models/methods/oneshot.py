@@ -9,6 +9,7 @@ from torch import Tensor
 
 from toprl_models.methods.toprl import TopRLPolicy
 from toprl_models.policy import Decision, Policy, StageContext
+from toprl_models.registry import register_method
 from toprl_models.schedule import Schedule
 
 if TYPE_CHECKING:
@@ -16,6 +17,13 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
+@register_method(
+    "oneshot",
+    "TOP-RL, one stage",
+    "TOP-RL, appendix C",
+    stages=(2,),
+    from_trained=lambda policy, layers: OneShot(policy, layers[0]),
+)
 class OneShot(Policy):
     """Prune once, before ``layer``, by the scores of ``policy`` (TOP-RL, appendix C: progressive against one-shot).
 
@@ -47,6 +55,7 @@ class OneShot(Policy):
             raise ValueError(f"stage={stage} must be one of the policy's {num_stages} stages, 0..{num_stages - 1}")
         self.policy, self.layer, self.stage = policy, layer, stage
         self.attention_from, self.positions = policy.attention_from, policy.positions
+        self.uses_text, self.bounded_mask_grad = policy.uses_text, policy.bounded_mask_grad
 
     def score(self, context: StageContext) -> Tensor:
         return self.policy.score(replace(context, stage=self.stage))

@@ -5,8 +5,10 @@ from __future__ import annotations
 from torch import Tensor
 
 from toprl_models.policy import Policy, StageContext
+from toprl_models.registry import register_method
 
 
+@register_method("pyramiddrop", "PyramidDrop", "Xing et al., CVPR 2025", staged=True)
 class PyramidDrop(Policy):
     """Keep the tokens whose keys match the last prompt token's query best, stage by stage.
 

@@ -6,8 +6,10 @@ import torch
 from torch import Tensor
 
 from toprl_models.policy import Policy, StageContext
+from toprl_models.registry import register_method
 
 
+@register_method("random", "Random patches", "control", staged=True)
 class RandomPolicy(Policy):
     """Keep tokens uniformly at random.
 
@@ -15,6 +17,8 @@ class RandomPolicy(Policy):
         seed: seed of the scores. They are drawn on the CPU, call after call, so a run is reproducible on any device,
             and one for each original token, so that both modes of the pruner keep the same.
     """
+
+    uses_text = False
 
     def __init__(self, seed: int = 0) -> None:
         self.generator = torch.Generator().manual_seed(seed)

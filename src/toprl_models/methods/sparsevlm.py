@@ -7,10 +7,19 @@ from torch import Tensor
 
 from toprl_models.methods._dpc_knn import cluster_means, dpc_knn
 from toprl_models.policy import Decision, Policy, StageContext
+from toprl_models.registry import register_method
 from toprl_models.runtime.state import gather_slots
 from toprl_models.schedule import Schedule
 
 
+@register_method(
+    "sparsevlm",
+    "SparseVLM",
+    "Zhang et al., ICML 2025",
+    stages=(3, 7, 16),
+    merges=True,
+    authors={192: (300, 200, 110), 128: (303, 110, 36), 96: (238, 48, 26), 64: (66, 30, 17)},
+)
 class SparseVLM(Policy):
     """Keep the tokens that the question's visual words attend to most, and merge the best of the others.
 

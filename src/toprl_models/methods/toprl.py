@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from toprl_kernels import ActorWeights, actor_score
 from toprl_models.policy import Policy, StageContext
+from toprl_models.registry import register_method
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -55,6 +56,7 @@ def model_signature(model: PreTrainedModel) -> dict[str, Any]:
     }
 
 
+@register_method("toprl", "TOP-RL", "TOP-RL", staged=True, from_trained=lambda policy, layers: policy)
 class TopRLPolicy(nn.Module, Policy, PyTorchModelHubMixin):
     """TOP-RL's agent: a light MLP actor over visual tokens, shared by all stages, and a critic.
 
@@ -109,6 +111,7 @@ class TopRLPolicy(nn.Module, Policy, PyTorchModelHubMixin):
         self.metadata = metadata or {}
         self.condition_on = condition_on
         self.attention_from = "current" if condition_on == "text" else "none"
+        self.uses_text = condition_on != "none"
         self.input_size = 2 * hidden_size + TEXT_COLUMNS if condition_on == "text" else hidden_size
         num_stages = len(stage_layers)
         self.norm = nn.LayerNorm(self.input_size)

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize, one_hot
 
-from toprl_models.methods._tower import KEPT, ClassTokenPolicy, TileReading
+from toprl_models.methods._tower import KEPT, ClassTokenPolicy, TileReading, after_first_layers, no_class_token
 from toprl_models.policy import Decision, StageContext
+from toprl_models.registry import BEFORE_LLM, register_method
 
 # 30 of 192, 20 of 128, 10 of 64 and, for a tile of LLaVA-NeXT, 5 of 32: each is this share exactly
 AUTHORS_RATIO = 5 / 32
@@ -68,6 +69,13 @@ def _hosts(chosen: Tensor, num_patches: int, count: int) -> Tensor:
     return torch.cat([chosen, free[:, : count - chosen.shape[1]]], 1)
 
 
+@register_method(
+    "visionzip",
+    "VisionZip",
+    "Yang et al., CVPR 2025",
+    stages=BEFORE_LLM,
+    refuses=lambda family: after_first_layers(family) or no_class_token(family),
+)
 class VisionZip(ClassTokenPolicy):
     """Keep the patches that the vision tower's class token attended to most, and merge the others into a few tokens.
 
