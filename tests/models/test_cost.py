@@ -17,7 +17,7 @@ from tests.models.agreement import MIXED, assert_agreement, attached, generate, 
 from tests.models.conftest import HashPolicy
 from tests.models.tiny_families import FAMILY_NAMES, FIRST_WORD, HIDDEN_SIZE, NUM_LAYERS, build_inputs, build_model
 from toprl_models import Decision, FastV, Policy, PyramidDrop, RandomPolicy, TopRLPolicy, attach
-from toprl_models.runtime import compact
+from toprl_models.runtime import shortened
 
 aten = torch.ops.aten
 # what stops the host until the device is done
@@ -183,13 +183,13 @@ def test_masks_and_rotary_tables_are_made_once_per_stage(
     made: Counter[str] = Counter()
 
     def counting(name: str) -> None:
-        function = getattr(compact, name)
+        function = getattr(shortened, name)
 
         def wrapper(*args: Any) -> Any:
             made[name] += 1
             return function(*args)
 
-        monkeypatch.setattr(compact, name, wrapper)
+        monkeypatch.setattr(shortened, name, wrapper)
 
     for name in ("gather_tables", "prefill_mask", "rebuild_mask"):
         counting(name)

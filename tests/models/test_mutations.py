@@ -12,7 +12,7 @@ from torch import Tensor
 from tests.models import flash_stand_in, test_attention_backends, test_cost, test_families
 from tests.models.agreement import MIXED, assert_agreement, model_of, schedule_of
 from tests.models.tiny_families import build_inputs
-from toprl_models.runtime import compact, hooks, prompt, state
+from toprl_models.runtime import cache, compact, hooks, prompt, shortened, state
 
 Break = Callable[[pytest.MonkeyPatch], None]
 Check = Callable[[str], Any]
@@ -52,7 +52,7 @@ def renumbered_positions(patch: pytest.MonkeyPatch) -> None:
     def gather_tables(tables: Any, kept: Tensor | None) -> Any:
         return tables if kept is None else tuple(table[:, : kept.shape[1]] for table in tables)
 
-    patch.setattr(compact, "gather_tables", gather_tables)
+    patch.setattr(shortened, "gather_tables", gather_tables)
 
 
 def gapped_positions_reach_the_layers(patch: pytest.MonkeyPatch) -> None:
@@ -73,7 +73,7 @@ def gapped_positions_reach_the_mask_maker(patch: pytest.MonkeyPatch) -> None:
 
         return create_causal_mask(config, states, valid, view, 2 * torch.arange(states.shape[1])[None])
 
-    patch.setattr(compact, "rebuild_mask", rebuild_mask)
+    patch.setattr(shortened, "rebuild_mask", rebuild_mask)
 
 
 def no_modality_gate(patch: pytest.MonkeyPatch) -> None:
@@ -81,12 +81,12 @@ def no_modality_gate(patch: pytest.MonkeyPatch) -> None:
 
 
 def fillers_of_short_rows_are_keys(patch: pytest.MonkeyPatch) -> None:
-    prefill_mask = compact.prefill_mask
-    patch.setattr(compact, "prefill_mask", lambda mask, indices, valid: prefill_mask(mask, indices, None))
+    prefill_mask = shortened.prefill_mask
+    patch.setattr(shortened, "prefill_mask", lambda mask, indices, valid: prefill_mask(mask, indices, None))
 
 
 def decoding_forgets_the_fillers(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(compact, "extend_mask", lambda stored, new, past, states: new)
+    patch.setattr(cache, "extend_mask", lambda stored, new, past, states: new)
 
 
 def one_layer_late_in_both_modes(patch: pytest.MonkeyPatch) -> None:
@@ -116,7 +116,7 @@ def masks_are_checked_for_padding(patch: pytest.MonkeyPatch) -> None:
 
         return create_causal_mask(config, states, valid, view)
 
-    patch.setattr(compact, "rebuild_mask", rebuild_mask)
+    patch.setattr(shortened, "rebuild_mask", rebuild_mask)
 
 
 def numbers_are_copied_in_time(patch: pytest.MonkeyPatch) -> None:

@@ -170,3 +170,14 @@ def test_embeddings_of_which_nothing_is_known_warn_once() -> None:
             warnings.simplefilter("error")
             model(**prompt)
             model(input_ids=torch.tensor([[1, 5, 6]]))
+
+
+def test_a_static_cache_says_that_it_saves_no_memory() -> None:
+    model, inputs = build_model("llava"), build_inputs("llava")
+    options = {"max_new_tokens": 2, "cache_implementation": "static", "disable_compile": True}
+    with attach(model, HashPolicy(), schedule=Schedule(((1, 2),))):
+        with pytest.warns(UserWarning, match="StaticCache allocates every layer for the unpruned prompt"):
+            model.generate(**inputs, **options)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", UserWarning)
+            model.generate(**inputs, **options)

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import warnings
 import weakref
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
+
+from toprl_models.runtime.state import ForwardPass
 
 
 @dataclass
@@ -165,3 +169,105 @@ def extend_mask(stored: Tensor | None, new: Tensor | None, past: int, hidden_sta
     parts = [] if stored is None else [stored[:, :known].to(some.dtype)]
     parts += [ones] if new is None else [ones[:, : past - known], new]
     return torch.cat(parts, 1)
+
+
+class LayerView:
+    """A cache as seen by one layer: mask makers ask for the lengths of layer 0, but pruned layers are shorter."""
+
+    def __init__(self, cache: Any, layer: int) -> None:
+        self._cache, self._layer = cache, layer
+
+    def get_seq_length(self, layer_idx: int = 0) -> Any:
+        return self._cache.get_seq_length(self._layer)
+
+    def get_query_offset(self, layer_idx: int = 0) -> Any:
+        return type(self._cache).get_query_offset(self._cache, self._layer)
+
+    def get_mask_sizes(self, query_length: Any, layer_idx: int = 0) -> tuple[int, int]:
+        return type(self._cache).get_mask_sizes(self._cache, query_length, self._layer)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._cache, name)
+
+
+@dataclass
+class LayerKeys:
+    """The keys that a layer sees in a forward pass: those in its cache, and those of the pass.
+
+    Attributes:
+        view: the cache as this layer has it; None without a cache.
+        past: keys that were cached before.
+        valid: bool ``[B, keys]``, False for padding; None where none is.
+        earlier: int64 ``[B]``, by how much earlier passes moved later positions down; None for not at all.
+        is_static_step: one new token on a cache of fixed size, where ``past`` is not asked for: it is on the device,
+            and a compiled step cannot wait for it. Slots after those known are valid: causality closes the free ones.
+    """
+
+    view: LayerView | None
+    past: Any
+    valid: Tensor | None
+    earlier: Tensor | None = None
+    is_static_step: bool = False
+
+
+def layer_keys(
+    forward: ForwardPass, number: int, index: int, cache: Any, hidden_states: Tensor, num_stages: int, config: Any
+) -> LayerKeys:
+    """Find the keys that layer ``index`` sees in this pass of compact mode, and note the new ones with the cache.
+
+    Args:
+        number: segment whose tokens the layer has cached. Where it is not the current one the layer is only asked for
+            its scores, and nothing is noted.
+        num_stages: of the schedule.
+        config: of the decoder.
+
+    Raises:
+        RuntimeError: the batch is not the one whose prompt filled the cache.
+    """
+    segment, keeps = forward.segment, number == forward.current
+    if cache is None:
+        return LayerKeys(None, 0, segment.valid)
+    state: CacheState | None = getattr(cache, "_toprl_state", None)
+    if forward.prunes and keeps:
+        state = _state_of(forward, cache, state, num_stages)
+    view, earlier = LayerView(cache, index), None if state is None else state.shifts.get(number)
+    if keeps:  # at later layers the state has this pass's shift in it
+        if not segment.has_earlier:
+            segment.has_earlier, segment.earlier = True, earlier
+        earlier = segment.earlier
+    # flash attention wants a padding mask that ends with the last token, so that the length matters
+    fixed = getattr(cache, "is_compileable", False) and "flash" not in config._attn_implementation
+    if state is not None and not forward.prunes and fixed and hidden_states.shape[1] == 1:
+        stored = state.masks.get(number)
+        check_rows(stored, len(hidden_states))
+        if stored is not None:
+            stored = pad(stored, (0, view.get_mask_sizes(1)[0] - stored.shape[1]), value=True)
+        return LayerKeys(view, 0, stored, earlier, is_static_step=True)
+    past = view.get_seq_length()
+    stored = state.masks.get(number) if state is not None and past else None
+    valid = extend_mask(stored, segment.valid, past, hidden_states)
+    if state is not None and keeps:
+        if forward.prunes or segment.valid is not None or not past:
+            state.masks.pop(number, None)  # not past: the cache was reset
+            if valid is not None:
+                state.masks[number] = valid
+        if segment.shift is not None:
+            state.shifts[number] = segment.shift if earlier is None else segment.shift + earlier
+    return LayerKeys(view, past, valid, earlier)
+
+
+def _state_of(forward: ForwardPass, cache: Any, state: CacheState | None, num_stages: int) -> CacheState:
+    """Return the state of a cache that a pruned prompt enters."""
+    if state is None:
+        state = cache_state(cache)
+        if forward.past_valid is not None:  # earlier turns had no images, but padding
+            state.masks.update(dict.fromkeys(range(1, num_stages + 1), forward.past_valid))
+        if getattr(cache, "is_compileable", False):
+            warnings.warn(
+                "a StaticCache allocates every layer for the unpruned prompt: pruning saves computation there, but no "
+                "memory of the cache (docs/models.md); a DynamicCache is as short as what is kept",
+                stacklevel=2,
+            )
+    if forward.segment.slots is not None:
+        state.settled = forward.settled
+    return state

@@ -12,19 +12,10 @@ from torch import Tensor, nn
 
 from toprl_kernels import topk_compact
 from toprl_models.policy import Decision
-from toprl_models.runtime.cache import CacheState, cache_state, extend_mask, remove_before_first_layer
+from toprl_models.runtime.cache import layer_keys, remove_before_first_layer
 from toprl_models.runtime.outputs import Survivors, scatter_all, scatter_back, slots_of
 from toprl_models.runtime.shortened import (
-    LayerView,
-    flash_bounds,
-    gather_positions,
-    gather_tables,
-    is_static_step,
-    packed_block_mask,
-    prefill_mask,
-    rebuild_mask,
-    refuse_views_ahead,
-    static_step_mask,
+    shortened_arguments,
 )
 from toprl_models.runtime.stage import Stage, shared_by_image, trace_of
 from toprl_models.runtime.state import ForwardPass, Packing, Segment, Visual, on_device, put, visual_of
@@ -151,122 +142,18 @@ class Compact:
             number: segment whose tokens layer ``index`` has cached; the next one while a layer is asked for scores.
         """
         cache = kwargs.get("past_key_values")
-        state: CacheState | None = getattr(cache, "_toprl_state", None)
-        if not forward.prunes and state is None:
+        if not forward.prunes and not hasattr(cache, "_toprl_state"):
             return kwargs  # this cache was filled without pruning: the model's own mask fits
         segment, asked = forward.segment, number != forward.current
         made_from = (kwargs.get("attention_mask"), kwargs.get("position_embeddings"))
         # made once per stage, and again where a model has several kinds of layers
-        if (
-            asked
-            or segment.made_from is None
-            or any(old is not new for old, new in zip(segment.made_from, made_from, strict=True))
-        ):
-            if forward.prunes and cache is not None and not asked:
-                state = self._state_of(forward, cache, state)
-            view = None if cache is None else LayerView(cache, index)
-            arguments = self._arguments(forward, number, hidden_states, kwargs, state, view, keeps=not asked)
-            if asked:
-                return {**kwargs, **arguments}
+        if not asked and segment.is_made_from(*made_from):
+            return {**kwargs, **segment.arguments}
+        keys = layer_keys(forward, number, index, cache, hidden_states, len(self._stage_layers), self._config)
+        arguments = shortened_arguments(self._decoder, forward, keys, hidden_states, kwargs)
+        if not asked:
             segment.made_from, segment.arguments = made_from, arguments
-        return {**kwargs, **segment.arguments}
-
-    def _state_of(self, forward: ForwardPass, cache: Any, state: CacheState | None) -> CacheState:
-        if state is None:
-            state = cache_state(cache)
-            if forward.past_valid is not None:  # earlier turns had no images, but padding
-                state.masks.update(dict.fromkeys(range(1, len(self._stage_layers) + 1), forward.past_valid))
-        if forward.segment.slots is not None:
-            state.settled = forward.settled
-        return state
-
-    def _arguments(
-        self,
-        forward: ForwardPass,
-        number: int,
-        hidden_states: Tensor,
-        kwargs: dict[str, Any],
-        state: CacheState | None,
-        view: LayerView | None,
-        keeps: bool,
-    ) -> dict[str, Any]:
-        """Make the arguments that differ from the model's."""
-        segment = forward.segment
-        if state is not None and not forward.prunes and is_static_step(self._config, hidden_states, view):
-            assert view is not None
-            mask = static_step_mask(self._config, hidden_states, state.masks.get(number), view)
-            return {"attention_mask": mask, **self._positions(forward, number, hidden_states, kwargs, state, keeps)}
-        past = view.get_seq_length() if view is not None else 0
-        stored = state.masks.get(number) if state is not None and past else None
-        valid = extend_mask(stored, segment.valid, past, hidden_states)
-        arguments = {"attention_mask": self._mask(forward, hidden_states, kwargs, valid, view, past)}
-        if state is not None and keeps and (forward.prunes or segment.valid is not None or not past):
-            state.masks.pop(number, None)  # not past: the cache was reset
-            if valid is not None:
-                state.masks[number] = valid
-        arguments |= self._positions(forward, number, hidden_states, kwargs, state, keeps)
-        return arguments
-
-    def _mask(
-        self,
-        forward: ForwardPass,
-        hidden_states: Tensor,
-        kwargs: dict[str, Any],
-        valid: Tensor | None,
-        view: LayerView | None,
-        past: Any,
-    ) -> Any:
-        original, segment = kwargs.get("attention_mask"), forward.segment
-        if original is None and valid is None:
-            return None
-        if forward.prunes and not past and segment.slots is None:
-            return original
-        if segment.slots is not None and not past and isinstance(original, Tensor) and original.ndim == 4:
-            return prefill_mask(original, segment.slots, segment.valid)
-        if forward.prunes and forward.rebuilt_from is not original:
-            refuse_views_ahead(original, forward.past, forward.length)
-            forward.rebuilt_from = original
-        if segment.packing is not None and hasattr(original, "mask_mod"):
-            return packed_block_mask(segment.packing, segment.valid)
-        return rebuild_mask(self._config, hidden_states, valid, view)
-
-    def _positions(
-        self,
-        forward: ForwardPass,
-        number: int,
-        hidden_states: Tensor,
-        kwargs: dict[str, Any],
-        state: CacheState | None,
-        keeps: bool,
-    ) -> dict[str, Any]:
-        """Make rotary tables and positions of the current segment, and what tells flash attention its prompts."""
-        segment, positions = forward.segment, kwargs.get("position_ids")
-        earlier = None if state is None else state.shifts.get(number)
-        if keeps:  # at later layers the state has this pass's shift in it
-            if not segment.has_earlier:
-                segment.has_earlier, segment.earlier = True, earlier
-            earlier = segment.earlier
-        arguments: dict[str, Any] = {}
-        if segment.slots is None and earlier is None:
-            return arguments
-        if positions is not None and segment.slots is not None:
-            positions = gather_positions(positions, segment.slots)
-        if segment.moved is not None or earlier is not None:
-            assert positions is not None
-            if segment.moved is not None:
-                positions = positions - segment.moved.to(positions.device)
-            if earlier is not None:
-                positions = positions - earlier[:, None].to(positions.device)
-            arguments["position_embeddings"] = self._decoder.rotary_emb(hidden_states, positions)  # type: ignore[operator]
-            if state is not None and keeps and segment.shift is not None:
-                state.shifts[number] = segment.shift if earlier is None else segment.shift + earlier
-        elif "position_embeddings" in kwargs:
-            arguments["position_embeddings"] = gather_tables(kwargs["position_embeddings"], segment.slots)
-        if "position_ids" in kwargs:
-            arguments["position_ids"] = positions
-        if "flash" in self._config._attn_implementation and segment.slots is not None:
-            arguments |= flash_bounds(segment, kwargs)
-        return arguments
+        return {**kwargs, **arguments}
 
     # -- the end ---------------------------------------------------------------------------------------------------
 

@@ -2,33 +2,66 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
-from toprl_models.runtime.cache import check_rows
-from toprl_models.runtime.state import Packing, Segment, gather_slots
+from toprl_models.runtime.cache import LayerKeys, LayerView
+from toprl_models.runtime.state import ForwardPass, Packing, Segment
 
 
-class LayerView:
-    """A cache as seen by one layer: mask makers ask for the lengths of layer 0, but pruned layers are shorter."""
+def shortened_arguments(
+    decoder: Any, forward: ForwardPass, keys: LayerKeys, hidden_states: Tensor, kwargs: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Make the arguments of a layer that differ from the model's, for the current segment of a forward pass."""
+    mask = _mask(decoder.config, forward, keys, hidden_states, kwargs.get("attention_mask"))
+    return {"attention_mask": mask, **_positions(decoder, forward.segment, keys.earlier, hidden_states, kwargs)}
 
-    def __init__(self, cache: Any, layer: int) -> None:
-        self._cache, self._layer = cache, layer
 
-    def get_seq_length(self, layer_idx: int = 0) -> Any:
-        return self._cache.get_seq_length(self._layer)
+def _mask(config: Any, forward: ForwardPass, keys: LayerKeys, hidden_states: Tensor, original: Any) -> Any:
+    segment = forward.segment
+    if keys.is_static_step:
+        return rebuild_mask(config, hidden_states, keys.valid, keys.view)
+    if original is None and keys.valid is None:
+        return None
+    if forward.prunes and not keys.past and segment.slots is None:
+        return original
+    if segment.slots is not None and not keys.past and isinstance(original, Tensor) and original.ndim == 4:
+        return prefill_mask(original, segment.slots, segment.valid)
+    if forward.prunes and forward.rebuilt_from is not original:
+        refuse_views_ahead(original, forward.past, forward.length)
+        forward.rebuilt_from = original
+    if segment.packing is not None and hasattr(original, "mask_mod"):
+        return packed_block_mask(segment.packing, segment.valid)
+    return rebuild_mask(config, hidden_states, keys.valid, keys.view)
 
-    def get_query_offset(self, layer_idx: int = 0) -> Any:
-        return type(self._cache).get_query_offset(self._cache, self._layer)
 
-    def get_mask_sizes(self, query_length: Any, layer_idx: int = 0) -> tuple[int, int]:
-        return type(self._cache).get_mask_sizes(self._cache, query_length, self._layer)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._cache, name)
+def _positions(
+    decoder: Any, segment: Segment, earlier: Tensor | None, hidden_states: Tensor, kwargs: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Make rotary tables and positions, and what tells flash attention its prompts."""
+    arguments: dict[str, Any] = {}
+    if segment.slots is None and earlier is None:
+        return arguments
+    positions = kwargs.get("position_ids")
+    if positions is not None and segment.slots is not None:
+        positions = gather_positions(positions, segment.slots)
+    if segment.moved is not None or earlier is not None:
+        assert positions is not None
+        if segment.moved is not None:
+            positions = positions - segment.moved.to(positions.device)
+        if earlier is not None:
+            positions = positions - earlier[:, None].to(positions.device)
+        arguments["position_embeddings"] = decoder.rotary_emb(hidden_states, positions)
+    elif "position_embeddings" in kwargs:
+        arguments["position_embeddings"] = gather_tables(kwargs["position_embeddings"], segment.slots)
+    if "position_ids" in kwargs:
+        arguments["position_ids"] = positions
+    if "flash" in decoder.config._attn_implementation and segment.slots is not None:
+        arguments |= flash_bounds(segment, kwargs)
+    return arguments
 
 
 def gather_tables(tables: Any, slots: Tensor | None) -> Any:
@@ -44,7 +77,9 @@ def gather_tables(tables: Any, slots: Tensor | None) -> Any:
         raise ValueError(
             "position_embeddings of this decoder are no tables [batch, tokens, width]: compact mode cannot support it"
         )
-    gathered = tuple(gather_slots(part, slots) for part in parts)
+    rows = [part.expand(len(slots), -1, -1) for part in parts]
+    index = slots[..., None].to(parts[0].device)
+    gathered = tuple(row.gather(1, index.expand(-1, -1, row.shape[-1])) for row in rows)
     return gathered[0] if isinstance(tables, Tensor) else gathered
 
 
@@ -54,7 +89,7 @@ def gather_positions(positions: Tensor, slots: Tensor) -> Tensor:
     return positions.expand(*planes, len(slots), -1).gather(-1, slots.expand(*planes, -1, -1))
 
 
-def flash_bounds(segment: Segment, kwargs: dict[str, Any]) -> dict[str, Any]:
+def flash_bounds(segment: Segment, kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """Tell flash attention the prompts of a row; positions with gaps would be read as bounds of packed prompts."""
     if segment.packing is None:
         return {"position_ids": None} if "position_ids" in kwargs else {}
@@ -105,24 +140,6 @@ def rebuild_mask(config: Any, hidden_states: Tensor, valid: Tensor | None, view:
 
     # where ``valid`` is given some slot is padding: transformers need not wait for the device to find out
     return create_causal_mask(config, hidden_states, valid, view, allow_is_causal_skip=valid is None)
-
-
-def is_static_step(config: Any, hidden_states: Tensor, cache: Any) -> bool:
-    """Tell whether this is one new token on a cache of fixed size.
-
-    Its length is on the device, and a compiled step cannot wait for it. Flash attention is left out: it wants a padding
-    mask that ends with the last token, so that the length matters.
-    """
-    fixed = hidden_states.shape[1] == 1 and getattr(cache, "is_compileable", False)
-    return fixed and "flash" not in config._attn_implementation
-
-
-def static_step_mask(config: Any, hidden_states: Tensor, stored: Tensor | None, view: LayerView) -> Any:
-    """Make the mask of such a step: slots after the ``stored`` ones [B, n] are valid; causality closes free ones."""
-    check_rows(stored, len(hidden_states))
-    if stored is not None:
-        stored = pad(stored, (0, view.get_mask_sizes(1)[0] - stored.shape[1]), value=True)
-    return rebuild_mask(config, hidden_states, stored, view)
 
 
 def refuse_views_ahead(mask: Any, past: int, length: int) -> None:

@@ -87,6 +87,11 @@ class Segment:
     made_from: tuple[Any, ...] | None = None  # the model's arguments that ``arguments`` replace
     arguments: dict[str, Any] = field(default_factory=dict)
 
+    def is_made_from(self, *arguments: Any) -> bool:
+        """Tell whether ``arguments`` are those, as objects, that the segment's were made from."""
+        before = self.made_from
+        return before is not None and all(old is new for old, new in zip(before, arguments, strict=True))
+
 
 @dataclass
 class ForwardPass:
