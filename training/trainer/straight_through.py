@@ -76,10 +76,9 @@ class StraightThrough:
         """The sum over the episodes ``rows`` divided by ``size``, and its two parts."""
         chosen = rows.tolist()
         relaxed = RelaxedPolicy(self.policy, self.seed, self.episodes[rows], self.tau)
-        with attach(self.model, relaxed, schedule=self.schedule, mode="mask"):
-            log_prob = answer_log_prob(
-                self.model, self.processor, [self.samples[i] for i in chosen], self.inputs(chosen)
-            )
+        with attach(self.model, relaxed, schedule=self.schedule, mode="mask") as pruner:
+            samples = [self.samples[i] for i in chosen]
+            log_prob = answer_log_prob(self.model, self.processor, samples, self.inputs(chosen), pruner)
         answer_loss = -log_prob.sum() / size
         retained = torch.stack(relaxed.retained, 1)  # [B, T]
         num_layers = self.model.config.get_text_config().num_hidden_layers

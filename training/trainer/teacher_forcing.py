@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
 
-from toprl_models import Schedule, TopRLPolicy, attach
+from toprl_models import Pruner, Schedule, TopRLPolicy, attach
 from training.rollout import SamplingPolicy
 from training.tasks import Sample
 
@@ -35,15 +35,17 @@ def reference_tokens(processor: Any, samples: Sequence[Sample]) -> list[list[int
     return rows
 
 
-def answer_log_prob(model: Any, processor: Any, samples: Sequence[Sample], inputs: dict[str, Any]) -> Tensor:
-    """Mean log-probability of the tokens of each reference answer, end token included; differentiable.
+def answer_log_prob(
+    model: Any, processor: Any, samples: Sequence[Sample], inputs: dict[str, Any], pruner: Pruner | None = None
+) -> Tensor:
+    """Compute the mean log-probability of each reference answer's tokens, end token included; differentiable.
 
-    The answer follows the prompt in one forward pass. A pruner takes it for a draft to be checked, so that no policy
-    sees it: the states it decides on are those of generation.
+    The answer follows the prompt in one forward pass. The pruner is told where the prompt ends, so that no policy sees
+    the answer: the states it decides on are those of generation.
 
     Args:
-        model: attached or not.
         inputs: of the model for ``samples``, left-padded (``encode``).
+        pruner: of the model, where it is attached.
 
     Returns:
         float32 ``[B]`` on the model's device; its exponential is the geometric mean of the probabilities.
@@ -60,9 +62,8 @@ def answer_log_prob(model: Any, processor: Any, samples: Sequence[Sample], input
     for name, fill in (("attention_mask", 1), ("token_type_ids", 0), ("mm_token_type_ids", 0)):
         if name in inputs:
             extended[name] = torch.cat([inputs[name], torch.full_like(ids, fill, dtype=inputs[name].dtype)], 1)
-    # the cache and logits_to_keep tell the pruner what is a draft (see toprl_models.runtime.prompt.drafted_tokens)
-    cache = DynamicCache(config=model.config.get_text_config())
-    logits = model(**extended, past_key_values=cache, use_cache=True, logits_to_keep=longest + 1).logits
+    with nullcontext() if pruner is None else pruner.prompt_length(prompt.shape[1]):
+        logits = model(**extended, use_cache=False, logits_to_keep=longest + 1).logits
     dtype = torch.promote_types(logits.dtype, torch.float32)
     log_prob = logits[:, :-1].log_softmax(-1, dtype=dtype).gather(2, ids[..., None])[..., 0]
     return (log_prob * counted).sum(1) / counted.sum(1)
@@ -83,5 +84,5 @@ def pruned_log_prob(
 ) -> Tensor:
     """``answer_log_prob`` under the masks that a rollout with the same arguments samples, float32 ``[B]``."""
     sampling = SamplingPolicy(policy, seed, episodes, tau=1.0)  # it shapes gradients alone
-    with attach(model, sampling, schedule=schedule, mode=mode):  # type: ignore[arg-type]
-        return answer_log_prob(model, processor, samples, inputs)
+    with attach(model, sampling, schedule=schedule, mode=mode) as pruner:  # type: ignore[arg-type]
+        return answer_log_prob(model, processor, samples, inputs, pruner)
