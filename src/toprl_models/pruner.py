@@ -139,6 +139,9 @@ class Pruner:
         finally:
             thread.prompt_length = was
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return self._runtime.__reduce_ex__(protocol)  # refuses, as do copies of the model
+
 
 def _refuse_continuous_batching(*args: Any, **kwargs: Any) -> NoReturn:
     """Stands in for transformers' continuous batching, which has pages of keys and values instead of a cache."""

@@ -145,26 +145,6 @@ def test_flash_without_a_cache(family: str, flash_calls: Counter[str]) -> None:
     assert flash_calls == {"flash_attn_func": NUM_LAYERS}
 
 
-@pytest.mark.parametrize("mode", ["compact", "mask"])
-@pytest.mark.parametrize("told_by", ["position_ids", "cu_seq_lens_q"])
-def test_packed_prompts_are_refused(told_by: str, mode: str, flash_calls: Counter[str]) -> None:
-    """Behind a stage nothing would keep them apart."""
-    model, inputs = build_model("llava", "flash_attention_2"), build_inputs("llava")
-    length = inputs["input_ids"].shape[1]
-    packed: dict[str, Any] = {"input_ids": inputs["input_ids"].repeat(1, 2)}
-    packed["pixel_values"] = inputs["pixel_values"].repeat(2, 1, 1, 1)
-    if told_by == "position_ids":
-        packed["position_ids"] = torch.arange(length).repeat(2)[None]
-        logits = model(**packed, use_cache=False).logits
-        torch.testing.assert_close(logits[:, :length], logits[:, length:])  # transformers keeps them apart
-    else:
-        ends = torch.tensor([0, length, 2 * length], dtype=torch.int32)
-        packed |= {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends, "max_length_q": length, "max_length_k": length}
-    # with a cache, transformers does not look for packed prompts when it makes a mask
-    with agreement.attached(model, schedule_of("llava"), mode), pytest.raises(ValueError, match=told_by):
-        model(**packed, use_cache=mode == "mask")
-
-
 # --- the package itself ---
 
 

@@ -64,11 +64,11 @@ def cluster_means(states: Tensor, assignment: Tensor, max_clusters: int) -> Tens
     """Uniform mean of the points of each cluster, ``[B, max_clusters, d]`` in the dtype of ``states``; zeros for none.
 
     Args:
-        states: points ``[B, n, d]``; summed in float32.
+        states: points ``[B, n, d]``; summed in float32 at least.
         assignment: int64 ``[B, n]`` from ``dpc_knn``.
         max_clusters: the largest number of clusters of a row.
     """
     member = (assignment[:, None] == torch.arange(max_clusters, device=states.device)[:, None]).float()  # [B, C, n]
     # padding may hold anything, and 0 * inf is not 0
-    points = states.float().masked_fill((assignment < 0)[..., None], 0)
-    return ((member @ points) / member.sum(-1, keepdim=True).clamp(min=1)).to(states.dtype)
+    points = states.to(torch.promote_types(states.dtype, torch.float32)).masked_fill((assignment < 0)[..., None], 0)
+    return ((member.to(points.dtype) @ points) / member.sum(-1, keepdim=True).clamp(min=1)).to(states.dtype)
