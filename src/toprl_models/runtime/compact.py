@@ -197,7 +197,9 @@ class Compact:
             mask = static_step_mask(self._config, hidden_states, state.masks.get(number), view)
             return {"attention_mask": mask, **self._positions(forward, number, hidden_states, kwargs, state, keeps)}
         past = view.get_seq_length() if view is not None else 0
-        stored = state.masks.get(number) if state is not None and past else None
+        stored = None
+        if past:  # without a state earlier turns had no images, but may have had padding
+            stored = state.masks.get(number) if state is not None else forward.past_valid
         valid = extend_mask(stored, segment.valid, past, hidden_states)
         arguments = {"attention_mask": self._mask(forward, hidden_states, kwargs, valid, view, past)}
         if state is not None and keeps and (forward.prunes or segment.valid is not None or not past):
