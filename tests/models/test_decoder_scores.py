@@ -334,16 +334,23 @@ def test_padding_of_an_earlier_turn_with_a_stage_at_layer_0() -> None:
 @pytest.mark.parametrize("name", ["Llama", "LFM2"])
 @pytest.mark.parametrize("layer", [0, 1, 4])
 def test_second_turn_is_both_turns_with_tokens_cut_out(name: str, layer: int) -> None:
-    model = model_of(name)
+    """The last word is given without positions: the model reads the sequence's length from the cache."""
+    model, word = model_of(name), torch.tensor([[5]])
     first, second = build_inputs("llava"), build_inputs("llava", seed=1)
-    both = {key: torch.cat([first[key], second[key]], 0 if key == "pixel_values" else 1) for key in first}
     cache = model(**first).past_key_values
-    with attach(model, HashPolicy(), schedule=Schedule(((layer, 0.5),))) as pruner:
-        logits = model(**second | {"attention_mask": both["attention_mask"]}, past_key_values=cache).logits[0]
-    kept = kept_slots(second, pruner.trace[0])[0]
-    stages = [(layer, torch.cat([first["attention_mask"][0].bool(), kept]))]
-    expected = cut_by_hand(model, both, stages)
-    torch.testing.assert_close(logits[kept], expected[-int(kept.sum()) :], atol=ATOL, rtol=1e-4)
+    with attach(model, HashPolicy(), schedule=Schedule(((layer, 0.5), (layer + 1, 0.25)))) as pruner:
+        logits = model(input_ids=second["input_ids"], pixel_values=second["pixel_values"], past_key_values=cache).logits
+        step = model(input_ids=word, past_key_values=cache).logits
+        trace = pruner.trace
+    length, last = first["input_ids"].shape[1], torch.ones(1, dtype=torch.bool)
+    keeps = [kept_slots(second, stage)[0] for stage in trace]
+    stages = [
+        (stage.layer, torch.cat([last.expand(length), keep, last])) for stage, keep in zip(trace, keeps, strict=True)
+    ]
+    ids = torch.cat([first["input_ids"], second["input_ids"], word], 1)
+    pixels = torch.cat([first["pixel_values"], second["pixel_values"]])
+    expected = cut_by_hand(model, {"input_ids": ids, "pixel_values": pixels}, stages)[length:]
+    torch.testing.assert_close(torch.cat([logits[0][keeps[-1]], step[0]]), expected, atol=ATOL, rtol=1e-4)
 
 
 def test_padding_between_turns_of_a_convolution_is_refused() -> None:
