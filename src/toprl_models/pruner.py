@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from toprl_models.families import decoder_of, family_of, has_kinds_of_positions, has_plain_positions, min_stage_of
 from toprl_models.policy import Policy
 from toprl_models.runtime.compact import Compact
+from toprl_models.runtime.guards import refuse_recurrent
 from toprl_models.runtime.hooks import Runtime
 from toprl_models.runtime.mask import Mask
 from toprl_models.runtime.prompt import VisualIds
@@ -192,6 +193,7 @@ def attach(model: PreTrainedModel, policy: Policy, *, schedule: Schedule, mode: 
             f"schedule: first stage at layer {schedule.layers[0]}, but {type(model).__name__} can prune before layer "
             f"{first} at the earliest"
         )
+    refuse_recurrent(decoder.layers, decoder.config, schedule.layers[0], mode)  # type: ignore[arg-type]
     policy.check(model, schedule)
     for stage, layer in enumerate(schedule.layers):
         _check_stage(policy.at_stage(stage), layer, decoder, mode)

@@ -229,7 +229,7 @@ def layer_keys(
         return LayerKeys(None, 0, segment.valid)
     state: CacheState | None = getattr(cache, "_toprl_state", None)
     if forward.prunes and keeps:
-        state = _state_of(forward, cache, state, num_stages)
+        state = enter_cache(forward, cache, num_stages)
     view, earlier = LayerView(cache, index), None if state is None else state.shifts.get(number)
     if keeps:  # at later layers the state has this pass's shift in it
         if not segment.has_earlier:
@@ -244,7 +244,9 @@ def layer_keys(
             stored = pad(stored, (0, view.get_mask_sizes(1)[0] - stored.shape[1]), value=True)
         return LayerKeys(view, 0, stored, earlier, is_static_step=True)
     past = view.get_seq_length()
-    stored = state.masks.get(number) if state is not None and past else None
+    stored = None
+    if past:  # without a state earlier turns had no images, but may have had padding
+        stored = state.masks.get(number) if state is not None else forward.past_valid
     valid = extend_mask(stored, segment.valid, past, hidden_states)
     if state is not None and keeps:
         if forward.prunes or segment.valid is not None or not past:
@@ -256,10 +258,11 @@ def layer_keys(
     return LayerKeys(view, past, valid, earlier)
 
 
-def _state_of(forward: ForwardPass, cache: Any, state: CacheState | None, num_stages: int) -> CacheState:
-    """Return the state of a cache that a pruned prompt enters."""
-    if state is None:
-        state = cache_state(cache)
+def enter_cache(forward: ForwardPass, cache: Any, num_stages: int) -> CacheState:
+    """Return the state kept with a cache that a pruned prompt enters."""
+    is_new = not hasattr(cache, "_toprl_state")
+    state = cache_state(cache)
+    if is_new:
         if forward.past_valid is not None:  # earlier turns had no images, but padding
             state.masks.update(dict.fromkeys(range(1, num_stages + 1), forward.past_valid))
         if getattr(cache, "is_compileable", False):

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from toprl_kernels import topk_compact
 from toprl_models.policy import Decision
-from toprl_models.runtime.cache import layer_keys, remove_before_first_layer
+from toprl_models.runtime.cache import enter_cache, layer_keys, remove_before_first_layer
+from toprl_models.runtime.guards import first_attention, is_recurrent, refuse_padding_after_state
 from toprl_models.runtime.outputs import Survivors, scatter_all, scatter_back, slots_of
 from toprl_models.runtime.shortened import (
     shortened_arguments,
@@ -35,6 +36,7 @@ class Compact:
     def __init__(self, decoder: nn.Module, stage_layers: tuple[int, ...], renumbers: tuple[bool, ...]) -> None:
         self._decoder, self._stage_layers, self._renumbers = decoder, stage_layers, renumbers
         self._config: Any = decoder.config
+        self._first_attention = first_attention(self._config)
 
     def install(self, model: Any) -> None:
         """Prepare ``model``: nothing to do."""
@@ -56,7 +58,7 @@ class Compact:
         """Gather the survivors of ``hidden_states`` [B, n, d] and begin the next segment: [B, m, d]."""
         visual, before = forward.visual, forward.segment
         assert visual is not None
-        number = stage.number + 1
+        number, before_length = stage.number + 1, hidden_states.shape[1]
         if drops_nothing(visual, counts):  # no gather, so keep-all is bitwise the unattached model
             after = Segment(before.slots, before.valid, before.moved, before.shift, before.packing)
             indices = visual.index.masked_fill(~visual.valid, -1)
@@ -64,9 +66,10 @@ class Compact:
             hidden_states, after = self._gather(forward, stage, hidden_states, decision, counts)
             indices = forward.visual.index  # type: ignore[union-attr]
         forward.segments[number], forward.current = after, number
-        removed = forward.length - hidden_states.shape[1]
+        removed = before_length - hidden_states.shape[1]
         cache = kwargs.get("past_key_values")
-        if not stage.schedule.layers[stage.number] and removed and cache is not None:
+        if self._stage_layers[stage.number] <= self._first_attention and removed and cache is not None:
+            enter_cache(forward, cache, len(self._stage_layers))
             remove_before_first_layer(cache, removed)
         forward.trace.append(trace_of(stage, forward, visual, decision, indices, counts))
         return hidden_states
@@ -145,6 +148,12 @@ class Compact:
         if not forward.prunes and not hasattr(cache, "_toprl_state"):
             return kwargs  # this cache was filled without pruning: the model's own mask fits
         segment, asked = forward.segment, number != forward.current
+        if is_recurrent(self._config, index):  # its mask is 2-D: the padding of this pass alone
+            if segment.slots is None:
+                return kwargs
+            if forward.past and segment.valid is not None:
+                refuse_padding_after_state(self._decoder.layers[index], index)  # type: ignore[index]
+            return {**kwargs, "attention_mask": segment.valid}
         made_from = (kwargs.get("attention_mask"), kwargs.get("position_embeddings"))
         # made once per stage, and again where a model has several kinds of layers
         if not asked and segment.is_made_from(*made_from):

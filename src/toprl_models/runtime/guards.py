@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -100,6 +100,67 @@ def sliding_window(config: Any) -> int | None:
         chunk if kinds is None or "chunked_attention" in kinds else None,
     ]
     return min((size for size in windows if size is not None), default=None)
+
+
+def temperature_floor(layers: Iterable[nn.Module]) -> int | None:
+    """Return the length from which attention temperatures of ``layers`` depend on slots (Llama 4); None: never."""
+    modules = [module for layer in layers for module in layer.modules()]
+    scaled = [module for module in modules if getattr(module, "attn_temperature_tuning", False)]
+    return min((int(module.floor_scale) for module in scaled if not module.use_rope), default=None)  # type: ignore[arg-type]
+
+
+def refuse_temperature(floor: int, length: int) -> None:
+    """Refuse a sequence in which layers scale their queries by slot: slots of a shortened one are no positions."""
+    if length >= floor:
+        raise RuntimeError(
+            f"floor_scale={floor}: from that length on layers without rotary embedding scale their queries by slot "
+            f'(attn_temperature_tuning), which mode="compact" does not support (the sequence has {length} tokens): '
+            'shorten the prompt or the answer, or use mode="mask"'
+        )
+
+
+# Kinds of ``layer_types`` whose layers keep a state instead of keys, and those that keep both
+RECURRENT = frozenset({"conv", "linear_attention"})
+PARALLEL = frozenset({"hybrid", "hybrid_sliding"})
+
+
+def is_recurrent(config: Any, index: int) -> bool:
+    """Tell whether layer ``index`` is a convolution or a recurrence: without keys, and with a 2-D mask."""
+    return (getattr(config, "layer_types", None) or {index: None})[index] in RECURRENT
+
+
+def first_attention(config: Any) -> int:
+    """Return the first layer that is no recurrence: a cache tells its length by that layer."""
+    kinds = getattr(config, "layer_types", None) or [None]
+    return next((index for index, kind in enumerate(kinds) if kind not in RECURRENT), 0)
+
+
+def refuse_padding_after_state(layer: Any, index: int) -> None:
+    """Refuse padding between two turns: it would enter a convolution or a recurrence.
+
+    Raises:
+        ValueError: always.
+    """
+    raise ValueError(
+        f"{type(layer).__name__} (decoder layer {index}) keeps a state of earlier turns, and the rows of this turn "
+        "differ in length once they are pruned: padding would enter the state; run the rows one by one, or all turns "
+        "in a single pass"
+    )
+
+
+def refuse_recurrent(layers: nn.ModuleList, config: Any, first: int, mode: str) -> None:
+    """Refuse a decoder whose layers from ``first`` on cannot forget a token.
+
+    Raises:
+        ValueError: mode "mask" and a recurrence, or a layer that is recurrence and attention at once.
+    """
+    for index, kind in list(enumerate(getattr(config, "layer_types", None) or ()))[first:]:
+        if kind in PARALLEL or (kind in RECURRENT and mode == "mask"):
+            better = "" if kind in PARALLEL else ', use mode="compact"'
+            raise ValueError(
+                f"{type(layers[index]).__name__} (decoder layer {index}, {kind}) keeps a state of all earlier tokens, "
+                f'from which Eq. 7 cannot take a token: mode="{mode}" cannot support this decoder{better}'
+            )
 
 
 def refuse_window(window: int, length: int) -> None:

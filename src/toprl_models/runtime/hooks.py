@@ -14,7 +14,14 @@ from torch import Tensor, nn
 from toprl_models.policy import Decision, Policy
 from toprl_models.runtime import scores
 from toprl_models.runtime.compact import Compact
-from toprl_models.runtime.guards import OneForward, refuse_checkpointing, refuse_window, sliding_window
+from toprl_models.runtime.guards import (
+    OneForward,
+    refuse_checkpointing,
+    refuse_temperature,
+    refuse_window,
+    sliding_window,
+    temperature_floor,
+)
 from toprl_models.runtime.mask import Mask
 from toprl_models.runtime.outputs import Survivors, without_dropped
 from toprl_models.runtime.prompt import Call, Told, VisualIds, begin, read_call
@@ -90,6 +97,8 @@ class Runtime:
         )
         self._stage_at = {layer: stage for layer, stage in zip(schedule.layers, self.stages, strict=True)}
         self._window = sliding_window(self.decoder.config)
+        shortened = self.layers[schedule.layers[0] :] if mode.name == "compact" else ()
+        self._temperature = temperature_floor(shortened)
         self._call: Call | None = None
         self._inputs: Mapping[str, Any] = {}  # what the model was called with, until the decoder begins
         self._forward: ForwardPass | None = None
@@ -183,19 +192,23 @@ class Runtime:
         self.running.check()
         call, self._call = self._call, None
         inputs, self._inputs = self._inputs, {}
-        if self._window is not None:
-            self._check_window(self._window, call, kwargs)
+        if self._window is not None or self._temperature is not None:
+            self._check_length(call, kwargs)
         embeddings = args[0] if args else kwargs["inputs_embeds"]
         self._forward = begin(call, embeddings, inputs, by_image=self.schedule.share == "image")
         if self._forward.prunes:
             refuse_checkpointing(self.layers, self.mode.name)
 
-    def _check_window(self, window: int, call: Call | None, kwargs: dict[str, Any]) -> None:
+    def _check_length(self, call: Call | None, kwargs: dict[str, Any]) -> None:
         cache = kwargs.get("past_key_values")
         prunes = call is not None and call.visual is not None
         if prunes or self.mode.name == "mask" or hasattr(cache, "_toprl_state"):
             past = cache.get_seq_length() if cache is not None else 0
-            refuse_window(window, int(past) + kwargs["inputs_embeds"].shape[1])
+            length = int(past) + kwargs["inputs_embeds"].shape[1]
+            if self._window is not None:
+                refuse_window(self._window, length)
+            if self._temperature is not None:
+                refuse_temperature(self._temperature, length)
 
     # -- a layer ---------------------------------------------------------------------------------------------------
 

@@ -181,7 +181,8 @@ def toprl_masked_forward(
         raise ValueError(f"dropout={dropout}: mask mode has no attention dropout; put the model in eval mode")
     if attention_mask is not None and attention_mask.ndim != 2:
         raise ValueError(
-            'mode="mask" knows causal attention alone, but attention_mask is 4-D (packed sequences?): use '
+            'mode="mask" knows causal attention alone, but attention_mask is 4-D or this model asks for another '
+            "pattern (image tokens that see each other, a sliding window, packed sequences): use "
             'mode="compact", or a 2-D padding mask'
         )
     keep_mask = None
@@ -223,42 +224,44 @@ def padding_mask(
 ) -> Tensor | None:
     """Return the 2-D padding mask itself, bool ``[B, N]``: the mask maker of ``toprl_masked``; the kernel is causal.
 
-    N are the tokens seen so far: a static cache is longer than that, a mask must be there to tell.
-
-    Raises:
-        ValueError: the model asks for another pattern than the causal one.
+    N are the tokens seen so far: a static cache is longer than that, a mask must be there to tell. Where the model asks
+    for another pattern than the causal one, the 4-D mask of that pattern is returned, which the layers that use it
+    refuse: some models make masks that no layer uses.
     """
-    _refuse_other_patterns(mask_function, batch_size, q_length, kv_length, q_offset, device, kwargs)
     length = int(q_offset) + q_length
-    if attention_mask is None:
-        return None if length == kv_length else torch.ones(batch_size, length, dtype=torch.bool, device=device)
-    mask = attention_mask[:, :length].bool()
-    if mask.shape[1] < length:
+    mask = None if attention_mask is None else attention_mask[:, :length].bool()
+    if mask is not None and mask.shape[1] < length:
         mask = torch.nn.functional.pad(mask, (0, length - mask.shape[1]), value=False)
+    options = kwargs | {"device": device, "allow_is_causal_skip": False}
+    other = _other_pattern(mask_function, mask, batch_size, q_length, kv_length, q_offset, options)
+    if other is not None:
+        return other
+    if mask is None:
+        return None if length == kv_length else torch.ones(batch_size, length, dtype=torch.bool, device=device)
     return mask
 
 
-def _refuse_other_patterns(
+def _other_pattern(
     mask_function: Callable[..., Any] | None,
+    padding: Tensor | None,
     batch_size: int,
     q_length: int,
     kv_length: int,
     q_offset: int | Tensor,
-    device: torch.device | str,
-    kwargs: dict[str, Any],
-) -> None:
+    options: dict[str, Any],
+) -> Tensor | None:
+    """Return the 4-D mask that a model asks for if it differs from causality for some pair of real tokens."""
     from transformers.masking_utils import causal_mask_function, sdpa_mask
 
     if mask_function is None or mask_function is causal_mask_function:
-        return
-    options = kwargs | {"device": device, "allow_is_causal_skip": False}
+        return None
     asked, causal = (
         sdpa_mask(batch_size, q_length, kv_length, q_offset, mask_function=function, **options)
         for function in (mask_function, causal_mask_function)
     )
     assert asked is not None and causal is not None
-    if not bool((asked == causal).all()):  # a window that is longer than the sequence is no other pattern
-        raise ValueError(
-            'mode="mask" knows causal attention alone, but this model asks for another pattern (image tokens that see '
-            'each other, a sliding window, or packed sequences); use mode="compact"'
-        )
+    differs = asked != causal  # a window that is longer than the sequence is no other pattern
+    if padding is not None:
+        keys = torch.nn.functional.pad(padding, (0, kv_length - padding.shape[1]), value=False)
+        differs = differs & keys[:, None, None] & padding[:, None, -q_length:, None]
+    return asked if bool(differs.any()) else None
