@@ -143,7 +143,7 @@ def test_a_drawn_decision_stays_too() -> None:
 
 
 def test_beams_that_were_pruned_differently_need_a_cache() -> None:
-    model, inputs = model_of("llava"), inputs_of("llava")
+    model, inputs = model_of("llava"), build_inputs("llava", SINGLE)
     with attach(model, HashPolicy(), schedule=schedule()):
         cached, uncached = (generate(model, inputs, use_cache=use, num_beams=2).tokens for use in (True, False))
     assert torch.equal(cached, uncached)
