@@ -148,6 +148,23 @@ def modes_agree(family: str) -> None:
     torch.testing.assert_close(*logits, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("family", ["llava", "internvl"])
+def test_generate_takes_a_visual_mask_and_a_prompt_length(family: str) -> None:
+    """Also with beams, which repeat the rows."""
+    model, inputs = model_of(family), build_inputs(family, (("image",), ("image",)))
+    prompt, mask = filled(family, model, inputs)
+    options = {"max_new_tokens": 3, "do_sample": False, "num_beams": 2}
+    length = inputs["input_ids"].shape[1]
+    with attach(model, FastV(), schedule=Schedule(((3, 4),))) as pruner:
+        expected = model.generate(**inputs, **options)[:, length:]
+        scores = pruner.trace[0].scores
+        assert torch.equal(model.generate(**prompt, visual_mask=mask, **options), expected)
+        torch.testing.assert_close(pruner.trace[0].scores, scores, atol=1e-5, rtol=0)
+        model.generate(**inputs, prompt_length=length - 1, **options)
+        shorter = pruner.trace[0].scores
+    assert (shorter - scores).abs().max() > 1e-4
+
+
 def test_the_cache_of_embeddings_is_short() -> None:
     model, inputs = model_of("llava"), build_inputs("llava")
     prompt, mask = filled("llava", model, inputs)
@@ -175,6 +192,8 @@ def test_embeddings_of_which_nothing_is_known_warn_once() -> None:
 def test_a_static_cache_says_that_it_saves_no_memory() -> None:
     model, inputs = build_model("llava"), build_inputs("llava")
     options = {"max_new_tokens": 2, "cache_implementation": "static", "disable_compile": True}
-    with attach(model, HashPolicy(), schedule=Schedule(((1, 2),))):
-        with pytest.warns(UserWarning, match="StaticCache allocates every layer for the unpruned prompt"):
-            model.generate(**inputs, **options)
+    with (
+        attach(model, HashPolicy(), schedule=Schedule(((1, 2),))),
+        pytest.warns(UserWarning, match="StaticCache allocates every layer for the unpruned prompt"),
+    ):
+        model.generate(**inputs, **options)

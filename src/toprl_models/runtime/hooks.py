@@ -24,7 +24,7 @@ from toprl_models.runtime.guards import (
 )
 from toprl_models.runtime.mask import Mask
 from toprl_models.runtime.outputs import Survivors, without_dropped
-from toprl_models.runtime.prompt import Call, Told, VisualIds, begin, read_call
+from toprl_models.runtime.prompt import Call, Told, VisualIds, begin, read_call, tokens_of
 from toprl_models.runtime.stage import Observed, Stage
 from toprl_models.runtime.state import ForwardPass, Segment, StageTrace
 from toprl_models.schedule import Schedule
@@ -41,18 +41,31 @@ class Generation:
 
     length: int | None
     beams: int
+    told: Told = field(default_factory=Told)
     num_visual: tuple[int, ...] = ()
     decisions: dict[int, tuple[Decision, tuple[int, ...]]] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, args: tuple, kwargs: Mapping[str, Any], default: Any) -> Generation:
-        """Read the arguments of ``generate()``; ``default`` is the model's generation config."""
+    def of(cls, args: tuple, kwargs: dict[str, Any], default: Any) -> Generation:
+        """Read the arguments of ``generate()``; ``default`` is the model's generation config.
+
+        What only the pruner understands is taken out of ``kwargs``.
+        """
+        told = Told.pop_from(kwargs)
         tokens = kwargs.get("inputs_embeds")
         if tokens is None:
             tokens = args[0] if args else kwargs.get("input_ids", kwargs.get("inputs"))
         config = kwargs.get("generation_config") or default
         beams = kwargs.get("num_beams") or getattr(config, "num_beams", None) or 1
-        return cls(None if tokens is None else tokens.shape[1], beams)
+        return cls(None if tokens is None else tokens.shape[1], beams, told)
+
+    def tell(self, told: Told, tokens: Tensor, cache: Any) -> None:
+        """Add what ``generate()`` was told to what its forward pass over ``tokens`` [B, N, ...] was told."""
+        if told.prompt_length is None:
+            told.prompt_length = _repeated(self.told.prompt_length, len(tokens))
+        mask = self.told.visual_mask
+        if mask is not None and tokens.shape[1] == self.length and not (cache is not None and cache.get_seq_length()):
+            told.visual_mask = _repeated(mask, len(tokens))
 
     def recall(self, stage: int, forward: ForwardPass) -> tuple[Decision, tuple[int, ...]] | None:
         """Return what this stage decided for the same prompt, without its answer.
@@ -167,10 +180,15 @@ class Runtime:
         if self.enabled:
             if told.prompt_length is None:
                 told.prompt_length = self.thread.prompt_length
-            call = read_call(self._ids, args, kwargs, told, self.model.get_input_embeddings(), self.decoder)
-            generation = self.thread.generation
-            if call is not None and generation is not None:
-                call.generates, call.uncached = generation.length, kwargs.get("past_key_values") is None
+            generation, cache = self.thread.generation, kwargs.get("past_key_values")
+            tokens = tokens_of(args, kwargs)
+            if generation is not None and tokens is not None:
+                generation.tell(told, tokens, cache)
+            call = read_call(self._ids, tokens, kwargs, told, self.model.get_input_embeddings(), self.decoder)
+            if call is not None and generation is not None and generation.length is not None:
+                # full ids are usual; of a filled cache the new ones alone are enough
+                call.generates = generation.length + (call.past if generation.length <= call.past else 0)
+                call.uncached = cache is None
             self._warn_unpruned(call, args, kwargs)
             self._call, self._inputs = call, kwargs if call is not None else {}
         return (args, kwargs) if taken else None
@@ -340,6 +358,11 @@ class Runtime:
             "a model cannot be copied or pickled while a Pruner is attached: detach() first and attach to the copy, or "
             "save model.state_dict() or model.save_pretrained(folder)"
         )
+
+
+def _repeated(value: Any, batch: int) -> Any:
+    """Repeat the rows of a tensor for beams and several answers; other values stay."""
+    return value.repeat_interleave(batch // len(value), 0) if isinstance(value, Tensor) and value.ndim else value
 
 
 def _reads(stage: Stage, source: str) -> bool:

@@ -152,8 +152,14 @@ def find_placeholders(ids: tuple[int, ...], tokens: Tensor, embed: nn.Module) ->
     return torch.stack([(tokens == embedding).all(-1) for embedding in embed(wanted)]).any(0)
 
 
+def tokens_of(args: tuple, kwargs: Mapping[str, Any]) -> Tensor | None:
+    """Return the ids ``[B, N]`` or embeddings ``[B, N, d]`` that the base model was called with."""
+    tokens = args[0] if args else kwargs.get("input_ids")
+    return kwargs.get("inputs_embeds") if tokens is None else tokens
+
+
 def read_call(
-    ids: VisualIds, args: tuple, kwargs: Mapping[str, Any], told: Told, embed: nn.Module, decoder: nn.Module
+    ids: VisualIds, tokens: Tensor | None, kwargs: Mapping[str, Any], told: Told, embed: nn.Module, decoder: nn.Module
 ) -> Call | None:
     """Read a call of the base model, whose token embedding is ``embed``; None for a decoding step.
 
@@ -161,9 +167,6 @@ def read_call(
         ValueError: ``visual_mask`` has another shape than the prompt.
     """
     brought = ids.brought(kwargs)
-    tokens = args[0] if args else kwargs.get("input_ids")
-    if tokens is None:
-        tokens = kwargs.get("inputs_embeds")
     if tokens is None or (not brought and told.visual_mask is None and tokens.shape[1] == 1):
         return None
     batch, length = tokens.shape[:2]
