@@ -38,7 +38,7 @@ class FasterVLM(ClassTokenPolicy):
     """
 
     def score(self, context: StageContext) -> Tensor:
-        """The attention, float32 ``[B, V]``; 2 more for what its tile keeps, -1 for newlines and padding."""
+        """Score by attention, float32 ``[B, V]``; 2 more for what a tile keeps, -1 for newlines and padding."""
         reading = self._reader.read(self, context)
         attention = reading.attention.mean(1)  # [T, P]
         best = attention.masked_fill(reading.patch_slot < 0, -1).argsort(dim=1, descending=True, stable=True)

@@ -1,32 +1,26 @@
-"""What happens at a stage: what the policy gets to see, its decision, and who takes part in it."""
+"""A stage: what the policy may look at, and its decision."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from toprl_models.policy import Decision, Policy, PromptEmbeddings, StageContext, TextStates
 from toprl_models.runtime.scores import HeadGroup, Observation
-from toprl_models.runtime.state import ForwardPass, Prompts, StageTrace, Visual, listed, take
+from toprl_models.runtime.state import ForwardPass, Length, Prompts, StageTrace, Visual, listed, take
 from toprl_models.schedule import Schedule
 
 
 @dataclass
 class Observed:
-    """An observed attention call, and what its masks do not say.
-
-    Attributes:
-        past: keys that were cached before; an int64 tensor for a static cache.
-        keep_mask: mask mode: ``[B, L]`` over all keys.
-    """
+    """An observed attention call, and what its mask does not say."""
 
     call: Observation
-    past: Any
-    keep_mask: Tensor | None = None
+    past: Length  # keys that were cached before
+    keep_mask: Tensor | None = None  # mask mode: [B, L] over all keys
 
 
 @dataclass
@@ -46,11 +40,7 @@ class Stage:
     observe: Callable[[], Observed] | None = None
 
     def decide(self, forward: ForwardPass, hidden_states: Tensor) -> tuple[Decision, tuple[int, ...]]:
-        """Ask the policy; the decision, alike on all ranks, and the tokens that each prompt keeps.
-
-        Raises:
-            ValueError: the policy's answer has another shape than asked for, or the prompt has no end to decide at.
-        """
+        """Ask the policy for its decision, alike on all ranks, and for the tokens that each prompt keeps."""
         context = self.context(forward, hidden_states)
         refuse_to_drop_the_end(forward, self.policy, context.num_keep)
         decision = self.policy.decide(context)
@@ -68,12 +58,11 @@ class Stage:
         return decision, counts
 
     def context(self, forward: ForwardPass, hidden_states: Tensor) -> StageContext:
-        """Gather what the policy may look at; what costs something is a function that it may call."""
+        """Gather what the policy may look at; what costs something is a function that the policy may call."""
         # held here, so that a context stays what it was when the pass goes on
         visual, prompts, segment, observe = forward.visual, forward.prompts, forward.segment, self.observe
         packing = segment.packing
-        assert visual is not None and prompts is not None
-        last = _last_slots(forward, prompts)
+        last = _last_slots(forward)
 
         def attention(queries: Tensor) -> Tensor:
             if observe is None:
@@ -87,7 +76,9 @@ class Stage:
             return self.heads.mean(weights.gather(2, columns)).to(hidden_states.device)
 
         def text_slots() -> tuple[Tensor, Tensor]:
-            self._refuse_without_text(forward)
+            for prompt, (num_text, num_visual) in enumerate(_texts_and_visuals(forward)):
+                if num_visual and not num_text:
+                    raise ValueError(_without_question(forward, prompt))
             flags = prompts.is_text if segment.slots is None else prompts.is_text.gather(1, segment.slots)
             return listed(flags if segment.valid is None else flags & segment.valid, prompts.num_text, packing)
 
@@ -118,19 +109,12 @@ class Stage:
             text_states=text_states,
         )
 
-    def _refuse_without_text(self, forward: ForwardPass) -> None:
-        for prompt, (num_text, num_visual) in enumerate(_texts_and_visuals(forward)):
-            if num_visual and not num_text:
-                raise ValueError(_without_question(forward, prompt))
-
 
 def _texts_and_visuals(forward: ForwardPass) -> list[tuple[int, int]]:
-    assert forward.prompts is not None
     return list(zip(forward.prompts.num_text, forward.num_visual, strict=True))
 
 
 def _without_question(forward: ForwardPass, prompt: int) -> str:
-    assert forward.prompts is not None
     return (
         f"input_ids: prompt {prompt} ends in a visual token (its end is that of {forward.prompts.end_from}), so there "
         "is no question that a policy could read: append it, or give prompt_length=; with prefill_chunk_size, choose a "
@@ -140,7 +124,6 @@ def _without_question(forward: ForwardPass, prompt: int) -> str:
 
 def refuse_to_drop_the_end(forward: ForwardPass, policy: Policy, counts: tuple[int, ...]) -> None:
     """Refuse to prune a prompt without a question, unless the policy reads none and the prompt goes on later."""
-    assert forward.visual is not None and forward.prompts is not None
     if not policy.uses_text and forward.prompts.end_from != "the prompt of generate()":
         return
     for prompt, (num_text, num_visual) in enumerate(_texts_and_visuals(forward)):
@@ -148,13 +131,13 @@ def refuse_to_drop_the_end(forward: ForwardPass, policy: Policy, counts: tuple[i
             raise ValueError(_without_question(forward, prompt))
 
 
-def _last_slots(forward: ForwardPass, prompts: Prompts) -> Tensor:
+def _last_slots(forward: ForwardPass) -> Tensor:
     """Find the slot [P] of each prompt's last token in the current segment."""
-    slots, packing = forward.segment.slots, forward.segment.packing
+    slots, packing, last = forward.segment.slots, forward.segment.packing, forward.prompts.last
     if slots is None:
-        return prompts.last
+        return last
     slots = slots if packing is None else slots[packing.row_index]
-    return (slots == prompts.last[:, None]).to(torch.int8).argmax(1)
+    return (slots == last[:, None]).to(torch.int8).argmax(1)
 
 
 def prompt_embeddings(forward: ForwardPass, prompts: Prompts) -> PromptEmbeddings:
@@ -171,7 +154,7 @@ def prompt_embeddings(forward: ForwardPass, prompts: Prompts) -> PromptEmbedding
 
 
 def check_decision(policy: Policy, decision: Decision, context: StageContext) -> None:
-    """Refuse scores, masks or states of another shape than the state's."""
+    """Refuse scores, masks or states whose shape is not that of the visual tokens."""
     expected = {name: context.valid_mask.shape for name in ("scores", "keep_mask")}
     for name, shape in (expected | {"states": context.hidden_states.shape}).items():
         value = getattr(decision, name)
@@ -182,7 +165,7 @@ def check_decision(policy: Policy, decision: Decision, context: StageContext) ->
 
 
 def shared_by_image(scores: Tensor, visual: Visual, prompts: Prompts) -> Tensor:
-    """Replace scores [P, V] by ones whose top-k gives each image its share of the k tokens.
+    """Replace scores [P, V] by scores whose top-k gives each image its share of the k tokens.
 
     Sainte-Lague's method: the token ranked s-th within its image of n tokens (s = 0, 1, ...) gets n / (2 s + 1). The
     shares are proportional to the images' sizes, add up to k, and never grow when k shrinks from stage to stage.
