@@ -32,11 +32,7 @@ MATRIX_FILE = Path(__file__).with_name("feature_matrix.json")
 
 
 def feature_matrix() -> dict[str, dict[str, str]]:
-    """Read ``{feature: {model type: "pass" | "n/a: why" | "not run: why" | "FAIL"}}`` as the tests stored it.
-
-    Raises:
-        FileNotFoundError: the file is missing from the installation.
-    """
+    """Read ``{feature: {model type: "pass" | "n/a: why" | "not run: why" | "FAIL"}}``, stored by the tests."""
     return json.loads(MATRIX_FILE.read_text())
 
 
@@ -72,11 +68,7 @@ def describe(family: Family) -> str:
 
 
 def describe_method(name: str) -> str:
-    """Describe a method: its paper, its stages and the families that it applies to.
-
-    Raises:
-        ValueError: ``name`` is nothing that ``method_of`` takes.
-    """
+    """Describe a method: its paper, its stages and the families that it applies to."""
     method = method_of(name)
     stages = ", ".join(map(str, method.layers(PAPER_LAYERS)))
     lines = [f"{method.name}: {method.title}" + (f" ({method.paper})" if method.paper else "")]

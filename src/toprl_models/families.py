@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Family:
-    """Where the pruner finds what it needs in one class of models.
+    """A row of the table: places that the pruner looks up in one class of models.
 
     Attributes:
         model_class: name of the transformers class (subclasses are covered by it).

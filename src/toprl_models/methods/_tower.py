@@ -119,7 +119,7 @@ def split_rows(lengths: Sequence[int], num_visual: Sequence[int]) -> tuple[int, 
 
 
 def check_features(context: StageContext, repeats: int, features: Tensor, known: Tensor | None = None) -> None:
-    """Refuse recorded states of other pictures than the prompt's: their features are not those in the prompt.
+    """Refuse recorded states of other pictures than the prompt's, whose features are not in the prompt.
 
     Args:
         context: the stage at layer 0.
@@ -137,7 +137,7 @@ def check_features(context: StageContext, repeats: int, features: Tensor, known:
 
 
 class Recorder:
-    """Tensors that modules of one model made, by name, until the forward pass of its base model ends."""
+    """Store of tensors that modules of a model make, by name, until the base model's forward pass ends."""
 
     def __init__(self, base: nn.Module) -> None:
         self._seen: dict[str, Any] = {}
@@ -146,17 +146,14 @@ class Recorder:
     def record(self, name: str, value: object) -> None:
         self._seen[name] = value
 
-    def output_of(self, module: nn.Module, name: str, pick: Callable[[Any], Any] = lambda output: output) -> None:
+    def output_of(self, module: nn.Module, name: str, pick: Callable = lambda output: output) -> None:
         """Record what ``module`` returns."""
         self.handles.append(module.register_forward_hook(lambda _, args, output: self.record(name, pick(output))))
 
-    def input_of(self, module: nn.Module, name: str, pick: Callable[[tuple, dict[str, Any]], Any]) -> None:
+    def input_of(self, module: nn.Module, name: str, pick: Callable[[tuple, dict[str, Any]], object]) -> None:
         """Record what ``pick`` takes of the arguments of ``module``."""
-        self.handles.append(
-            module.register_forward_pre_hook(
-                lambda _, args, kwargs: self.record(name, pick(args, kwargs)), with_kwargs=True
-            )
-        )
+        hook = module.register_forward_pre_hook
+        self.handles.append(hook(lambda _, args, kwargs: self.record(name, pick(args, kwargs)), with_kwargs=True))
 
     def take(self) -> dict[str, Any]:
         """Return what was recorded, and forget it.
@@ -177,7 +174,7 @@ class Recorder:
 
 
 class PackingWatch:
-    """Watch that records to which patch each token of LLaVA-NeXT belongs, by the model's own packing of tiles.
+    """Recorder of the patch that each token of LLaVA-NeXT comes from, by the model's own packing of tiles.
 
     ``pack_image_features`` is a method, which no module hook sees, and in ``generate()`` nothing else gets the sizes of
     the pictures. This method of one instance is watched until ``remove()``; its results pass through untouched.

@@ -33,10 +33,10 @@ if TYPE_CHECKING:
 
 
 def smaller_grid(height: int, width: int, budget: int) -> tuple[int, int]:
-    """Find the largest grid of at most ``budget`` tokens in the shape of ``height`` x ``width``; a square's is square.
+    """Find the largest grid of at most ``budget`` tokens in the shape of ``height`` x ``width``.
 
     The longer side is any whole number up to its full length, and the other side follows, rounded up or down but not
-    below 1; (0, 0) for no budget.
+    below 1; a square's grid is a square; (0, 0) for no budget.
 
     Example:
         >>> smaller_grid(24, 24, 192), smaller_grid(20, 30, 100)
@@ -65,17 +65,14 @@ def resized(pixels: Tensor, height: int, width: int) -> Tensor:
 
 
 def from_patches(patches: Tensor, grid: tuple[int, int, int], merge: int, frames: int, side: int) -> Tensor:
-    """Put together the picture that Qwen's processor cut into ``patches``.
+    """Put together the picture [t * frames, C, h * side, w * side] that Qwen's processor cut into ``patches``.
 
     Args:
         patches: ``[t * h * w, C * frames * side * side]``, block after block of ``merge`` x ``merge`` patches.
         grid: t, h, w in patches.
         merge: side of a block in patches.
-        frames: of a patch.
-        side: of a patch in pixels.
-
-    Returns:
-        ``[t * frames, C, h * side, w * side]``.
+        frames: frames of a patch.
+        side: side of a patch in pixels.
     """
     t, h, w = grid
     blocks = patches.view(t, h // merge, w // merge, merge, merge, -1, frames, side, side)

@@ -58,7 +58,7 @@ def zip_tiles(
 
 
 def _hosts(chosen: Tensor, num_patches: int, count: int) -> Tensor:
-    """Pick the patches whose slots take ``count`` tokens: ``chosen``, then the first others, int64 ``[G, count]``."""
+    """Pick the patches whose slots take tokens, int64 ``[G, count]``: ``chosen``, then the first others."""
     is_free = torch.ones(len(chosen), num_patches, dtype=torch.bool, device=chosen.device)
     is_free.scatter_(1, chosen, False)
     free = is_free.to(torch.int8).argsort(dim=1, descending=True, stable=True)

@@ -91,7 +91,7 @@ def refuse_checkpointing(layers: nn.ModuleList, mode: str) -> None:
 
 
 def sliding_window(config: PreTrainedConfig) -> int | None:
-    """Return the shortest window or chunk of attention of a text config; None where all layers see everything."""
+    """Return the shortest attention window or chunk of a text config; None where all layers see everything."""
     kinds = getattr(config, "layer_types", None)
     window, chunk = getattr(config, "sliding_window", None), getattr(config, "attention_chunk_size", None)
     windows = [
@@ -102,7 +102,7 @@ def sliding_window(config: PreTrainedConfig) -> int | None:
 
 
 def temperature_floor(layers: Iterable[nn.Module]) -> int | None:
-    """Return the length from which attention temperatures of ``layers`` depend on slots (Llama 4); None: never."""
+    """Return the length from which attention temperatures depend on slots (Llama 4); None: never."""
     modules = [module for layer in layers for module in layer.modules()]
     scaled = [module for module in modules if getattr(module, "attn_temperature_tuning", False)]
     return min((int(module.floor_scale) for module in scaled if not module.use_rope), default=None)  # type: ignore[arg-type]

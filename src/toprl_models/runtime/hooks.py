@@ -12,16 +12,8 @@ from typing import TYPE_CHECKING, Any, NoReturn, SupportsIndex
 from torch import Tensor, nn
 
 from toprl_models.policy import Decision, Policy
-from toprl_models.runtime import scores
+from toprl_models.runtime import guards, scores
 from toprl_models.runtime.compact import Compact
-from toprl_models.runtime.guards import (
-    OneForward,
-    refuse_checkpointing,
-    refuse_temperature,
-    refuse_window,
-    sliding_window,
-    temperature_floor,
-)
 from toprl_models.runtime.mask import Mask
 from toprl_models.runtime.outputs import Survivors, without_dropped
 from toprl_models.runtime.prompt import Call, Told, VisualIds, begin, read_call
@@ -39,7 +31,7 @@ Change = tuple[tuple, dict[str, Any]]
 
 @dataclass
 class Generation:
-    """One call of ``generate()``: the length of its prompt, and what was decided where no cache remembers it."""
+    """A call of ``generate()``: its prompt's length, and the decisions, which no cache may hold."""
 
     length: int | None
     beams: int
@@ -94,16 +86,16 @@ class Runtime:
             Stage(number, policy.at_stage(number), schedule, heads) for number in range(len(schedule.layers))
         )
         self._stage_at = {layer: stage for layer, stage in zip(schedule.layers, self.stages, strict=True)}
-        self._window = sliding_window(self.decoder.config)
+        self._window = guards.sliding_window(self.decoder.config)
         shortened = self.layers[schedule.layers[0] :] if mode.name == "compact" else ()
-        self._temperature = temperature_floor(shortened)
+        self._temperature = guards.temperature_floor(shortened)
         self._call: Call | None = None
         self._inputs: Mapping[str, Any] = {}  # the model's arguments, until the decoder begins
         self._forward: ForwardPass | None = None
         self._watched: tuple[scores.Watched, Length, Tensor | None] | None = None
         self._asking = False
         self._warned = False
-        self.running = OneForward()
+        self.running = guards.OneForward()
         self.thread = _PerThread()
         self.enabled = True
         self.trace: list[StageTrace] = []
@@ -113,7 +105,7 @@ class Runtime:
         base = self.model.base_model
         handles = [
             base.register_forward_pre_hook(self._before_model, with_kwargs=True),
-            base.register_forward_hook(self._after_model, always_call=True),
+            base.register_forward_hook(self.end_pass, always_call=True),
             self.decoder.register_forward_pre_hook(self._before_decoder, with_kwargs=True),
             self.decoder.register_forward_hook(self._after_decoder),
         ]
@@ -195,7 +187,7 @@ class Runtime:
         embeddings = args[0] if args else kwargs["inputs_embeds"]
         self._forward = begin(call, embeddings, inputs, by_image=self.schedule.share == "image")
         if self._forward.prunes:
-            refuse_checkpointing(self.layers, self.mode.name)
+            guards.refuse_checkpointing(self.layers, self.mode.name)
 
     def _check_length(self, call: Call | None, kwargs: dict[str, Any]) -> None:
         cache = kwargs.get("past_key_values")
@@ -204,9 +196,9 @@ class Runtime:
             past = cache.get_seq_length() if cache is not None else 0
             length = int(past) + kwargs["inputs_embeds"].shape[1]
             if self._window is not None:
-                refuse_window(self._window, length)
+                guards.refuse_window(self._window, length)
             if self._temperature is not None:
-                refuse_temperature(self._temperature, length)
+                guards.refuse_temperature(self._temperature, length)
 
     # -- a layer ---------------------------------------------------------------------------------------------------
 
@@ -301,10 +293,7 @@ class Runtime:
         elif forward.length and not forward.past:
             self.trace = []  # a prompt without images
 
-    def _after_model(self, module: nn.Module, args: tuple, output: object) -> None:
-        self.end_pass()
-
-    def end_pass(self) -> None:
+    def end_pass(self, *_: object) -> None:
         """Forget the forward pass, unless it is another thread's."""
         if self.running.leave():
             self.forget()

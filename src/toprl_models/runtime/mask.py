@@ -149,7 +149,7 @@ def toprl_masked_forward(
     toprl_keep: KeepArgument | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Attend by Eqs. 6-7: an attention function of transformers, ``[B, H, Nq, D]`` in, ``([B, Nq, H, D], None)`` out.
+    """Attend by Eqs. 6-7, as an attention function of transformers: [B, H, Nq, D] to ([B, Nq, H, D], None).
 
     ``attention_mask`` is what ``padding_mask`` made. Without ``toprl_keep``, before the first stage, all tokens stay.
     """
@@ -203,7 +203,7 @@ def padding_mask(
     mask_function: Callable[..., Tensor] | None = None,
     **kwargs: Any,
 ) -> Tensor | None:
-    """Return the 2-D padding mask itself, bool ``[B, N]``: the mask maker of ``toprl_masked``; the kernel is causal.
+    """Return the 2-D padding mask itself, bool ``[B, N]``, as mask maker of ``toprl_masked``; the kernel is causal.
 
     N are the tokens seen so far; a static cache is longer, and a mask must tell N. Where the model asks for another
     pattern than causality, that 4-D mask is returned, which the layers that use it refuse: some models make masks that

@@ -40,7 +40,7 @@ class VisualIds:
 
 @dataclass
 class Told:
-    """What the caller tells of the prompt beyond the base model's arguments.
+    """Facts about the prompt that the caller adds to the base model's arguments.
 
     Attributes:
         prompt_length: slots of the prompt, counted from the start of the sequence (of each packed prompt), padding and
@@ -65,7 +65,7 @@ class Told:
 
 @dataclass
 class Call:
-    """What the base model was called with, as far as pruning is concerned; B rows, N tokens of this pass."""
+    """Facts of a call of the base model that pruning needs; B rows, N tokens of this pass."""
 
     shape: tuple[int, int]
     visual: Tensor | None = None  # bool [B, N], None when no images came along
@@ -106,7 +106,7 @@ def padding_of(mask: object, length: int, new: int) -> Tensor | None:
 
 
 def starts_of(mask: object, valid: Tensor | None, past: int, length: int) -> tuple[Tensor, Tensor] | None:
-    """Find the prompts that a 4-D mask packs into a row: where each starts, and whether they are apart and causal."""
+    """Find where prompts start that a 4-D mask packs into a row, and whether they are apart and causal."""
     if not isinstance(mask, Tensor) or mask.ndim != 4:
         return None
     visible = open_slots(mask)[:, :, past : past + length]
@@ -120,7 +120,7 @@ def starts_of(mask: object, valid: Tensor | None, past: int, length: int) -> tup
 
 
 def starts_by_position(kwargs: Mapping[str, Any], length: int, config: PreTrainedConfig) -> Tensor | None:
-    """Find the prompts that ``cu_seq_lens_q`` or ``position_ids`` pack into a row, under the model's own conditions."""
+    """Find where prompts start that ``cu_seq_lens_q`` or ``position_ids`` pack into a row, as the model does."""
     flash, bounds = "flash" in config._attn_implementation, kwargs.get("cu_seq_lens_q")
     if kwargs.get("attention_mask") is not None:
         return None
@@ -220,7 +220,7 @@ def _packing(starts: Tensor | None) -> Packing | None:
 
 
 def _ends(call: Call, packing: Packing | None, last_visual: Tensor, slots: Tensor) -> tuple[Tensor, str]:
-    """Find each prompt's end, the first slot [P] that is no longer the prompt's, and the source that tells the end."""
+    """Find the end of each prompt, the first slot [P] after it, and the name of what tells the end."""
     told, length = call.told, call.shape[1]
     prompts = len(last_visual)
     if told.prompt_length is not None:

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 
 class _Stop(Exception):
-    """Ends a layer's forward pass at its attention function."""
+    """End of a layer's forward pass at its attention function."""
 
 
 def attention_of(layer: nn.Module) -> nn.Module:
@@ -65,7 +65,7 @@ def _eager_of(module: nn.Module) -> Callable[..., tuple[Tensor, Tensor]] | None:
 
 @dataclass
 class Observation:
-    """What one attention module handed to its attention function in one forward pass.
+    """Arguments that an attention module handed to its attention function in a forward pass.
 
     Shapes: ``query`` ``[B, H, n, D]``, ``key`` ``[B, Hkv, L, D]`` with cached keys, ``value`` likewise; ``mask`` in the
     form of the model's backend.
@@ -157,10 +157,10 @@ class Watched:
         from transformers import AttentionInterface
 
         self._module, self._stops = module, stops
-        self._config: PreTrainedConfig = vars(module)["config"]
+        self._config: PreTrainedConfig = module.config
         self.seen: Observation | None = None
         # a name that still tells "flash" from the others
-        self._attn_implementation = f"toprl_watch_{self._config._attn_implementation}"
+        self._attn_implementation = f"toprl_watch_{getattr(module.config, '_attn_implementation', None)}"
         AttentionInterface.register(self._attn_implementation, _attention)
         module.config = self  # type: ignore[assignment]
 
@@ -219,7 +219,7 @@ def ask(layer: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> Observation
 
 
 class HeadGroup:
-    """The ranks among which tensor parallelism of transformers divides a model's heads; all take the same decision."""
+    """Ranks among which tensor parallelism divides a model's heads; all ranks take the same decision."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         mesh = getattr(model, "_device_mesh", None) if (getattr(model, "tp_size", None) or 1) > 1 else None

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from toprl_models.runtime.cache import LayerKeys, LayerView
-from toprl_models.runtime.state import AttentionMask, ForwardPass, Packing, Segment
+from toprl_models.runtime.state import AttentionMask, ForwardPass, Packing, Segment, gather_slots
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -80,9 +80,7 @@ def gather_tables(tables: RotaryTables, slots: Tensor | None) -> RotaryTables:
         raise ValueError(
             "position_embeddings of this decoder are no tables [batch, tokens, width]: compact mode cannot support it"
         )
-    rows = [part.expand(len(slots), -1, -1) for part in parts]
-    index = slots[..., None].to(parts[0].device)
-    gathered = tuple(row.gather(1, index.expand(-1, -1, row.shape[-1])) for row in rows)
+    gathered = tuple(gather_slots(part, slots) for part in parts)
     return gathered[0] if isinstance(tables, Tensor) else gathered
 
 

@@ -42,7 +42,10 @@ class Stage:
     def decide(self, forward: ForwardPass, hidden_states: Tensor) -> tuple[Decision, tuple[int, ...]]:
         """Ask the policy for its decision, alike on all ranks, and for the tokens that each prompt keeps."""
         context = self.context(forward, hidden_states)
-        refuse_to_drop_the_end(forward, self.policy, context.num_keep)
+        # a policy that reads no question may prune a prompt that goes on later
+        checks = self.policy.uses_text or forward.prompts.end_from == "the prompt of generate()"
+        if checks:
+            refuse_without_question(forward, context.num_keep)
         decision = self.policy.decide(context)
         check_decision(self.policy, decision, context)
         keep_mask = decision.keep_mask
@@ -54,7 +57,8 @@ class Stage:
         counts = context.num_keep
         if keep_mask is not None:
             counts = tuple((keep_mask.detach() > 0).logical_and(context.valid_mask).sum(1).tolist())
-            refuse_to_drop_the_end(forward, self.policy, counts)
+            if checks:
+                refuse_without_question(forward, counts)
         return decision, counts
 
     def context(self, forward: ForwardPass, hidden_states: Tensor) -> StageContext:
@@ -76,9 +80,7 @@ class Stage:
             return self.heads.mean(weights.gather(2, columns)).to(hidden_states.device)
 
         def text_slots() -> tuple[Tensor, Tensor]:
-            for prompt, (num_text, num_visual) in enumerate(_texts_and_visuals(forward)):
-                if num_visual and not num_text:
-                    raise ValueError(_without_question(forward, prompt))
+            refuse_without_question(forward)
             flags = prompts.is_text if segment.slots is None else prompts.is_text.gather(1, segment.slots)
             return listed(flags if segment.valid is None else flags & segment.valid, prompts.num_text, packing)
 
@@ -110,25 +112,16 @@ class Stage:
         )
 
 
-def _texts_and_visuals(forward: ForwardPass) -> list[tuple[int, int]]:
-    return list(zip(forward.prompts.num_text, forward.num_visual, strict=True))
-
-
-def _without_question(forward: ForwardPass, prompt: int) -> str:
-    return (
-        f"input_ids: prompt {prompt} ends in a visual token (its end is that of {forward.prompts.end_from}), so there "
-        "is no question that a policy could read: append it, or give prompt_length=; with prefill_chunk_size, choose a "
-        "size that leaves the question in the images' chunk (or None)"
-    )
-
-
-def refuse_to_drop_the_end(forward: ForwardPass, policy: Policy, counts: tuple[int, ...]) -> None:
-    """Refuse to prune a prompt without a question, unless the policy reads none and the prompt goes on later."""
-    if not policy.uses_text and forward.prompts.end_from != "the prompt of generate()":
-        return
-    for prompt, (num_text, num_visual) in enumerate(_texts_and_visuals(forward)):
-        if num_visual and not num_text and counts[prompt] < forward.visual.counts[prompt]:
-            raise ValueError(_without_question(forward, prompt))
+def refuse_without_question(forward: ForwardPass, counts: tuple[int, ...] | None = None) -> None:
+    """Refuse prompts that end in a visual token; with ``counts``, those that would lose any of their tokens."""
+    prompts, present = forward.prompts, forward.visual.counts
+    for prompt, (num_text, num_visual) in enumerate(zip(prompts.num_text, forward.num_visual, strict=True)):
+        if num_visual and not num_text and (counts is None or counts[prompt] < present[prompt]):
+            raise ValueError(
+                f"input_ids: prompt {prompt} ends in a visual token (its end is that of {prompts.end_from}), so there "
+                "is no question that a policy could read: append it, or give prompt_length=; with prefill_chunk_size, "
+                "choose a size that leaves the question in the images' chunk (or None)"
+            )
 
 
 def _last_slots(forward: ForwardPass) -> Tensor:
@@ -189,13 +182,6 @@ def shared_by_image(scores: Tensor, visual: Visual, prompts: Prompts) -> Tensor:
 def trace_of(
     stage: Stage, forward: ForwardPass, before: Visual, decision: Decision, indices: Tensor, counts: tuple[int, ...]
 ) -> StageTrace:
-    """Note what a stage did; ``indices`` [P, W] are the raster numbers of the kept tokens, -1 for padding."""
-    return StageTrace(
-        stage=stage.number,
-        layer=stage.schedule.layers[stage.number],
-        num_visual=forward.num_visual,
-        counts=counts,
-        indices=indices,
-        scores=decision.scores.detach(),
-        visual_index=before.index,
-    )
+    """Make the record of a stage; ``indices`` [P, W] are the raster numbers of the kept tokens, -1 for padding."""
+    layer, scores = stage.schedule.layers[stage.number], decision.scores.detach()
+    return StageTrace(stage.number, layer, forward.num_visual, counts, indices, scores, before.index)

@@ -22,7 +22,7 @@ Length: TypeAlias = int | Tensor  # a static cache counts its tokens on the devi
 
 @dataclass(frozen=True)
 class StageTrace:
-    """What one stage did in the last prefill; P prompts (rows of the batch, or the prompts packed into its rows).
+    """Record of a stage in the last prefill; P prompts (rows of the batch, or packed into its rows).
 
     Attributes:
         stage, layer: which stage, before which decoder layer.
@@ -178,7 +178,7 @@ def put(base: Tensor, slots: Tensor, valid: Tensor, values: Tensor, packing: Pac
 
 
 def listed(flags: Tensor, counts: Sequence[int], packing: Packing | None) -> tuple[Tensor, Tensor]:
-    """List the slots [P, W] that ``flags`` (bool [B, n]) mark in each prompt, and which of the W are real, bool [P, W].
+    """List the slots [P, W] that bool ``flags`` [B, n] mark in each prompt, and which of them are real, bool [P, W].
 
     ``counts`` has the number of flagged slots of each prompt, on the host; W is the largest.
     """
@@ -205,5 +205,5 @@ def visual_of(ordinal: Tensor, counts: tuple[int, ...], packing: Packing | None)
 
 
 def on_device(numbers: Sequence[int], device: torch.device) -> Tensor:
-    """Make an int64 tensor ``[n]``; the host does not wait for the device, as in ``torch.tensor(..., device=)``."""
+    """Make an int64 tensor ``[n]``; the host does not wait for the device, as ``torch.tensor(..., device=)`` does."""
     return torch.tensor(numbers, dtype=torch.int64).to(device, non_blocking=True)
