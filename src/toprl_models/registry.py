@@ -28,7 +28,7 @@ Factory = TypeVar("Factory", bound=Callable[..., Policy])
 
 @dataclass(frozen=True)
 class Method:
-    """One way to choose visual tokens, or several that follow each other.
+    """A pruning method, or several methods that follow each other.
 
     Attributes:
         name: as in tables' files and on command lines.

@@ -68,7 +68,7 @@ class PruningArguments:
             raise ValueError(f"mode={mode}: an evaluation removes tokens, which is mode=compact; leave mode out")
         return cls(
             method=_method(method, policy),
-            budget=_positive("budget", budget, "visual tokens averaged over all layers, as in budget=192"),
+            budget=_budget(budget),
             policy=None if policy is None else str(policy),
             stages=None if stages is None else _layers(stages),
             num_visual=None if num_visual is None else _whole_number(num_visual),
@@ -152,10 +152,10 @@ def _method(method: object, policy: object) -> str:
     return method
 
 
-def _positive(name: str, value: object, what: str) -> float:
+def _budget(value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
-        problem = f"{name} is missing" if value is None else f"{name}={value} is not a positive number"
-        raise ValueError(f"{problem}; give {what}")
+        problem = "budget is missing" if value is None else f"budget={value} is not a positive number"
+        raise ValueError(f"{problem}; give visual tokens averaged over all layers, as in budget=192")
     return float(value)
 
 

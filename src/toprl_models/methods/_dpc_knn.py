@@ -63,10 +63,7 @@ def dpc_knn(states: Tensor, valid: Tensor, num_clusters: Tensor, max_clusters: i
 def cluster_means(states: Tensor, assignment: Tensor, max_clusters: int) -> Tensor:
     """Average the points of each cluster: ``[B, max_clusters, d]`` in the dtype of ``states``; zeros for none.
 
-    Args:
-        states: points ``[B, n, d]``; summed in float32 at least.
-        assignment: int64 ``[B, n]`` from ``dpc_knn``.
-        max_clusters: the largest number of clusters of a row.
+    The points ``states`` [B, n, d] are summed in float32 at least; int64 ``assignment`` [B, n] is that of ``dpc_knn``.
     """
     member = (assignment[:, None] == torch.arange(max_clusters, device=states.device)[:, None]).float()  # [B, C, n]
     # padding may hold anything, and 0 * inf is not 0

@@ -39,6 +39,11 @@ def no_class_token(family: Family) -> str:
     return family.no_class_token or no_image_tower(family)
 
 
+def no_choice_by_class_token(family: Family) -> str:
+    """Say why a class token cannot choose tokens of a family before layer 0; "" where it can."""
+    return after_first_layers(family) or no_class_token(family)
+
+
 def no_image_tower(family: Family) -> str:
     """Say that a family's row names no vision tower; "" where it does."""
     return "" if family.image_tower else f"the row of {family.model_class} names no image_tower"
@@ -121,11 +126,8 @@ def split_rows(lengths: Sequence[int], num_visual: Sequence[int]) -> tuple[int, 
 def check_features(context: StageContext, repeats: int, features: Tensor, known: Tensor | None = None) -> None:
     """Refuse recorded states of other pictures than the prompt's, whose features are not in the prompt.
 
-    Args:
-        context: the stage at layer 0.
-        repeats: rows of each prompt.
-        features: ``[S, d]``, what the recorded states became, in the order of the visual slots.
-        known: bool ``[S]``, the features to compare; None for all.
+    ``features`` [S, d] are what the recorded states became, in the order of the visual slots of every ``repeats``-th
+    row; bool ``known`` [S] marks those to compare, None for all.
     """
     prompt = context.hidden_states[::repeats][context.valid_mask[::repeats]]
     same = (features.to(prompt.dtype) == prompt).all(-1)
@@ -354,7 +356,14 @@ class ClassTokenReader:
 
 
 class ClassTokenPolicy(Policy):
-    """Base of methods that choose visual tokens before layer 0, by what the vision tower's class token sees."""
+    """Base of methods that choose visual tokens before layer 0 by the attention of the vision tower's class token.
+
+    One instance serves one attached model at a time.
+
+    Raises:
+        ValueError: by ``attach``, for another schedule than one stage at layer 0, or a model without a class token; in
+            the forward pass, for videos and for pictures that were encoded ahead of time.
+    """
 
     positions = "renumbered"
     uses_text = False

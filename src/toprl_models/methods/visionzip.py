@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize, one_hot
 
-from toprl_models.methods._tower import KEPT, ClassTokenPolicy, TileReading, after_first_layers, no_class_token
+from toprl_models.methods._tower import KEPT, ClassTokenPolicy, TileReading, no_choice_by_class_token
 from toprl_models.policy import Decision, StageContext
 from toprl_models.registry import BEFORE_LLM, register_method
 from toprl_models.runtime.state import gather_slots
@@ -66,11 +66,7 @@ def _hosts(chosen: Tensor, num_patches: int, count: int) -> Tensor:
 
 
 @register_method(
-    "visionzip",
-    "VisionZip",
-    "Yang et al., CVPR 2025",
-    stages=BEFORE_LLM,
-    refuses=lambda family: after_first_layers(family) or no_class_token(family),
+    "visionzip", "VisionZip", "Yang et al., CVPR 2025", stages=BEFORE_LLM, refuses=no_choice_by_class_token
 )
 class VisionZip(ClassTokenPolicy):
     """Keep the patches that the vision tower's class token attended to most, and merge the others into a few tokens.
@@ -93,15 +89,13 @@ class VisionZip(ClassTokenPolicy):
     Attention and cosines are in float32, theirs in the model's precision. The authors do not unpad the tiles of
     LLaVA-NeXT; here patches that the model itself leaves out are neither chosen nor merged.
 
-    One instance serves one attached model at a time.
+    Errors and use are those of ``ClassTokenPolicy``.
 
     Args:
         contextual_ratio: share of merged tokens.
 
     Raises:
-        ValueError: ``contextual_ratio`` outside [0, 1); by ``attach``, for another schedule than one stage at layer 0,
-            or a model without a class token; in the forward pass, for videos and for pictures that were encoded ahead
-            of time.
+        ValueError: ``contextual_ratio`` outside [0, 1).
     """
 
     def __init__(self, contextual_ratio: float = AUTHORS_RATIO) -> None:

@@ -20,13 +20,13 @@ if TYPE_CHECKING:
 
 @dataclass
 class CacheState:
-    """Per segment, validity (compact) or keep mask (mask) of the tokens seen so far, [B, n].
+    """State kept with a cache: by segment, validity (compact) or keep mask (mask) of the tokens so far, [B, n].
 
     A segment that is absent, and every token after the stored ones, counts as valid.
 
     Attributes:
         masks: by segment.
-        shifts: by segment, int64 [B]: how far the positions of later tokens move down where they are renumbered.
+        shifts: by segment, int64 [B]: how far the positions of later tokens move down with renumbering.
         settled: length of the sequence up to the last visual token of a pruned prompt; later tokens are in all layers.
         removed: tokens of the sequence that were removed before layer 0, so that no layer holds them.
     """

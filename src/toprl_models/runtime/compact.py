@@ -140,8 +140,7 @@ class Compact:
     ) -> dict[str, Any]:
         """Replace mask, rotary tables and positions by those of the current segment.
 
-        Args:
-            number: segment whose tokens layer ``index`` has cached; the next segment while a layer is asked for scores.
+        ``number`` is the segment whose tokens layer ``index`` has cached; the next segment when asked for scores.
         """
         cache = kwargs.get("past_key_values")
         if not forward.prunes and not hasattr(cache, "_toprl_state"):

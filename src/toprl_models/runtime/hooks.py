@@ -205,8 +205,7 @@ class Runtime:
     def before_layer(self, index: int, number: int, args: tuple, kwargs: dict[str, Any]) -> Change | None:
         """Run the stage before layer ``index``, if there is one, and give the layer the arguments of its segment.
 
-        Args:
-            number: stages at or before this layer: the number of its segment.
+        ``number`` counts the stages at or before this layer: it is the number of the layer's segment.
         """
         forward = self._forward
         if self._asking or (forward is None and not self.enabled):
@@ -268,7 +267,7 @@ class Runtime:
     def _ask(
         self, forward: ForwardPass, index: int, hidden_states: Tensor, args: tuple, kwargs: dict[str, Any]
     ) -> Observed:
-        """Ask the stage's own layer what it would attend to, over the states that are about to enter it."""
+        """Ask the layer after the stage for its attention over the states that are about to enter."""
         number = self._stage_at[index].number + 1
         changed = self.mode.before_layer(forward, number, index, hidden_states, kwargs)
         past = _length_of(changed.get("past_key_values"), index)

@@ -98,8 +98,7 @@ class Mask:
     ) -> dict[str, Any]:
         """Add the keep mask over all keys of this layer, those in the cache included.
 
-        Args:
-            number: segment that the layer runs in; the next segment while a layer is asked for scores.
+        ``number`` is the segment that layer ``index`` runs in; the next segment while the layer is asked for scores.
         """
         segment, asked = forward.segment, number != forward.current
         if asked or segment.made_from is None:

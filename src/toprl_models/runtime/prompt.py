@@ -88,10 +88,8 @@ def open_slots(mask: Tensor) -> Tensor:
 def padding_of(mask: object, length: int, new: int) -> Tensor | None:
     """Find the real tokens, bool ``[B, n]``, n <= ``length``; None when the mask does not tell.
 
-    Args:
-        mask: the attention mask a model was called with: 2-D, or 4-D as generate() prepares it for a static cache.
-        length: tokens in the cache and of this pass.
-        new: tokens of this pass.
+    ``mask`` is a model's argument, 2-D, or 4-D as generate() prepares it for a static cache. It covers ``length``
+    tokens, of which ``new`` are of this pass and the others in the cache.
     """
     if mask is None:
         return None
@@ -243,10 +241,7 @@ def _ends(call: Call, packing: Packing | None, last_visual: Tensor, slots: Tenso
 def begin(call: Call | None, embeddings: Tensor, inputs: Mapping[str, Any], by_image: bool = False) -> ForwardPass:
     """Make the state in which a forward pass over ``call`` reaches the decoder.
 
-    Args:
-        embeddings: what enters layer 0, ``[B, N, d]``.
-        inputs: what the model was called with.
-        by_image: number the images, for budgets that are shared by image.
+    ``embeddings`` [B, N, d] enter layer 0, ``inputs`` are the model's arguments; ``by_image`` also numbers the images.
     """
     if call is None:
         return ForwardPass(prunes=False, segments={0: Segment()})

@@ -122,7 +122,7 @@ class Observation:
 
 
 def visible_rows(mask: AttentionMask, queries: Tensor, num_keys: int, past: Length, packing: Packing | None) -> Tensor:
-    """Work out which keys some query rows see, from the mask of any attention backend: bool ``[P, R, num_keys]``.
+    """Find the keys that some query rows see, from the mask of any attention backend: bool ``[P, R, num_keys]``.
 
     Args:
         mask: 4-D (bool, or float to be added), a BlockMask, a 2-D padding mask under causality, or None for causality.
