@@ -15,7 +15,7 @@ import argparse
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import transformers
 
@@ -25,39 +25,24 @@ from toprl_models.pruner import attach
 from toprl_models.registry import method_of
 from toprl_models.schedule import PAPER_LAYERS, Schedule, stage_layers_for
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
 MATRIX_FILE = Path(__file__).with_name("feature_matrix.json")
 
 
 def feature_matrix() -> dict[str, dict[str, str]]:
-    """``{feature: {tiny family name: "pass" | "n/a: why" | "not run: why" | "FAIL"}}`` as the tests stored it.
-
-    Raises:
-        FileNotFoundError: the file is missing from the installation.
-    """
+    """Read ``{feature: {model type: "pass" | "n/a: why" | "not run: why" | "FAIL"}}``, stored by the tests."""
     return json.loads(MATRIX_FILE.read_text())
 
 
 def model_type_of(family: Family) -> str:
-    """The family's key in the feature matrix: transformers' model type."""
-    config = getattr(transformers, family.model_class).config_class
-    return str(config.model_type)
-
-
-def features_of(family: Family) -> tuple[list[str], dict[str, str]]:
-    """Tested features, and those that are not, each with the reason."""
-    passed, others = [], {}
-    name = model_type_of(family)
-    for feature, row in feature_matrix().items():
-        outcome = row.get(name, "not tested")
-        if outcome == "pass":
-            passed.append(feature)
-        else:
-            others[feature] = outcome
-    return passed, others
+    """Return the family's key in the feature matrix: transformers' model type."""
+    return str(getattr(transformers, family.model_class).config_class.model_type)
 
 
 def stages_text(family: Family) -> str:
-    """Per released size: layers, and the paper's stages scaled to them."""
+    """List the released sizes with their layers, and the paper's stages scaled to them."""
     parts = []
     for size, layers in family.depths.items():
         stages = ", ".join(map(str, stage_layers_for(layers, family.first_stage)))
@@ -66,24 +51,24 @@ def stages_text(family: Family) -> str:
 
 
 def describe(family: Family) -> str:
-    """The text block of one family."""
-    lines = [f"{family.title} ({family.model_class})", f"  visual tokens: {family.visual_rule}"]
-    if stages := stages_text(family):
-        lines.append(f"  stages: {stages}")
-    passed, others = features_of(family)
-    lines.append(f"  tested: {', '.join(passed) or 'nothing'}")
-    lines += [f"  {feature}: {why}" for feature, why in others.items()]
-    if family.limits:
-        lines.append(f"  limits: {family.limits}")
-    return "\n".join(lines)
+    """Describe a family: its visual tokens, stages, tested features and limits."""
+    name, stages = model_type_of(family), stages_text(family)
+    outcomes = {feature: row.get(name, "not tested") for feature, row in feature_matrix().items()}
+    passed = ", ".join(feature for feature, outcome in outcomes.items() if outcome == "pass")
+    return "\n".join(
+        [
+            f"{family.title} ({family.model_class})",
+            f"  visual tokens: {family.visual_rule}",
+            *([f"  stages: {stages}"] if stages else []),
+            f"  tested: {passed or 'nothing'}",
+            *(f"  {feature}: {outcome}" for feature, outcome in outcomes.items() if outcome != "pass"),
+            *([f"  limits: {family.limits}"] if family.limits else []),
+        ]
+    )
 
 
 def describe_method(name: str) -> str:
-    """Describe a method: where it is from, where it prunes and which families it applies to.
-
-    Raises:
-        ValueError: ``name`` is nothing that ``method_of`` takes.
-    """
+    """Describe a method: its paper, its stages and the families that it applies to."""
     method = method_of(name)
     stages = ", ".join(map(str, method.layers(PAPER_LAYERS)))
     lines = [f"{method.name}: {method.title}" + (f" ({method.paper})" if method.paper else "")]
@@ -95,11 +80,11 @@ def describe_method(name: str) -> str:
 
 
 def describe_model(name_or_path: str, method_name: str | None = None) -> str:
-    """What the pruner would do with a model, read from its config; no weights are loaded.
+    """Describe what the pruner would do with a model, from the model's config; no weights are loaded.
 
     Args:
         name_or_path: folder or Hub id of the model.
-        method_name: a method whose stages and fit are told too.
+        method_name: a method whose stages and fit are described too.
 
     Raises:
         ValueError: ``method_name`` is nothing that ``method_of`` takes.
@@ -132,7 +117,7 @@ def describe_model(name_or_path: str, method_name: str | None = None) -> str:
     )
 
 
-def _fit(name: str, family: Family, config: Any, first: int) -> str:
+def _fit(name: str, family: Family, config: PreTrainedConfig, first: int) -> str:
     """Tell in one line where the method prunes in the model of ``config``, or why it cannot."""
     method = method_of(name)
     layers = method.layers(config.get_text_config().num_hidden_layers, first)
@@ -143,12 +128,11 @@ def _fit(name: str, family: Family, config: Any, first: int) -> str:
             attach(skeleton(config), method.make(layers), schedule=stages).detach()
         except ValueError as error:
             reason = str(error)
-    stages_told = f"stages before layers {', '.join(map(str, layers))}"
-    return f"  method {name}: {reason or stages_told}"
+    return f"  method {name}: " + (reason or f"stages before layers {', '.join(map(str, layers))}")
 
 
 def families_markdown() -> str:
-    """The table of families for README."""
+    """Make the table of families for README."""
     rows = ["| family | visual tokens | layers and stages that make sense |", "|---|---|---|"]
     for family in FAMILIES.values():
         limits = f" {family.limits}" if family.limits else ""
@@ -158,7 +142,7 @@ def families_markdown() -> str:
 
 
 def matrix_markdown() -> str:
-    """The family x feature matrix for docs: a check mark where the tests pass, a numbered note elsewhere."""
+    """Make the family x feature matrix for docs: a check mark where the tests pass, a numbered note elsewhere."""
     titles = {model_type_of(family): family.title for family in FAMILIES.values()}
     matrix = feature_matrix()
     names = [name for name in titles if any(name in row for row in matrix.values())]
@@ -176,7 +160,7 @@ def matrix_markdown() -> str:
 
 
 def page() -> str:
-    """docs/families.md."""
+    """Make the text of docs/families.md."""
     return "\n\n".join(
         [
             "# Families and features",
@@ -189,7 +173,8 @@ def page() -> str:
     )
 
 
-def main(arguments: Sequence[str] | None = None) -> Any:
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Print what the command line asks for."""
     summary, _, rest = (__doc__ or "").partition("\n\n")
     parser = argparse.ArgumentParser(
         prog="python -m toprl_models.check",

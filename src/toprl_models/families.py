@@ -1,4 +1,4 @@
-"""The supported model families: one row each. A family needs no code of its own, only to know where things are."""
+"""The supported model families, one row each: where the pruner finds things. A family needs no code."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Family:
-    """Where the pruner finds what it needs in one class of models.
+    """A row of the table: places that the pruner looks up in one class of models.
 
     Attributes:
         model_class: name of the transformers class (subclasses are covered by it).
@@ -127,7 +127,7 @@ def register_family(family: Family) -> None:
 
     The class must have a ``base_model`` that takes ``input_ids`` and ``pixel_values*``, and a ``get_decoder()`` whose
     ``layers`` are called with ``attention_mask``, ``position_embeddings`` and ``past_key_values``, as those of
-    transformers are; nothing is added to visual tokens between layers (else set ``min_stage`` behind it).
+    transformers are; nothing is added to visual tokens between layers (else set ``min_stage`` after that layer).
     SmolVLM and Idefics3 are tested so, in both modes. Gemma 3, whose image tokens see each other, works in compact
     mode with "sdpa" and "eager"; what would be wrong is refused: mask mode, "flex_attention", images on a filled cache.
 
@@ -149,10 +149,10 @@ def register_family(family: Family) -> None:
 
 
 def family_of(model: PreTrainedModel) -> Family:
-    """The family row of ``model``.
+    """Return the family row of ``model``.
 
     Raises:
-        TypeError: the class (or a base class of it) has no row; the message lists those that have.
+        TypeError: neither the class nor a base class has a row; the message lists those that have.
     """
     for cls in type(model).__mro__:
         if cls.__name__ in FAMILIES:
@@ -166,12 +166,12 @@ def family_of(model: PreTrainedModel) -> Family:
 
 
 def min_stage_of(model: PreTrainedModel, family: Family) -> int:
-    """First layer of ``model`` that may prune."""
+    """Return the first layer of ``model`` that may prune."""
     return family.min_stage(model) if callable(family.min_stage) else family.min_stage
 
 
 def visual_token_ids(model: PreTrainedModel, family: Family) -> tuple[int, ...]:
-    """Token ids that stand for visual tokens in ``input_ids``.
+    """Return the token ids that stand for visual tokens in ``input_ids``.
 
     Raises:
         ValueError: the model's config has none of the family's attributes.
@@ -206,7 +206,7 @@ def count_visual(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> list[i
 
 
 def video_token_ids(model: PreTrainedModel, family: Family) -> tuple[int, ...]:
-    """Those of ``visual_token_ids`` that stand for videos only, if the model takes these in arguments of their own."""
+    """Return the ``visual_token_ids`` that stand for videos only, if the model takes videos as separate arguments."""
     if "pixel_values_videos" not in inspect.signature(model.base_model.forward).parameters:
         return ()
     kinds: dict[int, set[bool]] = {}
@@ -217,16 +217,16 @@ def video_token_ids(model: PreTrainedModel, family: Family) -> tuple[int, ...]:
 
 
 def decoder_of(model: PreTrainedModel) -> nn.Module:
-    """The text decoder (the module that owns ``layers``)."""
+    """Return the text decoder, the module with ``layers``."""
     return model.get_decoder()
 
 
-def has_plain_positions(decoder: nn.Module) -> bool:
-    """Whether positions are numbers in the sequence; M-RoPE's are places in images and moments of videos."""
+def has_plain_positions(decoder: PreTrainedModel) -> bool:
+    """Tell whether positions count tokens; M-RoPE's are places in images and moments of videos."""
     parameters = getattr(decoder.config, "rope_parameters", None) or {}
     return "mrope_section" not in parameters
 
 
-def has_kinds_of_positions(decoder: nn.Module) -> bool:
-    """Whether rotary tables differ by kind of layer, as in Gemma 3."""
-    return "layer_type" in inspect.signature(decoder.rotary_emb.forward).parameters  # type: ignore[union-attr]
+def has_kinds_of_positions(decoder: PreTrainedModel) -> bool:
+    """Tell whether rotary tables differ by kind of layer, as in Gemma 3."""
+    return "layer_type" in inspect.signature(decoder.rotary_emb.forward).parameters

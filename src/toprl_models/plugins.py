@@ -14,7 +14,7 @@ from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import TypeGuard
 
 from toprl_models.policy import Policy
 from toprl_models.registry import METHODS, Method, register_method
@@ -65,7 +65,7 @@ def method_in_file(name: str) -> Method:
     if not path.is_file() or path.suffix != ".py":
         raise ValueError(f"method {name!r}: there is no Python file {path}; give path:Class, as in my_file.py:MyMethod")
     module = _module(path, path.stat().st_mtime_ns)
-    policy: Any = getattr(module, class_name, None)
+    policy = getattr(module, class_name, None)
     if not _is_policy(policy):
         inside = [
             key for key, value in vars(module).items() if _is_policy(value) and value.__module__ == module.__name__
@@ -83,13 +83,13 @@ def files_of(name: str) -> list[Path]:
     return [Path(part.strip().rpartition(":")[0]).expanduser() for part in name.split("+") if ":" in part]
 
 
-def _is_policy(value: object) -> bool:
+def _is_policy(value: object) -> TypeGuard[type[Policy]]:
     return inspect.isclass(value) and issubclass(value, Policy)
 
 
 @functools.cache
 def _module(path: Path, changed: int) -> ModuleType:
-    """Import ``path``; ``changed`` is its time, so that a file that was edited is imported again."""
+    """Import ``path``; ``changed`` is the file's time, so that an edited file is imported again."""
     spec = importlib.util.spec_from_file_location(f"toprl_method_{path.stem}_{abs(hash(path)):x}", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)

@@ -54,7 +54,7 @@ class StageContext:
         valid_mask: bool ``[B, V]``, False for padding and for tokens that an earlier stage dropped.
         visual_index: int64 ``[B, V]``, each slot's number among the prompt's original visual tokens.
         num_visual: original visual tokens per prompt, on the host.
-        num_keep: tokens this stage shall keep per prompt, on the host.
+        num_keep: tokens that this stage keeps per prompt, on the host.
         text_state: state of the last prompt token ``[B, d]``.
         last_attention: call it for the attention of the last prompt token to each visual token, float32 ``[B, V]``: the
             model's own attention weights, mean over heads (see ``Policy.attention_from``).
@@ -81,7 +81,7 @@ class StageContext:
     text_states: Callable[[], TextStates] = _without_text
 
     def of_original(self, values: Tensor) -> Tensor:
-        """Pick what is given per original visual token, ``[B, max(num_visual)]``, for the slots here: ``[B, V]``."""
+        """Pick ``values`` of original visual tokens, ``[B, max(num_visual)]``, for this stage's slots: ``[B, V]``."""
         return values.gather(1, self.visual_index.clamp(min=0))
 
 

@@ -11,11 +11,11 @@ import contextlib
 import functools
 import weakref
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any, Literal, NoReturn
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, SupportsIndex
 
 from torch import Tensor, nn
 
-from toprl_models.families import decoder_of, family_of, has_kinds_of_positions, has_plain_positions, min_stage_of
+from toprl_models.families import family_of, has_kinds_of_positions, has_plain_positions, min_stage_of
 from toprl_models.policy import Policy
 from toprl_models.runtime.compact import Compact
 from toprl_models.runtime.guards import refuse_recurrent
@@ -27,6 +27,7 @@ from toprl_models.runtime.state import StageTrace
 from toprl_models.schedule import Schedule
 
 if TYPE_CHECKING:
+    from torch.utils.hooks import RemovableHandle
     from transformers import PreTrainedModel
 
 Mode = Literal["compact", "mask"]
@@ -39,21 +40,17 @@ class Pruner:
 
     def __init__(self, model: PreTrainedModel, policy: Policy, schedule: Schedule, mode: Mode) -> None:
         self.model, self.policy, self.schedule, self.mode = model, policy, schedule, mode
-        decoder = decoder_of(model)
+        decoder = model.get_decoder()
         plain = has_plain_positions(decoder)
         renumbers = tuple(
             plain and policy.at_stage(stage).positions == "renumbered" for stage in range(len(schedule.layers))
         )
         self._mode: Compact | Mask = Mask() if mode == "mask" else Compact(decoder, schedule.layers, renumbers)
         self._runtime = Runtime(model, policy, schedule, self._mode, VisualIds.of(model, family_of(model)))
-        self._handles: list[Any] = []
-        self._wrapped: dict[str, tuple[Any, Any]] = {}  # the model's attributes: ours, and the instance's before
-        self._attach(decoder)
-
-    def _attach(self, decoder: nn.Module) -> None:
         _ATTACHED.add(decoder)
-        runtime, model = self._runtime, self.model
-        self._handles = runtime.hook() + self.policy.hooks(model)
+        runtime = self._runtime
+        self._handles: list[RemovableHandle] = runtime.hook() + self.policy.hooks(model)
+        self._wrapped: dict[str, tuple[object, object]] = {}  # the model's attributes: ours, and the instance's before
         # PEFT calls the method forward(), past the module's hooks
         self._wrap("forward", runtime.calling(model.forward))
         self._wrap("generate", runtime.generating(model.generate))
@@ -64,7 +61,7 @@ class Pruner:
         self._wrap("_loss_function", functools.partial(runtime.loss, model.loss_function))
         self._mode.install(model)
 
-    def _wrap(self, name: str, value: Callable[..., Any]) -> None:
+    def _wrap(self, name: str, value: Callable) -> None:
         self._wrapped[name] = value, vars(self.model).get(name)
         setattr(self.model, name, value)
 
@@ -85,18 +82,18 @@ class Pruner:
         self._handles, self._wrapped = [], {}
         self._runtime.enabled = False  # a wrapper that others have wrapped stays, and does nothing
         self._mode.uninstall(self.model)
-        _ATTACHED.discard(decoder_of(self.model))
+        _ATTACHED.discard(self.model.get_decoder())
         self._runtime.forget()
         self._runtime.thread.survivors = None
 
     @property
     def attached(self) -> bool:
-        """Whether the model is pruned by this object."""
+        """Tell whether this object prunes the model now."""
         return bool(self._handles)
 
     @property
     def trace(self) -> list[StageTrace]:
-        """What each stage did in the last prompt with images; empty after a prompt without any."""
+        """List what each stage did in the last prompt with images; empty after a prompt without any."""
         return self._runtime.trace
 
     @trace.setter
@@ -111,7 +108,7 @@ class Pruner:
 
     @contextlib.contextmanager
     def disabled(self) -> Iterator[None]:
-        """Within this context the model behaves as if it was not attached; caches of pruned prompts do not mix in."""
+        """Leave the model unpruned within this context; caches of pruned prompts do not mix in."""
         self._runtime.running.check()
         was, self._runtime.enabled = self._runtime.enabled, False
         self._mode.uninstall(self.model)
@@ -124,7 +121,7 @@ class Pruner:
 
     @contextlib.contextmanager
     def prompt_length(self, length: int | Tensor) -> Iterator[None]:
-        """Within this context the prompts of forward passes end after ``length`` slots; a policy sees nothing later.
+        """End the prompts of forward passes within this context after ``length`` slots; a policy sees nothing later.
 
         ``model(..., prompt_length=length)`` says the same of one call. Without it, the first label that is not -100
         begins the answer, or the prompt is that of ``generate()``, or all of the forward pass.
@@ -140,12 +137,12 @@ class Pruner:
         finally:
             thread.prompt_length = was
 
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        return self._runtime.__reduce_ex__(protocol)  # refuses, as do copies of the model
+    def __reduce_ex__(self, protocol: SupportsIndex) -> NoReturn:
+        self._runtime.__reduce_ex__(protocol)  # refuses, as do copies of the model
 
 
 def _refuse_continuous_batching(*args: Any, **kwargs: Any) -> NoReturn:
-    """Stands in for transformers' continuous batching, which has pages of keys and values instead of a cache."""
+    """Refuse transformers' continuous batching, which has pages of keys and values instead of a cache."""
     raise ValueError(
         "continuous batching (generate_batch) would run unpruned: use generate(), or detach() the Pruner first"
     )
@@ -183,24 +180,24 @@ def attach(model: PreTrainedModel, policy: Policy, *, schedule: Schedule, mode: 
         raise TypeError(f"schedule is a {type(schedule).__name__}; pass Schedule(stages=((layer, keep), ...))")
     if mode not in ("compact", "mask"):
         raise ValueError(f'mode={mode!r} must be "compact" or "mask"')
-    decoder = decoder_of(model)
+    decoder = model.get_decoder()
     if decoder in _ATTACHED:
         raise RuntimeError("model is attached already; call .detach() on its Pruner (or leave its with block) first")
-    schedule.check_layers(len(decoder.layers))  # type: ignore[arg-type]
+    schedule.check_layers(len(decoder.layers))
     first = min_stage_of(model, family)
     if schedule.layers[0] < first:
         raise ValueError(
             f"schedule: first stage at layer {schedule.layers[0]}, but {type(model).__name__} can prune before layer "
             f"{first} at the earliest"
         )
-    refuse_recurrent(decoder.layers, decoder.config, schedule.layers[0], mode)  # type: ignore[arg-type]
+    refuse_recurrent(decoder.layers, decoder.config, schedule.layers[0], mode)
     policy.check(model, schedule)
     for stage, layer in enumerate(schedule.layers):
         _check_stage(policy.at_stage(stage), layer, decoder, mode)
     return Pruner(model, policy, schedule, mode)
 
 
-def _check_stage(policy: Policy, layer: int, decoder: nn.Module, mode: Mode) -> None:
+def _check_stage(policy: Policy, layer: int, decoder: PreTrainedModel, mode: Mode) -> None:
     """Refuse a policy that does not fit the decoder or the mode at the stage before ``layer``."""
     name = type(policy).__name__
     if policy.attention_from not in ("none", "previous", "current"):
@@ -208,8 +205,7 @@ def _check_stage(policy: Policy, layer: int, decoder: nn.Module, mode: Mode) -> 
     if policy.attention_from == "previous" and not layer:
         raise ValueError(f"schedule: a stage at layer 0, but {name} reads the attention of the layer before")
     if policy.attention_from != "none":
-        layers: Any = decoder.layers
-        attention_of(layers[layer - (policy.attention_from == "previous")])
+        attention_of(decoder.layers[layer - (policy.attention_from == "previous")])
     if policy.positions not in ("original", "renumbered"):
         raise ValueError(f'policy.positions={policy.positions!r} must be "original" or "renumbered"')
     if policy.positions == "renumbered" and mode == "mask":

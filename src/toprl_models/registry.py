@@ -26,26 +26,22 @@ BEFORE_LLM = (0,)
 Factory = TypeVar("Factory", bound=Callable[..., Policy])
 
 
-def _any_family(family: Family) -> str:
-    return ""
-
-
 @dataclass(frozen=True)
 class Method:
-    """One way to choose visual tokens, or several that follow each other.
+    """A pruning method, or several methods that follow each other.
 
     Attributes:
         name: as in tables' files and on command lines.
         title: for people.
-        paper: where it is from.
+        paper: where the method is from.
         policy: makes the policy with the authors' defaults; a trained method's needs arguments, see ``make``.
         stages: the layers that prune in a decoder of 32 layers.
-        staged: it may prune at any layers, any number of them.
+        staged: the method may prune at any layers, any number of them.
         merges: after a stage there are more tokens than the schedule says: ``Policy.counts`` tells how many.
         authors: tokens that the authors keep at each stage, of 576 in 32 layers, by what they call the budget.
         from_trained: makes the policy of a trained ``TopRLPolicy`` and the stages' layers; None where none is needed.
         refuses: says why the method does not apply to a family; "" where it does.
-        parts: the methods that it is composed of, one for each stage; () for a plain method.
+        parts: of a composition, the method of each stage; () for a plain method.
     """
 
     name: str
@@ -56,35 +52,31 @@ class Method:
     staged: bool = False
     merges: bool = False
     authors: Mapping[float, tuple[int, ...]] = field(default_factory=dict, hash=False)
-    from_trained: Callable[[Any, tuple[int, ...]], Policy] | None = None
-    refuses: Callable[[Family], str] = _any_family
+    from_trained: Callable[[Policy, tuple[int, ...]], Policy] | None = None
+    refuses: Callable[[Family], str] = lambda family: ""
     parts: tuple[Method, ...] = ()
 
     @property
     def trained(self) -> bool:
-        """Whether it is made of a trained ``TopRLPolicy``."""
+        """Tell whether the method needs a trained ``TopRLPolicy``."""
         return self.from_trained is not None or any(part.trained for part in self.parts)
 
     def layers(self, num_layers: int, first: int = 0, trained: Sequence[int] = ()) -> tuple[int, ...]:
-        """Scale the stages to a decoder of ``num_layers`` layers; those inside the model not before ``first``.
+        """Scale the stages to a decoder of ``num_layers`` layers.
 
         Args:
             num_layers: decoder layers.
-            first: first layer that may prune.
+            first: first layer that may prune; a method that prunes before layer 0 ignores it.
             trained: stages of the trained policy, which a method of several stages takes over.
 
         Raises:
             ValueError: the decoder is too shallow.
         """
-        if self.parts:
-            return self._layers_of_parts(num_layers, first, trained)
-        if trained and self.staged and self.trained:
-            return tuple(trained)
-        return BEFORE_LLM if self.stages == BEFORE_LLM else stage_layers_for(num_layers, max(1, first), self.stages)
-
-    def _layers_of_parts(self, num_layers: int, first: int, trained: Sequence[int]) -> tuple[int, ...]:
-        """Take each part's first stage after the stages of the parts before it."""
-        layers: list[int] = []
+        if not self.parts:
+            if trained and self.staged and self.trained:
+                return tuple(trained)
+            return BEFORE_LLM if self.stages == BEFORE_LLM else stage_layers_for(num_layers, max(1, first), self.stages)
+        layers: list[int] = []  # of each part the first stage after the parts before
         for part in self.parts:
             stages = part.layers(num_layers, first, trained)
             later = [layer for layer in stages if not layers or layer > layers[-1]]
@@ -100,7 +92,7 @@ class Method:
         """Make the policy.
 
         Args:
-            layers: where it prunes; needed by composed and one-shot methods.
+            layers: the stages; needed by composed and one-shot methods.
             trained: the ``TopRLPolicy`` of a trained method.
 
         Raises:
@@ -133,15 +125,15 @@ def register_method(
     staged: bool = False,
     merges: bool = False,
     authors: Mapping[float, tuple[int, ...]] | None = None,
-    from_trained: Callable[[Any, tuple[int, ...]], Policy] | None = None,
-    refuses: Callable[[Family], str] = _any_family,
+    from_trained: Callable[[Policy, tuple[int, ...]], Policy] | None = None,
+    refuses: Callable[[Family], str] = Method.refuses,
 ) -> Callable[[Factory], Factory]:
     """Register a pruning method; a decorator of its ``Policy`` class, or of a function that makes the policy.
 
     Args:
         name: as on command lines, without ":" and "+"; an earlier method of the same name is replaced.
-        title: for people; the class's name where it is left out.
-        paper: where it is from.
+        title: for people; by default the class's name.
+        paper: where the method is from.
         stages, staged, merges, authors, from_trained, refuses: as in ``Method``.
 
     Raises:
@@ -157,17 +149,9 @@ def register_method(
         raise ValueError(f'name={name!r} must not be empty, nor hold ":" (a file) or "+" (a composition)')
 
     def register(policy: Factory) -> Factory:
+        known_as = title or getattr(policy, "__name__", name)
         METHODS[name] = Method(
-            name,
-            title or getattr(policy, "__name__", name),
-            paper,
-            policy,
-            stages,
-            staged,
-            merges,
-            authors or {},
-            from_trained,
-            refuses,
+            name, known_as, paper, policy, stages, staged, merges, authors or {}, from_trained, refuses
         )
         return policy
 
@@ -205,10 +189,6 @@ def _composed(name: str) -> Method:
     from toprl_models.methods.compose import Compose
 
     parts = tuple(method_of(part.strip()) for part in name.split("+"))
-
-    def refuses(family: Family) -> str:
-        return next((reason for part in parts if (reason := part.refuses(family))), "")
-
     return Method(
         name,
         " + ".join(part.title for part in parts),
@@ -216,7 +196,7 @@ def _composed(name: str) -> Method:
         Compose,
         stages=(),
         merges=any(part.merges for part in parts),
-        refuses=refuses,
+        refuses=lambda family: next((reason for part in parts if (reason := part.refuses(family))), ""),
         parts=parts,
     )
 
@@ -239,8 +219,8 @@ def schedule_for(
     pruned: their 192, 128 and 64 are 206.5, 145.4 and 82.2 on average.
 
     Args:
-        model: the model, which says its depth and where it may prune. It may be left out, so that the method's name
-            comes first and ``average_tokens`` second; then the numbers below are those of LLaVA-1.5.
+        model: the model, which gives the depth and the first layer that may prune. Without a model the method's name
+            comes first and ``average_tokens`` second, and the defaults are those of LLaVA-1.5.
         method: a name that ``method_of`` takes.
         keep: wanted share of the visual tokens, averaged over all decoder layers. The schedule then has shares, which
             hold for images of any size.
@@ -263,32 +243,27 @@ def schedule_for(
         >>> schedule_for("fastv", keep=0.5).counts(576)
         (269,)
     """
-    if not isinstance(model, str):
+    if isinstance(model, str):
+        if isinstance(method, str):
+            raise ValueError(
+                f"average_tokens={method!r} must be a number; schedule_for takes a model, not a model's name"
+            )
+        average_tokens = average_tokens if method is None else method
+        info, known, first, depth = method_of(model), None, 0, num_layers or PAPER_LAYERS
+    else:
         depth = num_layers or model.config.get_text_config().num_hidden_layers
-        return _schedule(model, str(method), keep, average_tokens, inputs, num_visual, depth, layers)
-    if isinstance(method, str):
-        raise ValueError(f"average_tokens={method!r} must be a number; schedule_for takes a model, not a model's name")
-    budget = average_tokens if method is None else method
-    return _schedule(None, model, keep, budget, inputs, num_visual, num_layers or PAPER_LAYERS, layers)
-
-
-def _schedule(
-    model: PreTrainedModel | None,
-    method: str,
-    keep: float | None,
-    average_tokens: float | None,
-    inputs: Mapping[str, Any] | None,
-    num_visual: int | None,
-    num_layers: int,
-    layers: tuple[int, ...] | None,
-) -> Schedule:
-    info, first = method_of(method), 0 if model is None else min_stage_of(model, family_of(model))
-    chosen = info.layers(num_layers, first) if layers is None else tuple(layers)
-    tokens, alike = _tokens_of(model, inputs, num_visual)
+        info, known, first = method_of(str(method)), model, min_stage_of(model, family_of(model))
+    chosen = info.layers(depth, first) if layers is None else tuple(layers)
+    tokens, alike = _tokens_of(known, inputs, num_visual)
     if keep is not None and average_tokens is None:
-        _check_keep(keep, chosen, num_layers)
+        floor = chosen[0] / depth
+        if not floor <= keep <= 1:
+            raise ValueError(
+                f"keep={keep} is impossible with stages at {chosen}: the first {chosen[0]} of {depth} layers see all "
+                f"visual tokens, so it lies between {floor:.3g} and 1"
+            )
         tokens = tokens or PAPER_TOKENS
-        return in_shares(_solve(info, keep * tokens, chosen, tokens, num_layers), tokens)
+        return in_shares(_solve(info, keep * tokens, chosen, tokens, depth), tokens)
     if keep is not None or average_tokens is None:
         raise ValueError(f"keep={keep}, average_tokens={average_tokens}: give one of them")
     if tokens is None:
@@ -296,7 +271,7 @@ def _schedule(
             f"average_tokens={average_tokens}: of how many visual tokens? Pass inputs= (what the processor returned) "
             "or num_visual=, or say keep=, a share"
         )
-    schedule = _solve(info, average_tokens, chosen, tokens, num_layers)
+    schedule = _solve(info, average_tokens, chosen, tokens, depth)
     return schedule if alike else in_shares(schedule, tokens)
 
 
@@ -309,7 +284,7 @@ def in_shares(schedule: Schedule, num_visual: int) -> Schedule:
 def _tokens_of(
     model: PreTrainedModel | None, inputs: Mapping[str, Any] | None, num_visual: int | None
 ) -> tuple[int | None, bool]:
-    """Count the visual tokens of a prompt (None: not told); also tell whether all prompts have as many."""
+    """Count the visual tokens of a prompt (None: unknown), and tell whether all prompts have as many."""
     if num_visual is not None or inputs is None:
         return PAPER_TOKENS if num_visual is None and model is None else num_visual, True
     if model is None:
@@ -320,16 +295,6 @@ def _tokens_of(
     if not counts:
         raise ValueError("inputs: no prompt has a visual token; pass the processor's output for a prompt with an image")
     return round(statistics.fmean(counts)), len(set(counts)) == 1
-
-
-def _check_keep(keep: float, layers: tuple[int, ...], num_layers: int) -> None:
-    """Refuse a share that stages before ``layers`` cannot meet."""
-    floor = layers[0] / num_layers
-    if not floor <= keep <= 1:
-        raise ValueError(
-            f"keep={keep} is impossible with stages at {layers}: the first {layers[0]} of {num_layers} layers see all "
-            f"visual tokens, so it lies between {floor:.3g} and 1"
-        )
 
 
 def _solve(info: Method, average_tokens: float, layers: tuple[int, ...], num_visual: int, num_layers: int) -> Schedule:

@@ -13,7 +13,7 @@ PAPER_LAYERS, PAPER_STAGES = 32, (2, 8, 16)
 
 
 def stage_layers_for(num_layers: int, first: int = 1, stages: Sequence[int] = PAPER_STAGES) -> tuple[int, ...]:
-    """Stages before layers of a decoder of 32, scaled to another depth; ascending, none before ``first``.
+    """Scale stages of a decoder of 32 layers to another depth; ascending, none before ``first``.
 
     Raises:
         ValueError: the decoder is too shallow for so many stages.
@@ -90,7 +90,7 @@ class Schedule:
         return len(self.stages)
 
     def counts(self, num_visual: int) -> tuple[int, ...]:
-        """Visual tokens kept by each stage out of ``num_visual``; a count above what is left keeps all that is left.
+        """Count the visual tokens that each stage keeps out of ``num_visual``; no stage keeps more than is left.
 
         Raises:
             ValueError: ``num_visual`` is negative.
@@ -106,7 +106,7 @@ class Schedule:
         return tuple(kept)
 
     def segments(self, num_visual: int, num_layers: int) -> tuple[tuple[int, int], ...]:
-        """``((tokens, layers), ...)``: how many visual tokens run through how many layers (T + 1 segments).
+        """Count the visual tokens that run through groups of layers: T + 1 segments ``((tokens, layers), ...)``.
 
         Raises:
             ValueError: a stage lies at or beyond ``num_layers``.
@@ -126,24 +126,17 @@ class Schedule:
             )
 
     def average_tokens(self, num_visual: int, num_layers: int) -> float:
-        """Visual tokens averaged over all layers, the figure that papers call "retain N tokens"."""
+        """Average the visual tokens over all layers, the figure that papers call "retain N tokens"."""
         self.check_layers(num_layers)
         return flops.average_tokens(num_visual, self._counted(num_visual), num_layers)
 
     def macs(self, num_visual: int, config: flops.ModelLike) -> float:
-        """Multiply-adds of the visual tokens in the decoder (Eqs. 8-9) for a text config of transformers."""
+        """Count the decoder's multiply-adds of visual tokens (Eqs. 8-9) for a text config of transformers."""
         return flops.schedule_macs(num_visual, self._counted(num_visual), config)
 
     @classmethod
-    def for_budget(
-        cls,
-        average_tokens: float,
-        layers: Sequence[int],
-        *,
-        num_visual: int,
-        num_layers: int,
-    ) -> Schedule:
-        """The schedule with keeps r, r^2, ..., r^T (as PyramidDrop) whose average over all layers is the budget.
+    def for_budget(cls, average_tokens: float, layers: Sequence[int], *, num_visual: int, num_layers: int) -> Schedule:
+        """Find the schedule with keeps r, r^2, ..., r^T (as PyramidDrop) whose average over all layers is the budget.
 
         Args:
             average_tokens: wanted average of visual tokens over all layers.

@@ -42,12 +42,12 @@ CHAT_TEMPLATE = (
 
 
 def prompt(question: str) -> str:
-    """The prompt of one question about one image."""
+    """Make the prompt of a question about one image."""
     return f"{IMAGE} {question} {ANSWER}"
 
 
 def build_model(vocab_size: int, seed: int = 0) -> LlavaForConditionalGeneration:
-    """A tiny LLaVA with random weights, float32, in eval mode; the weights depend on ``seed`` alone."""
+    """Build a tiny LLaVA with random float32 weights, in eval mode; the weights depend on ``seed`` alone."""
     from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
     vision = CLIPVisionConfig(
@@ -88,7 +88,7 @@ def build_model(vocab_size: int, seed: int = 0) -> LlavaForConditionalGeneration
 
 
 def build_processor(words: list[str]) -> LlavaProcessor:
-    """LLaVA's processor around a word-level tokenizer of ``words`` (special tokens and the answer word are added)."""
+    """Build LLaVA's processor with a word-level tokenizer of ``words``, special tokens and the answer word."""
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
     from transformers import CLIPImageProcessor, LlavaProcessor, PreTrainedTokenizerFast
 
@@ -123,7 +123,7 @@ def build_processor(words: list[str]) -> LlavaProcessor:
 def load(
     folder: str | Path = CHECKPOINT, *, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
 ) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
-    """The shipped model (eval mode, parameters frozen) and its processor; nothing is downloaded.
+    """Load the shipped model (eval mode, parameters frozen) and its processor; nothing is downloaded.
 
     Args:
         folder: a folder written by ``training/pretrain_tiny.py``; the shipped checkpoint by default.

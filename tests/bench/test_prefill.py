@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from bench import prefill
-from toprl_models import Pruner, RandomPolicy, Schedule, attach
+from toprl_models import RandomPolicy, Schedule, attach
+from toprl_models.runtime.compact import Compact
 
 CPU = torch.device("cpu")
 # two crops of 8 x 8 patches, grouped queries
@@ -131,20 +132,19 @@ def test_pixel_values_where_features_are_not_taken(toy, monkeypatch):
 
 def renumber(monkeypatch):
     """A pruner that gives survivors new positions 0, 1, 2, ... instead of their own."""
-    right = Pruner._shorten
+    right = Compact.before_layer
 
     def wrong(self, forward, number, index, hidden_states, kwargs):
-        tables = kwargs["position_embeddings"]
-        right(self, forward, number, index, hidden_states, kwargs)
-        kwargs["position_embeddings"] = tuple(table[:, : hidden_states.shape[1]] for table in tables)
+        tables = tuple(table[:, : hidden_states.shape[1]] for table in kwargs["position_embeddings"])
+        return {**right(self, forward, number, index, hidden_states, kwargs), "position_embeddings": tables}
 
-    monkeypatch.setattr(Pruner, "_shorten", wrong)
+    monkeypatch.setattr(Compact, "before_layer", wrong)
 
 
 def shift(monkeypatch):
     """A pruner that touches the states even where it drops nothing."""
-    right = Pruner._at_stage
-    monkeypatch.setattr(Pruner, "_at_stage", lambda self, *args: right(self, *args) * (1 + 1e-6))
+    right = Compact.at_stage
+    monkeypatch.setattr(Compact, "at_stage", lambda self, *args: right(self, *args) * (1 + 1e-6))
 
 
 def drop_nothing(monkeypatch):

@@ -1,7 +1,7 @@
-"""The plug-in for lmms-eval: which models it adds and what their ``--model_args`` say (docs/lmms_eval.md).
+"""The plug-in for lmms-eval: the models it adds and the meaning of their ``--model_args`` (docs/lmms_eval.md).
 
 lmms-eval finds ``manifests`` by the entry point group ``lmms_eval.models``. The models themselves are in
-``lmms_eval_models.py``, which lmms-eval imports when one is asked for; nothing here needs lmms-eval before it calls.
+``lmms_eval_models.py``, which lmms-eval imports when one is asked for; this module imports no lmms-eval until called.
 """
 
 from __future__ import annotations
@@ -18,13 +18,14 @@ from toprl_models.registry import METHODS, in_shares, method_of, schedule_for
 from toprl_models.schedule import Schedule
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig
+    from lmms_eval.models.registry_v2 import ModelManifest
+    from transformers import PretrainedConfig, PreTrainedModel
 
 MODELS = "toprl_models.integrations.lmms_eval_models"
 
 
-def manifests() -> list[Any]:
-    """``lmms_eval.models.registry_v2.ModelManifest`` of each model; lmms-eval calls this."""
+def manifests() -> list[ModelManifest]:
+    """List the models for lmms-eval, which calls this function."""
     from lmms_eval.models.registry_v2 import ModelManifest
 
     return [
@@ -35,7 +36,7 @@ def manifests() -> list[Any]:
 
 @dataclass(frozen=True)
 class PruningArguments:
-    """What ``--model_args`` say about pruning.
+    """Pruning options of ``--model_args``.
 
     Attributes:
         method: what ``toprl_models.method_of`` takes: a name, my_file.py:MyMethod, divprune+fastv.
@@ -53,9 +54,9 @@ class PruningArguments:
 
     @classmethod
     def take_from(cls, arguments: dict[str, Any]) -> PruningArguments:
-        """Pop what concerns pruning out of a constructor's keyword arguments; the others stay.
+        """Pop the pruning options out of a constructor's keyword arguments; the others stay.
 
-        Values are what lmms-eval makes of the text behind ``=``: bool, int or float where it looks like one, else str.
+        Values are what lmms-eval makes of the text after ``=``: bool, int or float where possible, else str.
 
         Raises:
             ValueError: an argument is missing, has an impossible value, or does not go with another one.
@@ -67,21 +68,24 @@ class PruningArguments:
             raise ValueError(f"mode={mode}: an evaluation removes tokens, which is mode=compact; leave mode out")
         return cls(
             method=_method(method, policy),
-            budget=_positive("budget", budget, "visual tokens averaged over all layers, as in budget=192"),
+            budget=_budget(budget),
             policy=None if policy is None else str(policy),
             stages=None if stages is None else _layers(stages),
             num_visual=None if num_visual is None else _whole_number(num_visual),
         )
 
     def prepare(self, config: PretrainedConfig) -> tuple[Policy, Schedule]:
-        """The policy (on the CPU) and schedule for a model with ``config``, tried on its skeleton: no weights needed.
+        """Make policy (on the CPU) and schedule for a model with ``config``, tried on a model without weights.
 
         Raises:
             ValueError: an impossible budget, or a policy or stages that do not fit the model.
             TypeError: a class of models that cannot be pruned.
         """
         num_layers, num_visual = config.get_text_config().num_hidden_layers, self._out_of(config)
-        policy, layers = self._policy(num_layers)
+        method = method_of(self.method)
+        trained = None if self.policy is None else load_policy(self.policy)
+        layers = self.stages or method.layers(num_layers, trained=() if trained is None else trained.stage_layers)
+        policy = method.make(layers, trained)
         try:
             counted = schedule_for(
                 self.method, self.budget, num_visual=num_visual, num_layers=num_layers, layers=layers
@@ -93,15 +97,8 @@ class PruningArguments:
         attach(skeleton(config), policy, schedule=schedule).detach()
         return policy, schedule
 
-    def _policy(self, num_layers: int) -> tuple[Policy, tuple[int, ...]]:
-        """The policy and the layers that it prunes before."""
-        method = method_of(self.method)
-        trained = None if self.policy is None else load_policy(self.policy)
-        layers = self.stages or method.layers(num_layers, trained=() if trained is None else trained.stage_layers)
-        return method.make(layers, trained), layers
-
     def _out_of(self, config: PretrainedConfig) -> int:
-        """The visual tokens that the budget is out of."""
+        """Return the number of visual tokens that the budget is out of."""
         if self.num_visual is not None:
             return self.num_visual
         if config.model_type != "llava":
@@ -115,10 +112,10 @@ class PruningArguments:
 
 
 def load_policy(name: str) -> TopRLPolicy:
-    """A trained policy from a folder or the Hub, in eval mode.
+    """Load a trained policy from a folder or the Hub, in eval mode.
 
     Raises:
-        ValueError: there is none.
+        ValueError: no policy is there.
     """
     try:
         return TopRLPolicy.from_pretrained(name)
@@ -127,20 +124,20 @@ def load_policy(name: str) -> TopRLPolicy:
 
 
 def trained_parts(policy: Policy) -> list[TopRLPolicy]:
-    """List the trained policies in ``policy``, which may be trained, hold a trained one, or be composed of several."""
+    """List the trained policies in ``policy``: itself, a policy that it holds, or those that it is composed of."""
     parts = getattr(policy, "policies", (policy,))
     return [inner for part in parts if isinstance(inner := getattr(part, "policy", part), TopRLPolicy)]
 
 
-def skeleton(config: PretrainedConfig) -> Any:
-    """The model of ``config`` without memory for its weights."""
+def skeleton(config: PretrainedConfig) -> PreTrainedModel:
+    """Build the model of ``config`` without memory for weights."""
     from transformers import AutoModelForImageTextToText
 
     with torch.device("meta"):
         return AutoModelForImageTextToText.from_config(config)
 
 
-def _method(method: Any, policy: Any) -> str:
+def _method(method: object, policy: object) -> str:
     if method is None and policy is None:
         raise ValueError(f"method is missing: give method=NAME ({', '.join(METHODS)}) or policy=FOLDER_OR_HUB_ID")
     method = "toprl" if method is None else str(method)
@@ -155,21 +152,21 @@ def _method(method: Any, policy: Any) -> str:
     return method
 
 
-def _positive(name: str, value: Any, what: str) -> float:
+def _budget(value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
-        found = f"{name} is missing" if value is None else f"{name}={value} is not a positive number"
-        raise ValueError(f"{found}; give {what}")
+        problem = "budget is missing" if value is None else f"budget={value} is not a positive number"
+        raise ValueError(f"{problem}; give visual tokens averaged over all layers, as in budget=192")
     return float(value)
 
 
-def _whole_number(value: Any) -> int:
+def _whole_number(value: object) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise ValueError(f"num_visual={value} is not a positive whole number; give what the budget is out of")
     return value
 
 
-def _layers(text: Any) -> tuple[int, ...]:
-    """``2:8:16``; a single layer arrives as an int."""
+def _layers(text: object) -> tuple[int, ...]:
+    """Read layers such as ``2:8:16``; a single layer arrives as an int."""
     try:
         layers = tuple(int(part) for part in str(text).split(":"))
         Schedule(tuple((layer, 1.0) for layer in layers))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lmms_eval.api.model import lmms
 from lmms_eval.models.chat.llava_hf import LlavaHf as PlainLlavaHfChat
@@ -19,33 +19,38 @@ from toprl_models.integrations.lmms_eval import PruningArguments, trained_parts
 from toprl_models.pruner import Pruner, attach
 from toprl_models.schedule import Schedule
 
+if TYPE_CHECKING:
+    from lmms_eval.api.instance import Instance
+    from PIL.Image import Image
+    from transformers import BatchFeature, ProcessorMixin
+
 
 class _GenerationFailed(BaseException):
-    """Carries an exception through ``except Exception``, which would make an empty answer of it."""
+    """Carrier of an exception through ``except Exception``, which would turn it into an empty answer."""
 
 
 class _Pruned(lmms):
-    """What is added to a model of lmms-eval.
+    """Addition to a model of lmms-eval.
 
     Args:
         pretrained: folder or Hub id of the model.
-        arguments: those of ``PruningArguments``, and those of the model that is pruned.
+        kwargs: the arguments of ``PruningArguments`` and of the model.
 
     Raises:
         ValueError, TypeError: pruning arguments that make no sense or do not fit the model, before it is loaded.
     """
 
-    def __init__(self, pretrained: str, **arguments: Any) -> None:
-        pruning = PruningArguments.take_from(arguments)
-        config = AutoConfig.from_pretrained(pretrained, revision=arguments.get("revision", "main"))
+    def __init__(self, pretrained: str, **kwargs: Any) -> None:
+        pruning = PruningArguments.take_from(kwargs)
+        config = AutoConfig.from_pretrained(pretrained, revision=kwargs.get("revision", "main"))
         policy, schedule = pruning.prepare(config)
-        super().__init__(pretrained=pretrained, **arguments)
+        super().__init__(pretrained=pretrained, **kwargs)
         for trained in trained_parts(policy):
             trained.to(self.model.device)
         self.pruner = attach(self.model, policy, schedule=schedule)
 
-    def generate_until(self, requests: list[Any]) -> list[Any]:
-        """The model's answers. ``throughput`` of lmms-eval's results gets the visual tokens that they have cost.
+    def generate_until(self, requests: list[Instance]) -> list[str]:
+        """Generate answers; ``throughput`` of lmms-eval's results gets the visual tokens that the answers cost.
 
         Raises:
             Exception: whatever a generation raised, at once.
@@ -54,24 +59,24 @@ class _Pruned(lmms):
             answers = super().generate_until(requests)
         if prompts:
             before, after = (statistics.fmean(column) for column in zip(*prompts, strict=True))
-            found = {"visual_tokens": before, "visual_tokens_over_layers": after}
-            log_metrics(total_elapsed_time=0.0, total_gen_tokens=0, avg_speed=0.0, additional_metrics=found)
+            metrics = {"visual_tokens": before, "visual_tokens_over_layers": after}
+            log_metrics(total_elapsed_time=0.0, total_gen_tokens=0, avg_speed=0.0, additional_metrics=metrics)
         return answers
 
     def clean(self) -> None:
-        """lmms-eval calls it after an evaluation, to free the model."""
+        """Free the model after an evaluation, when lmms-eval calls this method."""
         self.pruner.detach()
         del self.pruner
         super().clean()
 
 
 class _PrunedLlava(_Pruned):
-    """What is added to lmms-eval's LLaVA."""
+    """Addition to lmms-eval's LLaVA."""
 
-    _image_processor: Any
+    _image_processor: ProcessorMixin | _WithImages
 
-    def loglikelihood(self, requests: list[Any]) -> list[Any]:
-        """Return the loss of each answer and whether it is the greedy one; the policy does not see the answer."""
+    def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
+        """Return each answer's loss and whether decoding would give this answer; the policy does not see it."""
         processor, self._image_processor = self._image_processor, _WithImages(self._image_processor)
         try:
             return super().loglikelihood(requests)
@@ -80,18 +85,19 @@ class _PrunedLlava(_Pruned):
 
 
 class _WithImages:
-    """A processor that gives a text without images those of the text before it.
+    """Processor that gives a text without images those of the text before.
 
-    lmms-eval measures the question alone, to know where the answer begins, and processes it without its images. That is
-    an error in processors of transformers 5.23; before, it was too short by all placeholders but one.
+    lmms-eval measures the question alone, to know where the answer begins, and processes the question without images.
+    That is an error in processors of transformers 5.23; earlier ones left out all placeholders but the first.
     """
 
-    def __init__(self, processor: Any) -> None:
-        self._processor, self._images = processor, None
+    def __init__(self, processor: ProcessorMixin | _WithImages) -> None:
+        self._processor = processor
+        self._images: list[Image] | None = None
 
-    def __call__(self, *, images: Any = None, **arguments: Any) -> Any:
+    def __call__(self, *, images: list[Image] | None = None, **kwargs: Any) -> BatchFeature:
         self._images = self._images if images is None else images
-        return self._processor(images=self._images, **arguments)
+        return self._processor(images=self._images, **kwargs)
 
 
 class LlavaHf(_PrunedLlava, PlainLlavaHf):
@@ -112,7 +118,7 @@ class Qwen2_5_VLChat(_Pruned, PlainQwen2_5_VLChat):
 
 @contextmanager
 def _watch(pruner: Pruner) -> Iterator[list[tuple[int, float]]]:
-    """Within, ``generate()`` of the pruner's model notes each prompt, and its exceptions come through.
+    """Note each prompt of the model's ``generate()`` within this context, and let exceptions through.
 
     Yields:
         One pair for each prompt with an image: its visual tokens, and what is left of them averaged over all layers.

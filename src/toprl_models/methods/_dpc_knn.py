@@ -14,11 +14,11 @@ def dpc_knn(states: Tensor, valid: Tensor, num_clusters: Tensor, max_clusters: i
     """Cluster the points of each row.
 
     Distances are Euclidean, divided by sqrt(d). A point's density is exp(-mean of its C smallest squared distances),
-    its own 0 among them, plus noise. Its score is the density times the distance to the nearest denser point (the
+    the 0 to itself among them, plus noise. Its score is the density times the distance to the nearest denser point (the
     densest point: the largest distance of the row); the C best are the centres, and each point joins the nearest one.
 
     Deviation from SparseVLM's code, where the noise is drawn anew in each call: here it is a fixed sequence, spread
-    evenly over [0, 1e-6) and the same for every row, so that a point's cluster depends on nothing but its own row.
+    evenly over [0, 1e-6) and the same for every row, so that a point's cluster depends on nothing but the row.
 
     Args:
         states: points ``[B, n, d]``, any float dtype; computed in float32.
@@ -52,21 +52,18 @@ def dpc_knn(states: Tensor, valid: Tensor, num_clusters: Tensor, max_clusters: i
 
     to_centres = distance.gather(2, centres[:, None].expand(-1, length, -1))
     assignment = to_centres.masked_fill(~counted[:, None], torch.inf).argmin(-1)
-    # a centre's own cluster, even where another centre is the same point
+    # a centre is in the cluster it makes, even where another centre is the same point
     places = torch.where(counted, centres, length)
-    own = assignment.new_full((batch, length + 1), -1).scatter(1, places, rank.expand(batch, -1))[:, :length]
-    assignment = torch.where(own >= 0, own, assignment)
+    of_centre = assignment.new_full((batch, length + 1), -1).scatter(1, places, rank.expand(batch, -1))[:, :length]
+    assignment = torch.where(of_centre >= 0, of_centre, assignment)
     assignment = assignment.masked_fill(~(valid & (num_clusters > 0)[:, None]), -1)
     return assignment, centres.masked_fill(~counted, -1)
 
 
 def cluster_means(states: Tensor, assignment: Tensor, max_clusters: int) -> Tensor:
-    """Uniform mean of the points of each cluster, ``[B, max_clusters, d]`` in the dtype of ``states``; zeros for none.
+    """Average the points of each cluster: ``[B, max_clusters, d]`` in the dtype of ``states``; zeros for none.
 
-    Args:
-        states: points ``[B, n, d]``; summed in float32 at least.
-        assignment: int64 ``[B, n]`` from ``dpc_knn``.
-        max_clusters: the largest number of clusters of a row.
+    The points ``states`` [B, n, d] are summed in float32 at least; int64 ``assignment`` [B, n] is that of ``dpc_knn``.
     """
     member = (assignment[:, None] == torch.arange(max_clusters, device=states.device)[:, None]).float()  # [B, C, n]
     # padding may hold anything, and 0 * inf is not 0

@@ -1,4 +1,4 @@
-"""What pruning methods read of the vision tower: recorded by module hooks, for the one forward pass that needs it.
+"""Readings of the vision tower for pruning methods, recorded by module hooks for the forward pass that needs them.
 
 ``generate()`` of recent transformers encodes the pictures before the model's forward pass and hands over features only.
 So nothing can be read from the model's arguments, and the tower's own modules are watched.
@@ -21,6 +21,7 @@ from toprl_models.policy import Policy, StageContext
 if TYPE_CHECKING:
     from torch.utils.hooks import RemovableHandle
     from transformers import PreTrainedModel
+    from transformers.modeling_layers import GradientCheckpointingLayer
 
     from toprl_models.schedule import Schedule
 
@@ -38,17 +39,18 @@ def no_class_token(family: Family) -> str:
     return family.no_class_token or no_image_tower(family)
 
 
+def no_choice_by_class_token(family: Family) -> str:
+    """Say why a class token cannot choose tokens of a family before layer 0; "" where it can."""
+    return after_first_layers(family) or no_class_token(family)
+
+
 def no_image_tower(family: Family) -> str:
     """Say that a family's row names no vision tower; "" where it does."""
     return "" if family.image_tower else f"the row of {family.model_class} names no image_tower"
 
 
 def check_before_llm(policy: Policy, schedule: Schedule) -> None:
-    """Refuse any schedule but one stage before layer 0.
-
-    Raises:
-        ValueError: other stages.
-    """
+    """Refuse any schedule but one stage before layer 0."""
     if schedule.layers != (0,):
         raise ValueError(
             f"schedule: stages before layers {schedule.layers}, but {type(policy).__name__} chooses tokens before the "
@@ -57,14 +59,7 @@ def check_before_llm(policy: Policy, schedule: Schedule) -> None:
 
 
 def refuse_videos(policy: Policy, inputs: Mapping[str, Any]) -> None:
-    """Refuse a prompt with videos in arguments of their own.
-
-    Args:
-        inputs: what the model was called with.
-
-    Raises:
-        ValueError: videos came along.
-    """
+    """Refuse model ``inputs`` with videos."""
     encoded = inputs.get("mm_encoder_outputs") or {}
     if inputs.get("pixel_values_videos") is not None or encoded.get("video") is not None:
         raise ValueError(
@@ -74,10 +69,10 @@ def refuse_videos(policy: Policy, inputs: Mapping[str, Any]) -> None:
 
 
 def tile_shares(budget: int, capacities: Sequence[int]) -> list[int]:
-    """``budget`` tokens over tiles, as evenly as their ``capacities`` allow.
+    """Divide ``budget`` tokens among tiles, as evenly as their ``capacities`` allow.
 
-    A tile with fewer tokens than an even share gives all, and the others share what it lacks; what does not divide goes
-    one each to the last of the largest tiles. The sum is ``min(budget, sum(capacities))``.
+    A tile with fewer tokens than an even share keeps all, and the others share what that tile lacks; the last of the
+    largest tiles get one more each where the budget does not divide. The sum is ``min(budget, sum(capacities))``.
 
     Example:
         >>> tile_shares(10, [5, 1, 9])
@@ -92,15 +87,15 @@ def tile_shares(budget: int, capacities: Sequence[int]) -> list[int]:
 
 
 def split_rows(lengths: Sequence[int], num_visual: Sequence[int]) -> tuple[int, list[range]]:
-    """Which pictures lie in which row of the batch; the features of all fill the visual slots in order.
+    """Find the pictures of each row of the batch, whose features fill the visual slots in order.
 
     Args:
         lengths: visual tokens of each encoded picture.
         num_visual: visual tokens of each row.
 
     Returns:
-        How many rows there are for each prompt (``num_return_sequences`` and beams repeat rows, not pictures), and for
-        the first of them the numbers of its pictures.
+        The number of rows of each prompt (``num_return_sequences`` and beams repeat rows, not pictures), and the
+        numbers of each prompt's pictures.
 
     Raises:
         ValueError: the pictures do not fill the rows exactly.
@@ -129,16 +124,10 @@ def split_rows(lengths: Sequence[int], num_visual: Sequence[int]) -> tuple[int, 
 
 
 def check_features(context: StageContext, repeats: int, features: Tensor, known: Tensor | None = None) -> None:
-    """Refuse recorded states of other pictures than the prompt's: their features are not those in the prompt.
+    """Refuse recorded states of other pictures than the prompt's, whose features are not in the prompt.
 
-    Args:
-        context: the stage at layer 0.
-        repeats: rows of each prompt.
-        features: ``[S, d]``, what the recorded states became, in the order of the visual slots.
-        known: bool ``[S]``: compare only those.
-
-    Raises:
-        ValueError: they differ.
+    ``features`` [S, d] are what the recorded states became, in the order of the visual slots of every ``repeats``-th
+    row; bool ``known`` [S] marks those to compare, None for all.
     """
     prompt = context.hidden_states[::repeats][context.valid_mask[::repeats]]
     same = (features.to(prompt.dtype) == prompt).all(-1)
@@ -150,32 +139,29 @@ def check_features(context: StageContext, repeats: int, features: Tensor, known:
 
 
 class Recorder:
-    """Tensors that modules of one model made, by name, until the forward pass of its base model ends."""
+    """Store of tensors that modules of a model make, by name, until the base model's forward pass ends."""
 
     def __init__(self, base: nn.Module) -> None:
         self._seen: dict[str, Any] = {}
         self.handles: list[Any] = [base.register_forward_hook(self._end, always_call=True)]
 
-    def record(self, name: str, value: Any) -> None:
+    def record(self, name: str, value: object) -> None:
         self._seen[name] = value
 
-    def output_of(self, module: nn.Module, name: str, pick: Callable[[Any], Any] = lambda output: output) -> None:
+    def output_of(self, module: nn.Module, name: str, pick: Callable = lambda output: output) -> None:
         """Record what ``module`` returns."""
         self.handles.append(module.register_forward_hook(lambda _, args, output: self.record(name, pick(output))))
 
-    def input_of(self, module: nn.Module, name: str, pick: Callable[[tuple, dict[str, Any]], Any]) -> None:
+    def input_of(self, module: nn.Module, name: str, pick: Callable[[tuple, dict[str, Any]], object]) -> None:
         """Record what ``pick`` takes of the arguments of ``module``."""
-        self.handles.append(
-            module.register_forward_pre_hook(
-                lambda _, args, kwargs: self.record(name, pick(args, kwargs)), with_kwargs=True
-            )
-        )
+        hook = module.register_forward_pre_hook
+        self.handles.append(hook(lambda _, args, kwargs: self.record(name, pick(args, kwargs)), with_kwargs=True))
 
     def take(self) -> dict[str, Any]:
-        """What was recorded; it is forgotten here.
+        """Return what was recorded, and forget it.
 
         Raises:
-            ValueError: nothing was.
+            ValueError: nothing was recorded.
         """
         seen, self._seen = self._seen, {}
         if not seen:
@@ -185,24 +171,27 @@ class Recorder:
             )
         return seen
 
-    def _end(self, module: nn.Module, args: tuple, output: Any) -> None:
+    def _end(self, module: nn.Module, args: tuple, output: object) -> None:
         self._seen = {}
 
 
 class PackingWatch:
-    """Records to which patch each token of LLaVA-NeXT belongs, by the model's own packing of tiles.
+    """Recorder of the patch that each token of LLaVA-NeXT comes from, by the model's own packing of tiles.
 
-    ``pack_image_features`` is a method, which no module hook sees, and in ``generate()`` nobody else is told the sizes
-    of the pictures. This one method of one instance is watched until ``remove()``; its results pass through untouched.
+    ``pack_image_features`` is a method, which no module hook sees, and in ``generate()`` nothing else gets the sizes of
+    the pictures. This method of one instance is watched until ``remove()``; its results pass through untouched.
     """
 
-    def __init__(self, base: Any, recorder: Recorder) -> None:
-        self._base, own = weakref.ref(base), base.pack_image_features
+    def __init__(self, base: PreTrainedModel, recorder: Recorder) -> None:
+        self._base, models_pack = weakref.ref(base), base.pack_image_features
 
-        @functools.wraps(own)
+        @functools.wraps(models_pack)
         def pack(
-            image_features: Any, image_sizes: Any, vision_feature_select_strategy: Any, image_newline: Any = None
-        ) -> Any:
+            image_features: Sequence[Tensor],
+            image_sizes: object,
+            vision_feature_select_strategy: str,
+            image_newline: Tensor | None = None,
+        ) -> object:
             index, tiles = [], 0
             for features in image_features:  # [tiles, P, d]
                 count, patches = features.shape[:2]
@@ -210,9 +199,9 @@ class PackingWatch:
                 index.append(numbers.float().view(count, patches, 1))
                 tiles += count
             newline = None if image_newline is None else index[0].new_full((1,), -1)
-            packed, _ = own(index, image_sizes, vision_feature_select_strategy, newline)
-            recorder.record("slot_patch", [one[:, 0].long() for one in packed])
-            return own(image_features, image_sizes, vision_feature_select_strategy, image_newline)
+            packed, _ = models_pack(index, image_sizes, vision_feature_select_strategy, newline)
+            recorder.record("slot_patch", [picture[:, 0].long() for picture in packed])
+            return models_pack(image_features, image_sizes, vision_feature_select_strategy, image_newline)
 
         base.pack_image_features = pack
 
@@ -223,7 +212,7 @@ class PackingWatch:
 
 @dataclass(frozen=True)
 class TileReading:
-    """What a tower with a class token computed for the pictures of one prompt batch.
+    """A class-token tower's results for the pictures of a batch of prompts.
 
     Shapes: T tiles (pictures, where these are not cut into tiles), P patches a tile, H heads, B rows, V visual slots.
 
@@ -248,30 +237,29 @@ class TileReading:
     repeats: int
 
     def shares(self, num_keep: Sequence[int]) -> list[int]:
-        """Tokens of each tile: ``num_keep`` of its row's, by ``tile_shares``."""
+        """Divide the ``num_keep`` tokens of each row among the row's tiles, by ``tile_shares``."""
         shares: list[int] = []
         for keep, tiles in zip(num_keep[:: self.repeats], self.tiles, strict=True):
             shares += tile_shares(keep, [self.capacities[tile] for tile in tiles])
         return shares
 
     def of_slots(self, values: Tensor, missing: float) -> Tensor:
-        """What is given per patch, ``[T, P]``, for the visual slots ``[B, V]``; ``missing`` where there is no patch."""
-        slots = values.flatten()[self.slot_patch.clamp(min=0)]
-        return slots.masked_fill(self.slot_patch < 0, missing)
+        """Pick ``values`` of patches, ``[T, P]``, for visual slots ``[B, V]``; ``missing`` where there is none."""
+        return values.flatten()[self.slot_patch.clamp(min=0)].masked_fill(self.slot_patch < 0, missing)
 
 
-def class_token_layer(model: PreTrainedModel) -> nn.Module:
-    """The encoder layer of the vision tower whose output the projector gets, class token included.
+def class_token_layer(model: PreTrainedModel) -> GradientCheckpointingLayer:
+    """Find the layer of the vision tower whose output the projector gets, class token included.
 
-    In the released LLaVAs it is the last but one, as in the authors' code of VisionZip and FasterVLM
-    (``vision_feature_layer`` -2); where the config selects another, it is that one.
+    The config's ``vision_feature_layer`` selects it: -2 in the released LLaVAs, and in the code of VisionZip's and
+    FasterVLM's authors.
 
     Raises:
         ValueError: the tower has no class token, patches are merged into tokens, the class token is a visual token, or
             several layers are selected.
     """
     family, config = family_of(model), model.config
-    tower: Any = getattr(model.base_model, family.image_tower or "_", None)
+    tower: PreTrainedModel = getattr(model.base_model, family.image_tower or "_", None)
     reason = no_class_token(family)
     if not reason and not hasattr(getattr(tower, "embeddings", None), "class_embedding"):
         reason = f"the vision tower ({type(tower).__name__}) has no class token"
@@ -299,18 +287,14 @@ def class_token_layer(model: PreTrainedModel) -> nn.Module:
 
 
 class ClassTokenReader:
-    """Reads the class token's attention, keys and features of the tower of one attached model.
+    """Reader of the class token's attention, keys and features in the tower of one attached model.
 
     The queries and keys are what ``q_proj`` and ``k_proj`` returned in the tower's own forward pass, so any attention
     backend of the tower stays usable and no attention matrix is made; nothing is computed twice.
-
-    Args:
-        model: a model that ``class_token_layer`` accepts.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
-        layer: Any = class_token_layer(model)
-        base: Any = model.base_model
+        layer, base = class_token_layer(model), model.base_model
         # a detached policy must not keep the model alive
         self._projector = weakref.ref(base.multi_modal_projector)
         self._head_dim, self._scale = layer.self_attn.head_dim, layer.self_attn.scale
@@ -322,20 +306,16 @@ class ClassTokenReader:
         recorder.output_of(base.multi_modal_projector, "features")
         if hasattr(base, "pack_image_features"):
             recorder.handles.append(PackingWatch(base, recorder))
-
-    @property
-    def handles(self) -> list[RemovableHandle]:
-        """What ends the reading."""
-        return self._recorder.handles
+        self.handles: list[RemovableHandle] = recorder.handles
 
     def project(self, states: Tensor) -> Tensor:
-        """The model's projector on tower states ``[..., d]``."""
+        """Apply the model's projector to tower states ``[..., d]``."""
         projector = self._projector()
         assert projector is not None
         return projector(states)
 
     def read(self, policy: Policy, context: StageContext) -> TileReading:
-        """What the tower computed for the prompt of ``context``; it is forgotten here.
+        """Return what the tower computed for the prompt of ``context``, and forget it.
 
         Raises:
             ValueError: the prompt has videos, or its visual tokens are not what the tower made last.
@@ -348,22 +328,24 @@ class ClassTokenReader:
                 "vision_feature_layer or vision_feature_select_strategy differs from the model's config: set it there"
             )
         num_tiles, num_patches = features.shape[:2]
-        everything = torch.arange(num_tiles * num_patches, device=features.device).view(num_tiles, num_patches)
-        slot_patch = seen.get("slot_patch", list(everything))
-        repeats, images = split_rows([len(one) for one in slot_patch], context.num_visual)
+        patches = torch.arange(num_tiles * num_patches, device=features.device).view(num_tiles, num_patches)
+        slot_patch = seen.get("slot_patch", list(patches))
+        repeats, images = split_rows([len(picture) for picture in slot_patch], context.num_visual)
         flat = torch.cat(slot_patch)
         check_features(context, repeats, features.flatten(0, 1)[flat.clamp(min=0)], flat >= 0)
         valid = context.valid_mask[::repeats]
         slots = flat.new_full(valid.shape, -1)
         slots[valid] = flat
         places = (slots.flatten() >= 0).nonzero()[:, 0]
-        patch_slot = torch.full_like(everything, -1)
+        patch_slot = torch.full_like(patches, -1)
         patch_slot.view(-1)[slots.flatten()[places]] = places
         # the first slot of a picture is the first patch of its first tile
-        starts = [*(torch.stack([one[0] for one in slot_patch]) // num_patches).tolist(), num_tiles]
+        starts = [*(torch.stack([picture[0] for picture in slot_patch]) // num_patches).tolist(), num_tiles]
+        query, key = (tensor.unflatten(-1, (-1, self._head_dim)) for tensor in (seen["queries"], keys))
+        attention = torch.einsum("thc,tphc->thp", query.float(), key.float()) * self._scale
         return TileReading(
-            attention=self._class_attention(seen["queries"], keys),
-            keys=keys[:, 1:].unflatten(-1, (-1, self._head_dim)),
+            attention=attention.softmax(-1)[..., 1:],
+            keys=key[:, 1:],
             states=states,
             slot_patch=slots,
             patch_slot=patch_slot,
@@ -372,16 +354,16 @@ class ClassTokenReader:
             repeats=repeats,
         )
 
-    def _class_attention(self, queries: Tensor, keys: Tensor) -> Tensor:
-        """float32 ``[T, H, P]`` from the class token's queries ``[T, H * head_dim]`` and the keys of all tokens."""
-        query = queries.unflatten(-1, (-1, self._head_dim)).float()
-        key = keys.unflatten(-1, (-1, self._head_dim)).float()
-        scores = torch.einsum("thc,tphc->thp", query, key) * self._scale
-        return scores.softmax(-1)[..., 1:]
-
 
 class ClassTokenPolicy(Policy):
-    """Base of methods that choose visual tokens before layer 0, by what the vision tower's class token sees."""
+    """Base of methods that choose visual tokens before layer 0 by the attention of the vision tower's class token.
+
+    One instance serves one attached model at a time.
+
+    Raises:
+        ValueError: by ``attach``, for another schedule than one stage at layer 0, or a model without a class token; in
+            the forward pass, for videos and for pictures that were encoded ahead of time.
+    """
 
     positions = "renumbered"
     uses_text = False

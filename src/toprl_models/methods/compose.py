@@ -28,7 +28,7 @@ class Compose(Policy):
 
     Raises:
         ValueError: no policies; by ``attach``, another number of stages, or a policy that does not fit its stage.
-        TypeError: a policy that is none, or a Compose.
+        TypeError: an item that is no Policy, or a Compose.
 
     Example:
         >>> policy = Compose([DivPrune(), FastV(), TopRLPolicy.from_pretrained(folder)])
@@ -53,7 +53,7 @@ class Compose(Policy):
         return self.at_stage(context.stage).decide(context)
 
     def counts(self, schedule: Schedule, num_visual: int) -> tuple[int, ...]:
-        """Count stage by stage: what a policy merges is there for those after it, which keep no more than is left."""
+        """Count stage by stage: tokens that a policy merges reach the next policy, which keeps no more than is left."""
         counts, left = [], num_visual
         for policy, layer, wanted in zip(self.policies, schedule.layers, schedule.counts(num_visual), strict=True):
             (left,) = policy.counts(Schedule(((layer, min(wanted, left)),)), left)
@@ -79,7 +79,7 @@ class Compose(Policy):
 
 
 class _Part(Policy):
-    """A policy of a composition, which is told its own stage instead of the schedule's."""
+    """A policy of a composition, which is told the stage it knows instead of the schedule's."""
 
     def __init__(self, policy: Policy) -> None:
         self.policy = policy

@@ -33,7 +33,7 @@ class DivPrune(Policy):
     uses_text = False
 
     def score(self, context: StageContext) -> Tensor:
-        """Minus the place at which a token is picked: 0, -1, ...; -V for tokens that no row needs."""
+        """Score a token by minus the place at which it is picked: 0, -1, ...; -V for tokens that no row needs."""
         return -pick_order(context.hidden_states, context.valid_mask, max(context.num_keep)).float()
 
     def check(self, model: PreTrainedModel, schedule: Schedule) -> None:
@@ -41,7 +41,7 @@ class DivPrune(Policy):
 
 
 def pick_order(states: Tensor, valid: Tensor, num_picks: int) -> Tensor:
-    """At which place each token is picked by greedy max-min selection.
+    """Number the tokens in the order of greedy max-min selection.
 
     Args:
         states: ``[B, V, d]``.
@@ -54,13 +54,13 @@ def pick_order(states: Tensor, valid: Tensor, num_picks: int) -> Tensor:
     unit = normalize(states.float(), dim=-1)
     distance = 1 - unit @ unit.transpose(1, 2)
     others = valid[:, None] & ~torch.eye(valid.shape[1], dtype=torch.bool, device=valid.device)
-    # [B, V], -inf for what cannot be picked
+    # [B, V], -inf for padding, which cannot be picked
     remote = distance.masked_fill(~others, torch.inf).amin(-1).masked_fill(~valid, -torch.inf)
     nearest = torch.full_like(remote, torch.inf).masked_fill(~valid, -torch.inf)
     order = torch.full_like(valid, valid.shape[1], dtype=torch.int64)
     for number in range(num_picks):
         pick = (nearest if number else remote).argmax(1, keepdim=True)
-        # a row that has run out of tokens repeats one, whose first place counts
+        # a row that has run out of tokens repeats a token, whose first place counts
         order.scatter_reduce_(1, pick, torch.full_like(pick, number), "amin")
         to_pick = distance.gather(1, pick[..., None].expand(-1, 1, valid.shape[1])).squeeze(1)
         nearest = torch.minimum(nearest, to_pick).scatter(1, pick, -torch.inf)

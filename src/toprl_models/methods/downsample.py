@@ -33,10 +33,10 @@ if TYPE_CHECKING:
 
 
 def smaller_grid(height: int, width: int, budget: int) -> tuple[int, int]:
-    """The largest grid of at most ``budget`` tokens in the shape of ``height`` x ``width``; a square's is square.
+    """Find the largest grid of at most ``budget`` tokens in the shape of ``height`` x ``width``.
 
-    The longer side is any whole number up to its own length, and the other follows it, rounded up or down but not below
-    1; (0, 0) for no budget.
+    The longer side is any whole number up to its full length, and the other side follows, rounded up or down but not
+    below 1; a square's grid is a square; (0, 0) for no budget.
 
     Example:
         >>> smaller_grid(24, 24, 192), smaller_grid(20, 30, 100)
@@ -54,29 +54,25 @@ def smaller_grid(height: int, width: int, budget: int) -> tuple[int, int]:
 
 
 def spread(size: tuple[int, int], small: tuple[int, int]) -> Tensor:
-    """Raster numbers, ascending, of the cells of a grid of ``size`` that the centres of ``small``'s cells fall in."""
+    """Number, ascending, the cells of a grid of ``size`` into which the centres of ``small``'s cells fall."""
     rows, columns = ((2 * torch.arange(few) + 1) * many // (2 * few) for many, few in zip(size, small, strict=True))
     return (rows[:, None] * size[1] + columns).flatten()
 
 
 def resized(pixels: Tensor, height: int, width: int) -> Tensor:
-    """Pictures ``[n, C, H, W]`` at another size: antialiased bicubic, computed in float32."""
-    small = interpolate(pixels.float(), size=(height, width), mode="bicubic", antialias=True)
-    return small.to(pixels.dtype)
+    """Resize pictures ``[n, C, H, W]``: antialiased bicubic, computed in float32."""
+    return interpolate(pixels.float(), size=(height, width), mode="bicubic", antialias=True).to(pixels.dtype)
 
 
 def from_patches(patches: Tensor, grid: tuple[int, int, int], merge: int, frames: int, side: int) -> Tensor:
-    """The picture that Qwen's processor cut into ``patches``.
+    """Put together the picture [t * frames, C, h * side, w * side] that Qwen's processor cut into ``patches``.
 
     Args:
         patches: ``[t * h * w, C * frames * side * side]``, block after block of ``merge`` x ``merge`` patches.
         grid: t, h, w in patches.
         merge: side of a block in patches.
-        frames: of a patch.
-        side: of a patch in pixels.
-
-    Returns:
-        ``[t * frames, C, h * side, w * side]``.
+        frames: frames of a patch.
+        side: side of a patch in pixels.
     """
     t, h, w = grid
     blocks = patches.view(t, h // merge, w // merge, merge, merge, -1, frames, side, side)
@@ -84,7 +80,7 @@ def from_patches(patches: Tensor, grid: tuple[int, int, int], merge: int, frames
 
 
 def to_patches(picture: Tensor, merge: int, frames: int, side: int) -> Tensor:
-    """The inverse of ``from_patches``."""
+    """Cut a picture into patches: the inverse of ``from_patches``."""
     channels, height, width = picture.shape[1:]
     down, across = height // (merge * side), width // (merge * side)
     blocks = picture.view(-1, frames, channels, down, merge, side, across, merge, side)
@@ -98,7 +94,7 @@ def not_smaller(family: Family) -> str:
     return no_image_tower(family)
 
 
-def is_cut_by_processor(tower: Any) -> bool:
+def is_cut_by_processor(tower: PreTrainedModel) -> bool:
     """Tell whether the tower takes images of any size, as patches that the processor cut (Qwen)."""
     return hasattr(tower.config, "spatial_merge_size") and hasattr(tower.config, "temporal_patch_size")
 
@@ -128,7 +124,7 @@ def why_not(model: PreTrainedModel) -> str:
 class _Tiles:
     """Pictures for a tower of fixed size, whose tokens are a square of ``tokens`` in all."""
 
-    def __init__(self, base: Any, tower: Any, recorder: Recorder) -> None:
+    def __init__(self, base: PreTrainedModel, tower: PreTrainedModel, recorder: Recorder) -> None:
         self._base = weakref.ref(base)
         embeddings = tower.embeddings
         patches = getattr(embeddings, "patch_embeddings", embeddings).num_patches
@@ -143,7 +139,7 @@ class _Tiles:
         return [(side, side)] * len(seen["pixels"])
 
     def encode(self, seen: dict[str, Any], numbers: list[int], small: tuple[int, int]) -> list[Tensor]:
-        base: Any = self._base()
+        base: PreTrainedModel = self._base()
         unit = seen["pixels"].shape[-1] // math.isqrt(self.tokens)  # pixels along a token
         pixels = resized(seen["pixels"][numbers], small[0] * unit, small[1] * unit)
         return list(base.get_image_features(pixels, return_dict=True, **self._options).pooler_output)
@@ -154,13 +150,9 @@ class _Patches:
 
     tokens = 0  # not fixed
 
-    def __init__(self, base: Any, tower: Any, recorder: Recorder) -> None:
+    def __init__(self, base: PreTrainedModel, tower: PreTrainedModel, recorder: Recorder) -> None:
         self._base, config = weakref.ref(base), tower.config
-        self._merge, self._frames, self._side = (
-            config.spatial_merge_size,
-            config.temporal_patch_size,
-            config.patch_size,
-        )
+        self._merge, self._side, self._frames = config.spatial_merge_size, config.patch_size, config.temporal_patch_size
         recorder.input_of(tower, "pixels", lambda args, kwargs: args[0])
         recorder.input_of(tower, "grid", lambda args, kwargs: kwargs["grid_thw"].tolist())
         recorder.output_of(tower, "features", lambda output: output.pooler_output)
@@ -169,7 +161,7 @@ class _Patches:
         return [(height // self._merge, width // self._merge) for _, height, width in seen["grid"]]
 
     def encode(self, seen: dict[str, Any], numbers: list[int], small: tuple[int, int]) -> list[Tensor]:
-        base: Any = self._base()
+        base: PreTrainedModel = self._base()
         pictures = seen["pixels"].split([math.prod(grid) for grid in seen["grid"]])
         unit = self._merge * self._side  # pixels along a token
         patches = []
@@ -199,7 +191,7 @@ class Downsample(Policy):
     = 169 of 192. A picture whose share is below one token vanishes; a row that keeps everything is left as it is.
 
     The new tokens sit in slots spread evenly over the picture (``spread``), in raster order. Positions are consecutive
-    behind the stage, as those of a smaller picture would be; only Qwen's M-RoPE positions stay those of the slots, so
+    after the stage, as those of a smaller picture would be; only Qwen's M-RoPE positions stay those of the slots, so
     that the small picture covers the full one's area.
 
     Deviations from resizing the picture file: pixels are already normalised and, for fixed-size towers, cropped; values
@@ -210,7 +202,7 @@ class Downsample(Policy):
 
     Raises:
         ValueError: by ``attach``, for another schedule than one stage at layer 0, or a model whose pictures cannot be
-            shrunk behind its processor; in the forward pass, for videos and for pictures that were encoded ahead of
+            shrunk after its processor; in the forward pass, for videos and for pictures that were encoded ahead of
             time.
     """
 
@@ -227,7 +219,7 @@ class Downsample(Policy):
             raise ValueError(f"model: Downsample does not apply: {reason}; resize images before the processor instead")
 
     def counts(self, schedule: Schedule, num_visual: int) -> tuple[int, ...]:
-        """Exact for towers of fixed size once attached; before, and for Qwen, as of one square picture."""
+        """Count exactly for towers of fixed size once attached; before, and for Qwen, as of one square picture."""
         (keep,) = schedule.counts(num_visual)
         if keep == num_visual:
             return (keep,)
@@ -236,15 +228,14 @@ class Downsample(Policy):
         return (rows * columns * (num_visual // picture),)
 
     def hooks(self, model: PreTrainedModel) -> list[RemovableHandle]:
-        base: Any = model.base_model
-        tower = getattr(base, family_of(model).image_tower)
-        self._recorder = Recorder(base)
+        tower = getattr(model.base_model, family_of(model).image_tower)
+        self._recorder = Recorder(model.base_model)
         source = _Patches if is_cut_by_processor(tower) else _Tiles
-        self._source = source(base, tower, self._recorder)
+        self._source = source(model.base_model, tower, self._recorder)
         return self._recorder.handles
 
     def decide(self, context: StageContext) -> Decision:
-        """Scores are 1 for the slots that the new tokens take, else 0."""
+        """Score the slots that the new tokens take by 1, the others by 0."""
         refuse_videos(self, context.inputs)
         assert self._source is not None
         seen = self._recorder.take()
@@ -258,10 +249,10 @@ class Downsample(Policy):
         slots = valid.flatten().nonzero()[:, 0].split(lengths)
         alike = defaultdict(list)
         for row, numbers in enumerate(pictures):
-            wanted, there = context.num_keep[row * repeats], context.num_visual[row * repeats]
-            for number in numbers if wanted < there else []:
+            wanted, present = context.num_keep[row * repeats], context.num_visual[row * repeats]
+            for number in numbers if wanted < present else []:
                 keep.view(-1)[slots[number]] = False
-                alike[smaller_grid(*grids[number], wanted * lengths[number] // there)].append(number)
+                alike[smaller_grid(*grids[number], wanted * lengths[number] // present)].append(number)
         alike.pop((0, 0), None)
         for small, group in alike.items():
             for number, features in zip(group, self._source.encode(seen, group, small), strict=True):

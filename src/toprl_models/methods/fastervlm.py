@@ -4,17 +4,13 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from toprl_models.methods._tower import KEPT, ClassTokenPolicy, after_first_layers, no_class_token
+from toprl_models.methods._tower import KEPT, ClassTokenPolicy, no_choice_by_class_token
 from toprl_models.policy import StageContext
 from toprl_models.registry import BEFORE_LLM, register_method
 
 
 @register_method(
-    "fastervlm",
-    "FasterVLM",
-    "Zhang et al., arXiv 2412.01818",
-    stages=BEFORE_LLM,
-    refuses=lambda family: after_first_layers(family) or no_class_token(family),
+    "fastervlm", "FasterVLM", "Zhang et al., arXiv 2412.01818", stages=BEFORE_LLM, refuses=no_choice_by_class_token
 )
 class FasterVLM(ClassTokenPolicy):
     """Keep the patches that the vision tower's class token attended to most.
@@ -30,15 +26,11 @@ class FasterVLM(ClassTokenPolicy):
     Deviations: the authors' attention is in the model's precision, here the softmax stays in float32. On LLaVA-NeXT the
     authors' tiles are not unpadded; here patches that the model itself leaves out cannot be kept.
 
-    One instance serves one attached model at a time.
-
-    Raises:
-        ValueError: by ``attach``, for another schedule than one stage at layer 0, or a model without a class token; in
-            the forward pass, for videos and for pictures that were encoded ahead of time.
+    Errors and use are those of ``ClassTokenPolicy``.
     """
 
     def score(self, context: StageContext) -> Tensor:
-        """The attention, float32 ``[B, V]``; 2 more for what its tile keeps, -1 for newlines and padding."""
+        """Score by attention, float32 ``[B, V]``; 2 more for what a tile keeps, -1 for newlines and padding."""
         reading = self._reader.read(self, context)
         attention = reading.attention.mean(1)  # [T, P]
         best = attention.masked_fill(reading.patch_slot < 0, -1).argsort(dim=1, descending=True, stable=True)

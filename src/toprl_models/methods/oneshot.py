@@ -1,4 +1,4 @@
-"""One-shot pruning: any policy's decision, taken once. The control for what progressive pruning gains."""
+"""One-shot pruning: any policy's decision, taken once. The control that shows what progressive pruning gains."""
 
 from __future__ import annotations
 
@@ -34,9 +34,9 @@ class OneShot(Policy):
 
     Args:
         policy: whose decision is taken.
-        layer: the decoder layer before which it is taken; the schedule must have this stage and no other.
-        stage: the stage that ``policy`` is told it decides, which in a ``TopRLPolicy`` chooses the stage's bias; by
-            default its last. Policies that are not learned are told 0.
+        layer: the decoder layer before which to prune; the schedule must have this stage and no other.
+        stage: the stage that ``policy`` is told, by default the last of a ``TopRLPolicy``, which takes the bias of that
+            stage. Policies that are not learned are told 0.
 
     Raises:
         ValueError: ``layer`` is negative, or ``stage`` is none of the policy's.

@@ -23,11 +23,11 @@ from toprl_models.schedule import Schedule
 class SparseVLM(Policy):
     """Keep the tokens that the question's visual words attend to most, and merge the best of the others.
 
-    Raters: of the text tokens behind the images, those whose share in softmax over text of V T^t, mean over the visual
+    Raters: of the text tokens after the images, those whose share in softmax over text of V T^t, mean over the visual
     tokens, is above the mean share; V and T are the embeddings that enter layer 0. Score: attention of the raters in
     the layer before the stage, mean over heads and raters. Recycling: of the n dropped tokens the int(.3 n) + 1 best
     are clustered by DPC-KNN on the layer's output, int(m / 10) + 1 clusters of m tokens, and each cluster's mean
-    is a token behind the kept visual ones. So there are more tokens behind a stage than the schedule says (``counts``).
+    is a token after the kept visual ones. So there are more tokens after a stage than the schedule says (``counts``).
 
     The authors prune once layers 2, 6 and 15 (0-based) of 32 have run, on their full input: stages before layers 3, 7
     and 16. They keep 300/200/110 of 576 tokens for what they call 192, 303/110/36 for 128, 66/30/17 for 64, and
@@ -36,7 +36,7 @@ class SparseVLM(Policy):
     Deviations: DPC-KNN's noise is fixed (see ``dpc_knn``); where no text token is above the mean (one token, or equal
     ones) all of them rate, where the authors' mean is over nothing; each row of a batch has its own raters and counts.
 
-    Merged tokens take slots of dropped ones, the last of the row, and the kept tokens behind such a slot move up, so
+    Merged tokens take slots of dropped ones, the last of the row, and the kept tokens after such a slot move up, so
     that kept tokens in raster order come first, then the merged. Positions are renumbered, so the slot taken does not
     matter; with M-RoPE (Qwen), where positions stay, those tokens get the positions of their new slots.
     ``StageTrace.indices`` name the slots. If a row would recycle everything it drops (one token), it stays as it is.
@@ -52,7 +52,7 @@ class SparseVLM(Policy):
         self.recycle = recycle
 
     def counts(self, schedule: Schedule, num_visual: int) -> tuple[int, ...]:
-        """Kept and merged tokens behind each stage.
+        """Count the kept and merged tokens after each stage.
 
         Example:
             >>> SparseVLM().counts(Schedule(((3, 300), (7, 200), (16, 110))), 576)
@@ -77,7 +77,7 @@ class SparseVLM(Policy):
 
 
 def find_raters(context: StageContext) -> Tensor:
-    """bool ``[B, R]``: the text tokens behind the images that are most like what is seen."""
+    """Mark the text tokens after the images that are most like the visual tokens: bool ``[B, R]``."""
     prompt = context.prompt()
     likeness = prompt.visual.float() @ prompt.text.float().transpose(1, 2)  # [B, V0, R]
     # finite, so that a row without text is 0 and not NaN
@@ -91,12 +91,12 @@ def find_raters(context: StageContext) -> Tensor:
 
 
 def num_merged(dropped: int) -> int:
-    """How many of the dropped tokens are clustered."""
+    """Count the dropped tokens that are clustered."""
     return int(dropped * 0.3) + 1 if dropped else 0
 
 
 def num_clusters(dropped: int) -> int:
-    """How many tokens they become."""
+    """Count the clusters that dropped tokens become."""
     return int(num_merged(dropped) / 10) + 1 if dropped else 0
 
 
@@ -126,10 +126,10 @@ def recycled(context: StageContext, scores: Tensor) -> Decision:
     free = valid & ~kept
     hosts = free & (free.flip(1).cumsum(1).flip(1) <= clusters[:, None])
     keep_mask = kept | hosts
-    # the survivor at each place: a kept token, in raster order, or behind them a merged one
+    # the survivor at each place: a kept token, in raster order, or after those a merged token
     place = keep_mask.cumsum(1) - 1
     in_order = (~kept).to(torch.int8).argsort(dim=1, stable=True)
-    behind = (width + place - keep[:, None]).clamp(max=width + means.shape[1] - 1)
-    source = torch.where(place < keep[:, None], in_order.gather(1, place.clamp(min=0)), behind)
+    after_kept = (width + place - keep[:, None]).clamp(max=width + means.shape[1] - 1)
+    source = torch.where(place < keep[:, None], in_order.gather(1, place.clamp(min=0)), after_kept)
     source = torch.where((clusters < dropped)[:, None], source, torch.arange(width, device=device))
     return Decision(scores, keep_mask, gather_slots(torch.cat([states, means], 1), source))

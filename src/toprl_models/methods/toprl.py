@@ -22,17 +22,17 @@ if TYPE_CHECKING:
 
 CONDITIONS = ("none", "text")
 TEXT_SCORES = 3
-# the scores and zeros behind them: rows of the actor's input stay aligned for the kernels
+# the scores and zeros after them: rows of the actor's input stay aligned for the kernels
 TEXT_COLUMNS = 16
 
 
 def text_scores(context: StageContext) -> Tensor:
-    """How much the question attends to each visual token, float32 ``[B, V, TEXT_SCORES]``; needs "current" attention.
+    """Score how much the question attends to each visual token: float32 ``[B, V, TEXT_SCORES]``.
 
-    Softmax of the queries and keys of the stage's layer, rotary positions included, mean over heads: the largest of
-    the text tokens behind the images, their mean, and that of the last one. Each is a logarithm with mean 0 and
-    deviation 1 over the sample's surviving tokens, so that neither their number nor the share of text keys matters;
-    0 where ``valid_mask`` is False. No gradient.
+    Softmax of the queries and keys of the stage's layer ("current" attention), rotary positions included, mean over
+    heads: the largest of the text tokens after the images, their mean, and that of the last text token. Each is a
+    logarithm with mean 0 and deviation 1 over the sample's surviving tokens, so that neither their number nor the share
+    of text keys matters; 0 where ``valid_mask`` is False. No gradient.
     """
     attention, (_, are_text) = context.text_attention(), context.text_states()
     number = are_text.sum(1)[:, None]
@@ -46,7 +46,7 @@ def text_scores(context: StageContext) -> Tensor:
 
 
 def model_signature(model: PreTrainedModel) -> dict[str, Any]:
-    """What a learned policy must agree on with the model it is attached to."""
+    """Return the properties of a model that a learned policy depends on."""
     text = model.config.get_text_config()
     return {
         "model_type": model.config.model_type,
@@ -65,16 +65,16 @@ class TopRLPolicy(nn.Module, Policy, PyTorchModelHubMixin):
     the mean of the surviving tokens, the last prompt token's state, the kept fraction and the stage.
 
     With ``condition_on="text"`` both also see the question, at the stage's layer: the actor's input is wider, the rest
-    is the same. Behind the token's state h_i stand the mean state of the text tokens behind the images and
+    is the same. The token's state h_i is followed by the mean state of the text tokens after the images and
     ``text_scores``, all of the same weight::
 
         [LayerNorm(h_i), LayerNorm(mean_r h_r), sqrt(d / 3) * text_scores_i, 0 ...]        2 d + TEXT_COLUMNS wide
 
     Args:
         hidden_size: width d of the decoder.
-        stage_layers: the layers the stages prune before; their number is T.
+        stage_layers: the layers before which the stages prune; their number is T.
         actor_size: hidden width of the actor (256 for the 7B models).
-        base_model: ``model_signature(model)`` of the model it is trained for; checked on ``attach``.
+        base_model: ``model_signature(model)`` of the model that the policy is trained for; checked on ``attach``.
         keep_bias: initial keep logit, so that training starts from keeping most tokens.
         metadata: free JSON data (task, metrics), stored with the policy.
         condition_on: "none" is the paper's state, in which the actor sees visual tokens alone; "text" the question too.
@@ -140,7 +140,7 @@ class TopRLPolicy(nn.Module, Policy, PyTorchModelHubMixin):
             self.head.bias.copy_(torch.tensor([keep_bias, 0.0]))
 
     def actor_weights(self) -> ActorWeights:
-        """The actor's parameters in the form that ``toprl_kernels.actor_score`` takes."""
+        """Return the actor's parameters in the form that ``toprl_kernels.actor_score`` takes."""
         return ActorWeights(
             norm_weight=self.norm.weight,
             norm_bias=self.norm.bias,
@@ -156,9 +156,9 @@ class TopRLPolicy(nn.Module, Policy, PyTorchModelHubMixin):
         )
 
     def inputs(self, context: StageContext) -> tuple[Tensor, Tensor]:
-        """What actor and critic read of a stage: tokens ``[B, V, input_size]`` and text ``[B, input_size]``.
+        """Make the inputs of actor and critic: tokens ``[B, V, input_size]`` and text ``[B, input_size]``.
 
-        In the dtype of the policy. Nothing in them is learned, so that they are recorded once per episode. With
+        They have the policy's dtype; nothing in them is learned, so an episode records them once. With
         ``condition_on="none"`` they are the states themselves.
 
         Raises:
@@ -178,7 +178,7 @@ class TopRLPolicy(nn.Module, Policy, PyTorchModelHubMixin):
         return F.pad(tokens, (0, TEXT_COLUMNS - TEXT_SCORES)), F.pad(text, (0, TEXT_COLUMNS))
 
     def logits(self, hidden_states: Tensor, stage: int, valid_mask: Tensor) -> Tensor:
-        """Keep and drop logits ``[B, V, 2]`` of the visual tokens ``[B, V, input_size]`` (``inputs``) at ``stage``."""
+        """Compute keep and drop logits ``[B, V, 2]`` of visual tokens ``[B, V, input_size]`` (``inputs``)."""
         if hidden_states.shape[1] == 0:  # an earlier stage dropped everything
             return hidden_states.new_zeros(len(hidden_states), 0, 2)
         return actor_score(hidden_states, stage, self.actor_weights(), valid_mask=valid_mask)
@@ -186,7 +186,7 @@ class TopRLPolicy(nn.Module, Policy, PyTorchModelHubMixin):
     def value(
         self, hidden_states: Tensor, stage: int, valid_mask: Tensor, text_state: Tensor, kept_fraction: Tensor
     ) -> Tensor:
-        """The critic's estimate ``[B]`` of the discounted reward from ``stage`` on.
+        """Estimate the discounted reward from ``stage`` on, by the critic: ``[B]``.
 
         Args:
             hidden_states: ``[B, V, input_size]`` visual tokens (``inputs``).
@@ -203,20 +203,20 @@ class TopRLPolicy(nn.Module, Policy, PyTorchModelHubMixin):
         return self.critic(torch.cat(features, -1)).squeeze(-1)
 
     def score(self, context: StageContext) -> Tensor:
-        """Keep logit minus drop logit: its top-k are the tokens most likely kept."""
+        """Score by keep logit minus drop logit: the top-k are the tokens most likely kept."""
         with torch.no_grad():
             logits = self.logits(self.inputs(context)[0], context.stage, context.valid_mask)
         return logits[..., 0] - logits[..., 1]
 
     def check(self, model: PreTrainedModel, schedule: Schedule) -> None:
-        found = model_signature(model)
-        if found["hidden_size"] != self.hidden_size:
+        signature = model_signature(model)
+        if signature["hidden_size"] != self.hidden_size:
             raise ValueError(
-                f"policy: trained for hidden_size={self.hidden_size}, but the model has {found['hidden_size']}; "
+                f"policy: trained for hidden_size={self.hidden_size}, but the model has {signature['hidden_size']}; "
                 "attach it to the model it was trained on, or train a new one"
             )
-        if self.base_model is not None and self.base_model != found:
-            raise ValueError(f"policy: trained for {self.base_model}, but the model is {found}")
+        if self.base_model is not None and self.base_model != signature:
+            raise ValueError(f"policy: trained for {self.base_model}, but the model is {signature}")
         # offloaded weights are on "meta" until their layer runs
         if model.device.type != "meta" and self.head.weight.device != model.device:
             raise ValueError(

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize, one_hot
 
-from toprl_models.methods._tower import KEPT, ClassTokenPolicy, TileReading, after_first_layers, no_class_token
+from toprl_models.methods._tower import KEPT, ClassTokenPolicy, TileReading, no_choice_by_class_token
 from toprl_models.policy import Decision, StageContext
 from toprl_models.registry import BEFORE_LLM, register_method
+from toprl_models.runtime.state import gather_slots
 
 # 30 of 192, 20 of 128, 10 of 64 and, for a tile of LLaVA-NeXT, 5 of 32: each is this share exactly
 AUTHORS_RATIO = 5 / 32
@@ -20,7 +21,7 @@ AUTHORS_RATIO = 5 / 32
 def zip_tiles(
     states: Tensor, keys: Tensor, attention: Tensor, num_dominant: int, num_contextual: int
 ) -> tuple[Tensor, Tensor]:
-    """Dominant and contextual tokens of tiles of P patches each.
+    """Choose the dominant and make the contextual tokens of tiles of P patches each.
 
     Dominant are the class token and the patches with most attention, in raster order. Of the others every
     ``(number of others) // num_contextual``-th is a target; the rest join the target whose key has the largest cosine,
@@ -41,7 +42,7 @@ def zip_tiles(
     by_attention = attention.argsort(dim=1, descending=True, stable=True)
     dominant = by_attention[:, : num_dominant - 1].sort(1).values
     others = by_attention[:, num_dominant - 1 :].sort(1).values  # [G, n], raster order
-    tokens = [states[:, :1], _rows(patches, dominant)]
+    tokens = [states[:, :1], gather_slots(patches, dominant)]
     if not num_contextual:
         return torch.cat(tokens, 1), dominant
     stride = max(1, others.shape[1] // num_contextual)
@@ -49,20 +50,15 @@ def zip_tiles(
     is_target[torch.arange(num_contextual, device=others.device) * stride] = True
     targets, joining = others[:, is_target], others[:, ~is_target]
     metric = normalize(keys.float(), dim=-1)
-    cosine = _rows(metric, joining) @ _rows(metric, targets).transpose(1, 2)  # [G, n - c, c]
+    cosine = gather_slots(metric, joining) @ gather_slots(metric, targets).transpose(1, 2)  # [G, n - c, c]
     joins = one_hot(cosine.argmax(-1), num_contextual).to(patches.dtype)
     sizes = joins.sum(1).clamp(min=1)[..., None]
-    tokens.append(_rows(patches, targets) + joins.transpose(1, 2) @ _rows(patches, joining) / sizes)
+    tokens.append(gather_slots(patches, targets) + joins.transpose(1, 2) @ gather_slots(patches, joining) / sizes)
     return torch.cat(tokens, 1), torch.cat([dominant, targets], 1)
 
 
-def _rows(values: Tensor, index: Tensor) -> Tensor:
-    """Rows of ``values`` [G, P, d] at ``index`` [G, n]."""
-    return values.gather(1, index[..., None].expand(-1, -1, values.shape[-1]))
-
-
 def _hosts(chosen: Tensor, num_patches: int, count: int) -> Tensor:
-    """The patches whose slots take ``count`` tokens: the ``chosen`` ones and the first others, int64 ``[G, count]``."""
+    """Pick the patches whose slots take tokens, int64 ``[G, count]``: ``chosen``, then the first others."""
     is_free = torch.ones(len(chosen), num_patches, dtype=torch.bool, device=chosen.device)
     is_free.scatter_(1, chosen, False)
     free = is_free.to(torch.int8).argsort(dim=1, descending=True, stable=True)
@@ -70,11 +66,7 @@ def _hosts(chosen: Tensor, num_patches: int, count: int) -> Tensor:
 
 
 @register_method(
-    "visionzip",
-    "VisionZip",
-    "Yang et al., CVPR 2025",
-    stages=BEFORE_LLM,
-    refuses=lambda family: after_first_layers(family) or no_class_token(family),
+    "visionzip", "VisionZip", "Yang et al., CVPR 2025", stages=BEFORE_LLM, refuses=no_choice_by_class_token
 )
 class VisionZip(ClassTokenPolicy):
     """Keep the patches that the vision tower's class token attended to most, and merge the others into a few tokens.
@@ -97,15 +89,13 @@ class VisionZip(ClassTokenPolicy):
     Attention and cosines are in float32, theirs in the model's precision. The authors do not unpad the tiles of
     LLaVA-NeXT; here patches that the model itself leaves out are neither chosen nor merged.
 
-    One instance serves one attached model at a time.
+    Errors and use are those of ``ClassTokenPolicy``.
 
     Args:
         contextual_ratio: share of merged tokens.
 
     Raises:
-        ValueError: ``contextual_ratio`` outside [0, 1); by ``attach``, for another schedule than one stage at layer 0,
-            or a model without a class token; in the forward pass, for videos and for pictures that were encoded ahead
-            of time.
+        ValueError: ``contextual_ratio`` outside [0, 1).
     """
 
     def __init__(self, contextual_ratio: float = AUTHORS_RATIO) -> None:
@@ -114,12 +104,12 @@ class VisionZip(ClassTokenPolicy):
         self.contextual_ratio = contextual_ratio
 
     def split(self, num_tokens: int) -> tuple[int, int]:
-        """Dominant (class token included) and contextual tokens of a tile that keeps ``num_tokens``, at least 1."""
+        """Count dominant (class token included) and contextual tokens of a tile that keeps ``num_tokens`` >= 1."""
         contextual = min(num_tokens - 1, math.floor(self.contextual_ratio * num_tokens + 0.5))
         return num_tokens - contextual, contextual
 
     def decide(self, context: StageContext) -> Decision:
-        """Scores are the attention, mean over heads (the authors' sum ranks alike), and 2 for the new tokens' slots."""
+        """Score by attention, mean over heads (the authors' sum ranks alike), 2 more for the new tokens' slots."""
         reading = self._reader.read(self, context)
         shares = reading.shares(context.num_keep)
         for row, tiles in enumerate(reading.tiles):
@@ -138,7 +128,7 @@ class VisionZip(ClassTokenPolicy):
         )
 
     def _tokens(self, reading: TileReading, shares: list[int]) -> tuple[Tensor, Tensor]:
-        """Tokens ``[M, d]`` tile after tile, and the slots ``[M]``, ``row * V + slot``, for those of each."""
+        """Make the tokens ``[M, d]``, tile after tile, and find their slots ``[M]``, ``row * V + slot``."""
         tokens, slots = [reading.states[:0, 0]] * len(shares), [reading.patch_slot[:0, 0]] * len(shares)
         alike = defaultdict(list)
         for tile, size in enumerate(zip(shares, reading.capacities, strict=True)):
@@ -146,16 +136,16 @@ class VisionZip(ClassTokenPolicy):
                 alike[size].append(tile)
         keys, attention = reading.keys.mean(2), reading.attention.mean(1)
         for (count, capacity), group in alike.items():
-            here = reading.patch_slot[group]  # [G, P]
-            patches = (here < 0).to(torch.int8).argsort(dim=1, stable=True)[:, :capacity]
-            own = reading.states[group]
+            slots_of_group = reading.patch_slot[group]  # [G, P]
+            patches = (slots_of_group < 0).to(torch.int8).argsort(dim=1, stable=True)[:, :capacity]
+            states = reading.states[group]
             zipped, chosen = zip_tiles(
-                torch.cat([own[:, :1], _rows(own[:, 1:], patches)], 1),
-                _rows(keys[group], patches),
+                torch.cat([states[:, :1], gather_slots(states[:, 1:], patches)], 1),
+                gather_slots(keys[group], patches),
                 attention[group].gather(1, patches),
                 *self.split(count),
             )
             hosts = patches.gather(1, _hosts(chosen, capacity, count))
             for place, tile in enumerate(group):
-                tokens[tile], slots[tile] = zipped[place], here[place][hosts[place]]
+                tokens[tile], slots[tile] = zipped[place], slots_of_group[place][hosts[place]]
         return torch.cat(tokens), torch.cat(slots)

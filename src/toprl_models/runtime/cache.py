@@ -1,11 +1,12 @@
-"""What the pruner keeps with a key/value cache, and how that follows the cache's rows and length."""
+"""State that the pruner keeps with a key/value cache, and how it follows the cache's rows and length."""
 
 from __future__ import annotations
 
 import warnings
 import weakref
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -13,16 +14,19 @@ from torch.nn.functional import pad
 
 from toprl_models.runtime.state import ForwardPass
 
+if TYPE_CHECKING:
+    from transformers import Cache, PreTrainedConfig
+
 
 @dataclass
 class CacheState:
-    """Per segment, validity (compact) or keep mask (mask) of the tokens seen so far, [B, n].
+    """State kept with a cache: by segment, validity (compact) or keep mask (mask) of the tokens so far, [B, n].
 
-    A segment that is absent, and every token behind the stored ones, counts as valid.
+    A segment that is absent, and every token after the stored ones, counts as valid.
 
     Attributes:
         masks: by segment.
-        shifts: by segment, int64 [B]: how far the positions of later tokens move down where they are renumbered.
+        shifts: by segment, int64 [B]: how far the positions of later tokens move down with renumbering.
         settled: length of the sequence up to the last visual token of a pruned prompt; later tokens are in all layers.
         removed: tokens of the sequence that were removed before layer 0, so that no layer holds them.
     """
@@ -32,27 +36,13 @@ class CacheState:
     settled: int = 0
     removed: int = 0
 
-    def select_rows(self, rows: Tensor) -> None:
+    def each(self, change: Callable[[Tensor], Tensor]) -> None:
+        """Change every stored tensor, whose first dimension is the batch."""
         for stored in (self.masks, self.shifts):
-            stored.update({number: one.index_select(0, rows.to(one.device)) for number, one in stored.items()})
-
-    def repeat_rows(self, repeats: int) -> None:
-        for stored in (self.masks, self.shifts):
-            stored.update({number: one.repeat_interleave(repeats, 0) for number, one in stored.items()})
-
-    def clear(self) -> None:
-        self.masks, self.shifts, self.settled, self.removed = {}, {}, 0, 0
+            stored.update({number: change(tensor) for number, tensor in stored.items()})
 
     def check_crop(self, tokens_to_remove: int, length: int) -> None:
-        """Refuse to cut where the layers hold different tokens.
-
-        Args:
-            tokens_to_remove: as ``Cache.crop`` takes it: negative.
-            length: of the sequence.
-
-        Raises:
-            ValueError: the cut would go into pruned visual tokens, or is given as a length, which differs by layer.
-        """
+        """Refuse to crop a sequence of ``length`` where its layers hold different tokens."""
         if tokens_to_remove > 0:
             raise ValueError(
                 f"crop({tokens_to_remove}): the layers of a pruned cache have different lengths; pass the number of "
@@ -66,27 +56,27 @@ class CacheState:
 
 
 class _Follower:
-    """Stands before one method of a cache object, so that the pruner's state changes along with the cache.
+    """Wrapper of one method of a cache object, which changes the pruner's state along with the cache.
 
-    It holds the cache weakly: caches are large and must go with their last user, not with the next garbage collection.
+    The cache is held weakly: caches are large and must go with their last user, not with the next garbage collection.
     """
 
-    def __init__(self, cache: Any, name: str) -> None:
+    def __init__(self, cache: Cache, name: str) -> None:
         self._cache, self._name = weakref.ref(cache), name
 
-    def __call__(self, *arguments: Any) -> Any:
+    def __call__(self, *args: Any) -> Any:
         cache = self._cache()
-        assert cache is not None  # only the cache itself refers to this
+        assert cache is not None  # only the cache itself refers to its followers
         state: CacheState = cache._toprl_state
         if self._name == "crop":
-            state.check_crop(arguments[0], cache.get_seq_length())
-        result = getattr(type(cache), self._name)(cache, *arguments)
+            state.check_crop(args[0], cache.get_seq_length())
+        result = getattr(type(cache), self._name)(cache, *args)
         if self._name == "batch_repeat_interleave":
-            state.repeat_rows(arguments[0])
+            state.each(lambda tensor: tensor.repeat_interleave(args[0], 0))
         elif self._name not in ("crop", "reset"):
-            state.select_rows(arguments[0])
+            state.each(lambda tensor: tensor.index_select(0, args[0].to(tensor.device)))
         elif not cache.get_seq_length(0):
-            state.clear()
+            state.masks, state.shifts, state.settled, state.removed = {}, {}, 0, 0
         return result
 
     # deepcopy and pickle of a cache must bind the copy's followers to the copy
@@ -98,28 +88,28 @@ class _Follower:
 
 
 class _WholeSequence(_Follower):
-    """Stands before a method that tells lengths, where tokens were removed before layer 0: it tells the sequence's.
+    """Replaces a cache's length method after pruning before layer 0: reports the original sequence length.
 
     Models and generate() read from layer 0 which positions and inputs come next, and make their masks for it. Only
-    ``get_seq_length(layer)`` tells what the layer holds.
+    ``get_seq_length(layer)`` tells how many tokens the layer holds.
     """
 
-    def __call__(self, *arguments: Any, **options: Any) -> Any:
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
         cache = self._cache()
-        assert cache is not None  # only the cache itself refers to this
+        assert cache is not None  # only the cache itself refers to its followers
         removed = cache._toprl_state.removed
-        result = getattr(type(cache), self._name)(cache, *arguments, **options)
+        result = getattr(type(cache), self._name)(cache, *args, **kwargs)
         if self._name == "get_seq_length":
-            return result if arguments or options else result + removed
+            return result if args or kwargs else result + removed
         if self._name == "get_query_offset":
-            return result if any((*arguments, *options.values())) else result + removed
+            return result if any((*args, *kwargs.values())) else result + removed
         length, offset = result
-        fixed = getattr(cache, "is_compileable", False) or options.get("layer_idx", arguments[-1])
+        fixed = getattr(cache, "is_compileable", False) or kwargs.get("layer_idx", args[-1])
         return (length if fixed else length + removed), offset
 
 
-def cache_state(cache: Any) -> CacheState:
-    """The state kept with ``cache``, made when there is none."""
+def cache_state(cache: Cache) -> CacheState:
+    """Return the state kept with ``cache``; make it when there is none."""
     if not hasattr(cache, "_toprl_state"):
         cache._toprl_state = CacheState()
         for name in ("reorder_cache", "batch_repeat_interleave", "batch_select_indices", "crop", "reset"):
@@ -128,15 +118,15 @@ def cache_state(cache: Any) -> CacheState:
     return cache._toprl_state
 
 
-def remove_before_first_layer(cache: Any, count: int) -> None:
-    """Let ``cache`` still tell the length of the sequence when layer 0 holds ``count`` tokens less."""
+def remove_before_first_layer(cache: Cache, count: int) -> None:
+    """Let ``cache`` still report the length of the sequence when layer 0 holds ``count`` tokens less."""
     cache_state(cache).removed += count
     for name in ("get_seq_length", "get_query_offset", "get_mask_sizes"):
         setattr(cache, name, _WholeSequence(cache, name))
 
 
 def check_rows(stored: Tensor | None, batch: int) -> None:
-    """Refuse a batch that is not the one whose prompt filled the cache."""
+    """Refuse a batch of another size than the prompt's that filled the cache."""
     if stored is not None and len(stored) != batch:
         raise RuntimeError(
             f"past_key_values was filled by a pruned prompt of {len(stored)} rows, but input_ids has {batch}: change "
@@ -144,46 +134,41 @@ def check_rows(stored: Tensor | None, batch: int) -> None:
         )
 
 
-def cache_bytes(cache: Any) -> int:
-    """Bytes of all keys and values in a cache of transformers."""
+def cache_bytes(cache: Cache) -> int:
+    """Count the bytes of all keys and values in a cache of transformers."""
     tensors = [t for layer in cache.layers for t in (layer.keys, layer.values) if isinstance(t, Tensor)]
     return sum(t.numel() * t.element_size() for t in tensors)
 
 
 def extend_mask(stored: Tensor | None, new: Tensor | None, past: int, hidden_states: Tensor) -> Tensor | None:
-    """Mask over ``past`` cached tokens and those of this pass; tokens that neither mask covers count as 1.
-
-    Raises:
-        RuntimeError: the batch is not the one whose prompt filled the cache.
-    """
+    """Join the masks of ``past`` cached tokens and of this pass; tokens that neither mask covers count as 1."""
     if not past:
         return new
-    if stored is None and new is None:
+    like = stored if new is None else new
+    if like is None:
         return None
-    some = new if new is not None else stored
-    assert some is not None
     batch, length = hidden_states.shape[:2]
     check_rows(stored, batch)
     known = 0 if stored is None else min(past, stored.shape[1])  # decoding may have been rolled back
-    ones = torch.ones(batch, past - known + length, dtype=some.dtype, device=some.device)
-    parts = [] if stored is None else [stored[:, :known].to(some.dtype)]
+    ones = torch.ones(batch, past - known + length, dtype=like.dtype, device=like.device)
+    parts = [] if stored is None else [stored[:, :known].to(like.dtype)]
     parts += [ones] if new is None else [ones[:, : past - known], new]
     return torch.cat(parts, 1)
 
 
 class LayerView:
-    """A cache as seen by one layer: mask makers ask for the lengths of layer 0, but pruned layers are shorter."""
+    """A cache as one layer has it: mask makers ask for the lengths of layer 0, but pruned layers are shorter."""
 
-    def __init__(self, cache: Any, layer: int) -> None:
+    def __init__(self, cache: Cache, layer: int) -> None:
         self._cache, self._layer = cache, layer
 
-    def get_seq_length(self, layer_idx: int = 0) -> Any:
+    def get_seq_length(self, layer_idx: int = 0) -> int:
         return self._cache.get_seq_length(self._layer)
 
-    def get_query_offset(self, layer_idx: int = 0) -> Any:
+    def get_query_offset(self, layer_idx: int = 0) -> int:
         return type(self._cache).get_query_offset(self._cache, self._layer)
 
-    def get_mask_sizes(self, query_length: Any, layer_idx: int = 0) -> tuple[int, int]:
+    def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
         return type(self._cache).get_mask_sizes(self._cache, query_length, self._layer)
 
     def __getattr__(self, name: str) -> Any:
@@ -192,37 +177,37 @@ class LayerView:
 
 @dataclass
 class LayerKeys:
-    """The keys that a layer sees in a forward pass: those in its cache, and those of the pass.
+    """The keys that a layer sees in a forward pass: those in its cache and those of the pass.
 
     Attributes:
         view: the cache as this layer has it; None without a cache.
         past: keys that were cached before.
         valid: bool ``[B, keys]``, False for padding; None where none is.
-        earlier: int64 ``[B]``, by how much earlier passes moved later positions down; None for not at all.
-        is_static_step: one new token on a cache of fixed size, where ``past`` is not asked for: it is on the device,
-            and a compiled step cannot wait for it. Slots after those known are valid: causality closes the free ones.
+        earlier: int64 ``[B]``, by how much earlier passes moved later positions down; None: by nothing.
+        is_static_step: whether one token enters a cache of fixed size. Its length is on the device, and a compiled step
+            cannot wait for it, so ``past`` is 0. Slots after the known ones are valid: causality closes the free ones.
     """
 
     view: LayerView | None
-    past: Any
+    past: int
     valid: Tensor | None
     earlier: Tensor | None = None
     is_static_step: bool = False
 
 
 def layer_keys(
-    forward: ForwardPass, number: int, index: int, cache: Any, hidden_states: Tensor, num_stages: int, config: Any
+    forward: ForwardPass,
+    number: int,
+    index: int,
+    cache: Cache | None,
+    hidden_states: Tensor,
+    num_stages: int,
+    config: PreTrainedConfig,
 ) -> LayerKeys:
     """Find the keys that layer ``index`` sees in this pass of compact mode, and note the new ones with the cache.
 
-    Args:
-        number: segment whose tokens the layer has cached. Where it is not the current one the layer is only asked for
-            its scores, and nothing is noted.
-        num_stages: of the schedule.
-        config: of the decoder.
-
-    Raises:
-        RuntimeError: the batch is not the one whose prompt filled the cache.
+    ``number`` is the segment whose tokens the layer has cached. Where it is not the current segment the layer is only
+    asked for its scores, and nothing is noted.
     """
     segment, keeps = forward.segment, number == forward.current
     if cache is None:
@@ -258,7 +243,7 @@ def layer_keys(
     return LayerKeys(view, past, valid, earlier)
 
 
-def enter_cache(forward: ForwardPass, cache: Any, num_stages: int) -> CacheState:
+def enter_cache(forward: ForwardPass, cache: Cache, num_stages: int) -> CacheState:
     """Return the state kept with a cache that a pruned prompt enters."""
     is_new = not hasattr(cache, "_toprl_state")
     state = cache_state(cache)

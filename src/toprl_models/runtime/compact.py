@@ -5,43 +5,44 @@ They write short key/value caches, and get the mask, positions and rotary tables
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from toprl_kernels import topk_compact
 from toprl_models.policy import Decision
 from toprl_models.runtime.cache import enter_cache, layer_keys, remove_before_first_layer
 from toprl_models.runtime.guards import first_attention, is_recurrent, refuse_padding_after_state
 from toprl_models.runtime.outputs import Survivors, scatter_all, scatter_back, slots_of
-from toprl_models.runtime.shortened import (
-    shortened_arguments,
-)
+from toprl_models.runtime.shortened import shortened_arguments
 from toprl_models.runtime.stage import Stage, shared_by_image, trace_of
 from toprl_models.runtime.state import ForwardPass, Packing, Segment, Visual, on_device, put, visual_of
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+    from transformers.modeling_outputs import BaseModelOutputWithPast
+
 
 class Compact:
-    """Remove dropped tokens, and their keys and values.
+    """Mode that removes dropped tokens, and their keys and values.
 
     Args:
         decoder: the text decoder.
-        stage_layers: the layers that stages stand before.
+        stage_layers: the layers before which stages prune.
         renumbers: of each stage, whether survivors get consecutive positions.
     """
 
     name = "compact"
 
-    def __init__(self, decoder: nn.Module, stage_layers: tuple[int, ...], renumbers: tuple[bool, ...]) -> None:
+    def __init__(self, decoder: PreTrainedModel, stage_layers: tuple[int, ...], renumbers: tuple[bool, ...]) -> None:
         self._decoder, self._stage_layers, self._renumbers = decoder, stage_layers, renumbers
-        self._config: Any = decoder.config
-        self._first_attention = first_attention(self._config)
+        self._config, self._first_attention = decoder.config, first_attention(decoder.config)
 
-    def install(self, model: Any) -> None:
+    def install(self, model: PreTrainedModel) -> None:
         """Prepare ``model``: nothing to do."""
 
-    def uninstall(self, model: Any) -> None:
+    def uninstall(self, model: PreTrainedModel) -> None:
         """Undo ``install``."""
 
     # -- a stage ---------------------------------------------------------------------------------------------------
@@ -56,37 +57,35 @@ class Compact:
         kwargs: dict[str, Any],
     ) -> Tensor:
         """Gather the survivors of ``hidden_states`` [B, n, d] and begin the next segment: [B, m, d]."""
-        visual, before = forward.visual, forward.segment
-        assert visual is not None
+        before_visual, before = forward.visual, forward.segment
         number, before_length = stage.number + 1, hidden_states.shape[1]
-        if drops_nothing(visual, counts):  # no gather, so keep-all is bitwise the unattached model
+        if drops_nothing(before_visual, counts):  # no gather, so keep-all is bitwise the unattached model
             after = Segment(before.slots, before.valid, before.moved, before.shift, before.packing)
-            indices = visual.index.masked_fill(~visual.valid, -1)
+            indices = before_visual.index.masked_fill(~before_visual.valid, -1)
         else:
             hidden_states, after = self._gather(forward, stage, hidden_states, decision, counts)
-            indices = forward.visual.index  # type: ignore[union-attr]
+            indices = forward.visual.index
         forward.segments[number], forward.current = after, number
         removed = before_length - hidden_states.shape[1]
         cache = kwargs.get("past_key_values")
         if self._stage_layers[stage.number] <= self._first_attention and removed and cache is not None:
             enter_cache(forward, cache, len(self._stage_layers))
             remove_before_first_layer(cache, removed)
-        forward.trace.append(trace_of(stage, forward, visual, decision, indices, counts))
+        forward.trace.append(trace_of(stage, forward, before_visual, decision, indices, counts))
         return hidden_states
 
     def _gather(
         self, forward: ForwardPass, stage: Stage, hidden_states: Tensor, decision: Decision, counts: tuple[int, ...]
     ) -> tuple[Tensor, Segment]:
         visual, ordinal, before = forward.visual, forward.ordinal, forward.segment
-        assert visual is not None and ordinal is not None
         packing = before.packing
         if decision.states is not None:
             hidden_states = put(hidden_states, visual.slots, visual.valid, decision.states, packing)
         # text is always kept: +inf, which a policy's own +inf must not push out
         scores = selection(forward, stage, decision, counts)
-        every = scores.new_full(ordinal.shape, float("inf"))
-        slot_scores = put(every, visual.slots, visual.valid, scores, packing).contiguous()
-        dropped = [there - kept for there, kept in zip(visual.counts, counts, strict=True)]
+        text_scores = scores.new_full(ordinal.shape, float("inf"))
+        slot_scores = put(text_scores, visual.slots, visual.valid, scores, packing).contiguous()
+        dropped = [present - kept for present, kept in zip(visual.counts, counts, strict=True)]
         rows = range(len(counts)) if packing is None else packing.rows
         totals = list(forward.row_tokens)
         for row, count in zip(rows, dropped, strict=True):
@@ -141,8 +140,7 @@ class Compact:
     ) -> dict[str, Any]:
         """Replace mask, rotary tables and positions by those of the current segment.
 
-        Args:
-            number: segment whose tokens layer ``index`` has cached; the next one while a layer is asked for scores.
+        ``number`` is the segment whose tokens layer ``index`` has cached; the next segment when asked for scores.
         """
         cache = kwargs.get("past_key_values")
         if not forward.prunes and not hasattr(cache, "_toprl_state"):
@@ -152,7 +150,7 @@ class Compact:
             if segment.slots is None:
                 return kwargs
             if forward.past and segment.valid is not None:
-                refuse_padding_after_state(self._decoder.layers[index], index)  # type: ignore[index]
+                refuse_padding_after_state(self._decoder.layers[index], index)
             return {**kwargs, "attention_mask": segment.valid}
         made_from = (kwargs.get("attention_mask"), kwargs.get("position_embeddings"))
         # made once per stage, and again where a model has several kinds of layers
@@ -166,13 +164,11 @@ class Compact:
 
     # -- the end ---------------------------------------------------------------------------------------------------
 
-    def finish(self, forward: ForwardPass, output: Any, num_layers: int) -> Survivors | None:
+    def finish(self, forward: ForwardPass, output: BaseModelOutputWithPast, num_layers: int) -> Survivors | None:
         """Scatter the survivors' states back to the prompt's length, so that callers see the shape they asked for."""
-        segment = forward.segment
-        if segment.slots is None:
-            return None
         slots = slots_of(forward, forward.current)
-        assert slots is not None
+        if slots is None:
+            return None
         output["last_hidden_state"] = scatter_back(output.last_hidden_state, slots, forward.length)
         if output.get("hidden_states"):
             output["hidden_states"] = scatter_all(output.hidden_states, forward, self._stage_layers, num_layers)
@@ -185,13 +181,8 @@ def drops_nothing(visual: Visual, counts: tuple[int, ...]) -> bool:
 
 
 def selection(forward: ForwardPass, stage: Stage, decision: Decision, counts: tuple[int, ...]) -> Tensor:
-    """Turn a decision into scores [P, V] float32 whose top-k in the *row* are the survivors; finite or -inf.
-
-    Raises:
-        ValueError: a keep mask and ``share="image"`` contradict each other.
-    """
+    """Turn a decision into scores [P, V] float32 whose top-k in the *row* are the survivors; finite or -inf."""
     visual, prompts = forward.visual, forward.prompts
-    assert visual is not None and prompts is not None
     if decision.keep_mask is not None:
         if prompts.run is not None:
             raise ValueError(

@@ -1,4 +1,4 @@
-"""What differs between the supported releases of transformers; all other code runs on each of them as it is."""
+"""Differences between the supported releases of transformers; all other code runs on each of them."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from torch import nn
 
 
 def repeats_hooks(layer: type[nn.Module]) -> bool:
-    """Whether gradient checkpointing runs the hooks of ``layer`` again in the backward pass.
+    """Tell whether gradient checkpointing runs the hooks of ``layer`` again in the backward pass.
 
     Releases before 5.23 checkpoint ``__call__``, hooks included, instead of ``forward``.
     """

@@ -5,19 +5,22 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
 from toprl_models.runtime.compat import repeats_hooks
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
 
 class OneForward:
-    """Lets one forward pass of one thread through at a time: the hooks of a Pruner share its state.
+    """Lock that admits one forward pass of one thread at a time: the hooks of a Pruner share state.
 
-    A pass that KeyboardInterrupt ended outside of the pruner's hooks, which torch then skips, still counts as under way
-    for other threads; the next pass of its own thread takes its place.
+    After a KeyboardInterrupt outside of the pruner's hooks, which torch then skips, the pass still counts as under way
+    for other threads; the next pass of the same thread takes its place.
     """
 
     def __init__(self) -> None:
@@ -26,11 +29,7 @@ class OneForward:
         self._decides = False  # a policy is being asked
 
     def enter(self) -> None:
-        """A forward pass begins.
-
-        Raises:
-            RuntimeError: another one is under way, in another thread or around this one.
-        """
+        """Begin a forward pass; refuse it while another thread's, or a pass around it, is under way."""
         if torch.compiler.is_compiling():  # a compiled graph holds this state in local variables
             return
         with self._lock:
@@ -38,23 +37,23 @@ class OneForward:
             self._thread = threading.get_ident()
 
     def check(self) -> None:
-        """As ``enter``, for a part of the model that may be called on its own."""
+        """Refuse what ``enter`` refuses, for a part of the model that may be called by itself."""
         if not torch.compiler.is_compiling() and self._thread != threading.get_ident():
             with self._lock:
                 self._check()
 
     def _check(self) -> None:
-        mine = self._thread == threading.get_ident()
-        if self._thread is not None and (self._decides or not mine):
+        same_thread = self._thread == threading.get_ident()
+        if self._thread is not None and (self._decides or not same_thread):
             raise RuntimeError(
                 "this Pruner is in the middle of a forward pass "
-                + ("(its policy called the model)" if mine else "in another thread")
+                + ("(its policy called the model)" if same_thread else "in another thread")
                 + "; put a lock around generate() and forward(), or give each thread its own model and Pruner"
             )
 
     @contextlib.contextmanager
     def deciding(self) -> Iterator[None]:
-        """While a policy is asked: a forward pass of the same thread would be its doing."""
+        """Mark the time in which a policy is asked: a pass of the same thread is then the policy's."""
         self._decides = True
         try:
             yield
@@ -62,7 +61,7 @@ class OneForward:
             self._decides = False
 
     def leave(self) -> bool:
-        """The pass ended; False for one that was refused: the state belongs to the other."""
+        """End the pass; return False for a refused pass, as the state belongs to the other."""
         if torch.compiler.is_compiling():
             return True
         with self._lock:
@@ -73,7 +72,7 @@ class OneForward:
 
 
 def refuse_checkpointing(layers: nn.ModuleList, mode: str) -> None:
-    """Refuse gradient checkpointing that would compute other gradients than the same model without it."""
+    """Refuse gradient checkpointing that would change the gradients."""
     for layer in layers:
         if not (getattr(layer, "gradient_checkpointing", False) and layer.training):
             continue
@@ -91,8 +90,8 @@ def refuse_checkpointing(layers: nn.ModuleList, mode: str) -> None:
             )
 
 
-def sliding_window(config: Any) -> int | None:
-    """Return the shortest window or chunk of attention of a text config; None when all layers see everything."""
+def sliding_window(config: PreTrainedConfig) -> int | None:
+    """Return the shortest attention window or chunk of a text config; None where all layers see everything."""
     kinds = getattr(config, "layer_types", None)
     window, chunk = getattr(config, "sliding_window", None), getattr(config, "attention_chunk_size", None)
     windows = [
@@ -103,14 +102,14 @@ def sliding_window(config: Any) -> int | None:
 
 
 def temperature_floor(layers: Iterable[nn.Module]) -> int | None:
-    """Return the length from which attention temperatures of ``layers`` depend on slots (Llama 4); None: never."""
+    """Return the length from which attention temperatures depend on slots (Llama 4); None: never."""
     modules = [module for layer in layers for module in layer.modules()]
     scaled = [module for module in modules if getattr(module, "attn_temperature_tuning", False)]
     return min((int(module.floor_scale) for module in scaled if not module.use_rope), default=None)  # type: ignore[arg-type]
 
 
 def refuse_temperature(floor: int, length: int) -> None:
-    """Refuse a sequence in which layers scale their queries by slot: slots of a shortened one are no positions."""
+    """Refuse a sequence whose layers scale queries by slot: slots of a shortened one are no positions."""
     if length >= floor:
         raise RuntimeError(
             f"floor_scale={floor}: from that length on layers without rotary embedding scale their queries by slot "
@@ -124,23 +123,19 @@ RECURRENT = frozenset({"conv", "linear_attention"})
 PARALLEL = frozenset({"hybrid", "hybrid_sliding"})
 
 
-def is_recurrent(config: Any, index: int) -> bool:
-    """Tell whether layer ``index`` is a convolution or a recurrence: without keys, and with a 2-D mask."""
+def is_recurrent(config: PreTrainedConfig, index: int) -> bool:
+    """Tell whether layer ``index`` is a convolution or a recurrence, without keys and with a 2-D mask."""
     return (getattr(config, "layer_types", None) or {index: None})[index] in RECURRENT
 
 
-def first_attention(config: Any) -> int:
-    """Return the first layer that is no recurrence: a cache tells its length by that layer."""
+def first_attention(config: PreTrainedConfig) -> int:
+    """Return the first layer that is no recurrence: a cache reports its length by that layer."""
     kinds = getattr(config, "layer_types", None) or [None]
     return next((index for index, kind in enumerate(kinds) if kind not in RECURRENT), 0)
 
 
-def refuse_padding_after_state(layer: Any, index: int) -> None:
-    """Refuse padding between two turns: it would enter a convolution or a recurrence.
-
-    Raises:
-        ValueError: always.
-    """
+def refuse_padding_after_state(layer: nn.Module, index: int) -> None:
+    """Refuse padding between two turns: it would enter a convolution or a recurrence."""
     raise ValueError(
         f"{type(layer).__name__} (decoder layer {index}) keeps a state of earlier turns, and the rows of this turn "
         "differ in length once they are pruned: padding would enter the state; run the rows one by one, or all turns "
@@ -148,12 +143,8 @@ def refuse_padding_after_state(layer: Any, index: int) -> None:
     )
 
 
-def refuse_recurrent(layers: nn.ModuleList, config: Any, first: int, mode: str) -> None:
-    """Refuse a decoder whose layers from ``first`` on cannot forget a token.
-
-    Raises:
-        ValueError: mode "mask" and a recurrence, or a layer that is recurrence and attention at once.
-    """
+def refuse_recurrent(layers: nn.ModuleList, config: PreTrainedConfig, first: int, mode: str) -> None:
+    """Refuse a decoder whose layers from ``first`` on cannot forget a token."""
     for index, kind in list(enumerate(getattr(config, "layer_types", None) or ()))[first:]:
         if kind in PARALLEL or (kind in RECURRENT and mode == "mask"):
             better = "" if kind in PARALLEL else ', use mode="compact"'
@@ -164,7 +155,7 @@ def refuse_recurrent(layers: nn.ModuleList, config: Any, first: int, mode: str) 
 
 
 def refuse_window(window: int, length: int) -> None:
-    """Refuse a sequence that is longer than the window: slots of a pruned sequence are no distances."""
+    """Refuse a sequence longer than the window: slots of a pruned sequence are no distances."""
     if length > window:
         raise RuntimeError(
             f"sliding_window={window} is shorter than the sequence of {length} tokens (attention_chunk_size counts "

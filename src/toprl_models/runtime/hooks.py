@@ -7,37 +7,31 @@ import threading
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn, SupportsIndex
 
 from torch import Tensor, nn
 
 from toprl_models.policy import Decision, Policy
-from toprl_models.runtime import scores
+from toprl_models.runtime import guards, scores
 from toprl_models.runtime.compact import Compact
-from toprl_models.runtime.guards import (
-    OneForward,
-    refuse_checkpointing,
-    refuse_temperature,
-    refuse_window,
-    sliding_window,
-    temperature_floor,
-)
 from toprl_models.runtime.mask import Mask
 from toprl_models.runtime.outputs import Survivors, without_dropped
 from toprl_models.runtime.prompt import Call, Told, VisualIds, begin, read_call, tokens_of
 from toprl_models.runtime.stage import Observed, Stage
-from toprl_models.runtime.state import ForwardPass, Segment, StageTrace
+from toprl_models.runtime.state import ForwardPass, Length, Segment, StageTrace
 from toprl_models.schedule import Schedule
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from torch.utils.hooks import RemovableHandle
+    from transformers import Cache, GenerationConfig, PreTrainedModel
+    from transformers.modeling_outputs import BaseModelOutputWithPast
 
 Change = tuple[tuple, dict[str, Any]]
 
 
 @dataclass
 class Generation:
-    """One call of ``generate()``: the length of its prompt, and what was decided where no cache remembers it."""
+    """A call of ``generate()``: its prompt's length, and the decisions, which no cache may hold."""
 
     length: int | None
     beams: int
@@ -46,7 +40,7 @@ class Generation:
     decisions: dict[int, tuple[Decision, tuple[int, ...]]] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, args: tuple, kwargs: dict[str, Any], default: Any) -> Generation:
+    def of(cls, args: tuple, kwargs: dict[str, Any], default: GenerationConfig) -> Generation:
         """Read the arguments of ``generate()``; ``default`` is the model's generation config.
 
         What only the pruner understands is taken out of ``kwargs``.
@@ -59,7 +53,7 @@ class Generation:
         beams = kwargs.get("num_beams") or getattr(config, "num_beams", None) or 1
         return cls(None if tokens is None else tokens.shape[1], beams, told)
 
-    def tell(self, told: Told, tokens: Tensor, cache: Any) -> None:
+    def tell(self, told: Told, tokens: Tensor, cache: Cache | None) -> None:
         """Add what ``generate()`` was told to what its forward pass over ``tokens`` [B, N, ...] was told."""
         if told.prompt_length is None:
             told.prompt_length = _repeated(self.told.prompt_length, len(tokens))
@@ -68,11 +62,7 @@ class Generation:
             told.visual_mask = _repeated(mask, len(tokens))
 
     def recall(self, stage: int, forward: ForwardPass) -> tuple[Decision, tuple[int, ...]] | None:
-        """Return what this stage decided for the same prompt, without its answer.
-
-        Raises:
-            ValueError: beams of one sample were pruned differently, and without a cache they cannot be told apart.
-        """
+        """Return what this stage decided for the same prompt, without its answer."""
         known = self.decisions.get(stage)
         if known is None or self.num_visual != forward.num_visual:
             return None
@@ -87,7 +77,7 @@ class Generation:
 
 
 class _PerThread(threading.local):
-    """Per-thread state around the forward pass: other threads may come between its parts."""
+    """Per-thread state of the current forward pass."""
 
     told: Told | None = None  # of the call of the whole model that is under way
     prompt_length: int | Tensor | None = None  # of Pruner.prompt_length()
@@ -96,39 +86,39 @@ class _PerThread(threading.local):
 
 
 class Runtime:
-    """What the hooks of one attached model share."""
+    """State that the hooks of an attached model share."""
 
     def __init__(
         self, model: PreTrainedModel, policy: Policy, schedule: Schedule, mode: Compact | Mask, ids: VisualIds
     ) -> None:
         self.model, self.schedule, self.mode, self._ids = model, schedule, mode, ids
-        self.decoder: Any = model.get_decoder()
+        self.decoder: PreTrainedModel = model.get_decoder()
         self.layers: nn.ModuleList = self.decoder.layers
         heads = scores.HeadGroup(model)
         self.stages = tuple(
             Stage(number, policy.at_stage(number), schedule, heads) for number in range(len(schedule.layers))
         )
         self._stage_at = {layer: stage for layer, stage in zip(schedule.layers, self.stages, strict=True)}
-        self._window = sliding_window(self.decoder.config)
+        self._window = guards.sliding_window(self.decoder.config)
         shortened = self.layers[schedule.layers[0] :] if mode.name == "compact" else ()
-        self._temperature = temperature_floor(shortened)
+        self._temperature = guards.temperature_floor(shortened)
         self._call: Call | None = None
-        self._inputs: Mapping[str, Any] = {}  # what the model was called with, until the decoder begins
+        self._inputs: Mapping[str, Any] = {}  # the model's arguments, until the decoder begins
         self._forward: ForwardPass | None = None
-        self._watched: tuple[Any, Any, Any] | None = None
+        self._watched: tuple[scores.Watched, Length, Tensor | None] | None = None
         self._asking = False
         self._warned = False
-        self.running = OneForward()
+        self.running = guards.OneForward()
         self.thread = _PerThread()
         self.enabled = True
         self.trace: list[StageTrace] = []
 
-    def hook(self) -> list[Any]:
-        """Register all module hooks; returns their handles."""
+    def hook(self) -> list[RemovableHandle]:
+        """Register all module hooks; return their handles."""
         base = self.model.base_model
-        handles: list[Any] = [
+        handles = [
             base.register_forward_pre_hook(self._before_model, with_kwargs=True),
-            base.register_forward_hook(self._after_model, always_call=True),
+            base.register_forward_hook(self.end_pass, always_call=True),
             self.decoder.register_forward_pre_hook(self._before_decoder, with_kwargs=True),
             self.decoder.register_forward_hook(self._after_decoder),
         ]
@@ -142,8 +132,8 @@ class Runtime:
 
     # -- around the model ------------------------------------------------------------------------------------------
 
-    def calling(self, forward: Callable[..., Any]) -> Callable[..., Any]:
-        """Wrap the model's ``forward``: take what only the pruner understands, and note the labels."""
+    def calling(self, forward: Callable) -> Callable:
+        """Wrap the model's ``forward``: take the pruner's arguments out of the call, and note the labels."""
 
         @functools.wraps(forward)
         def call(*args: Any, **kwargs: Any) -> Any:
@@ -155,7 +145,7 @@ class Runtime:
 
         return call
 
-    def generating(self, generate: Callable[..., Any]) -> Callable[..., Any]:
+    def generating(self, generate: Callable) -> Callable:
         """Wrap the model's ``generate``: its first pass is the prompt, the others are not."""
 
         @functools.wraps(generate)
@@ -172,7 +162,7 @@ class Runtime:
 
     def _before_model(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Change | None:
         told, self.thread.told = self.thread.told, None
-        taken = told is None and ("prompt_length" in kwargs or "visual_mask" in kwargs)
+        takes = told is None and ("prompt_length" in kwargs or "visual_mask" in kwargs)
         told = Told.pop_from(kwargs) if told is None else told
         self.thread.survivors = None
         self.running.enter()
@@ -191,7 +181,7 @@ class Runtime:
                 call.uncached = cache is None
             self._warn_unpruned(call, args, kwargs)
             self._call, self._inputs = call, kwargs if call is not None else {}
-        return (args, kwargs) if taken else None
+        return (args, kwargs) if takes else None
 
     def _warn_unpruned(self, call: Call | None, args: tuple, kwargs: Mapping[str, Any]) -> None:
         if call is None or call.visual is not None or call.past or self._warned or args:
@@ -215,7 +205,7 @@ class Runtime:
         embeddings = args[0] if args else kwargs["inputs_embeds"]
         self._forward = begin(call, embeddings, inputs, by_image=self.schedule.share == "image")
         if self._forward.prunes:
-            refuse_checkpointing(self.layers, self.mode.name)
+            guards.refuse_checkpointing(self.layers, self.mode.name)
 
     def _check_length(self, call: Call | None, kwargs: dict[str, Any]) -> None:
         cache = kwargs.get("past_key_values")
@@ -224,17 +214,16 @@ class Runtime:
             past = cache.get_seq_length() if cache is not None else 0
             length = int(past) + kwargs["inputs_embeds"].shape[1]
             if self._window is not None:
-                refuse_window(self._window, length)
+                guards.refuse_window(self._window, length)
             if self._temperature is not None:
-                refuse_temperature(self._temperature, length)
+                guards.refuse_temperature(self._temperature, length)
 
     # -- a layer ---------------------------------------------------------------------------------------------------
 
     def before_layer(self, index: int, number: int, args: tuple, kwargs: dict[str, Any]) -> Change | None:
         """Run the stage before layer ``index``, if there is one, and give the layer the arguments of its segment.
 
-        Args:
-            number: stages at or before this layer: the number of its segment.
+        ``number`` counts the stages at or before this layer: it is the number of the layer's segment.
         """
         forward = self._forward
         if self._asking or (forward is None and not self.enabled):
@@ -253,13 +242,11 @@ class Runtime:
         changed = self.mode.before_layer(forward, number, index, hidden_states, kwargs) if number else kwargs
         if forward.prunes and index + 1 in self._stage_at and _reads(self._stage_at[index + 1], "previous"):
             past = _length_of(changed.get("past_key_values"), index)
-            watched = scores.watch(scores.attention_of(self.layers[index]))
+            watched = scores.Watched(scores.attention_of(self.layers[index]))
             self._watched = watched, past, _keep_mask_of(changed)
-        if args:
-            return (hidden_states, *args[1:]), changed
-        return args, {**changed, "hidden_states": hidden_states}
+        return _with_states(hidden_states, args, changed)
 
-    def _after_watched(self, module: nn.Module, args: tuple, output: Any) -> None:
+    def _after_watched(self, module: nn.Module, args: tuple, output: object) -> None:
         if self._watched is not None and not self._asking:
             self._watched[0].end()
 
@@ -289,46 +276,41 @@ class Runtime:
 
     def _observed(self) -> Observed:
         """Return the attention call of the layer before the stage."""
-        if self._watched is None or self._watched[0].seen is None:
-            raise RuntimeError("the layer before the stage did not call its attention function")
-        watched, past, keep_mask = self._watched
-        return Observed(watched.seen, past, keep_mask)
+        if self._watched is not None:
+            watched, past, keep_mask = self._watched
+            if watched.seen is not None:
+                return Observed(watched.seen, past, keep_mask)
+        raise RuntimeError("the layer before the stage did not call its attention function")
 
     def _ask(
         self, forward: ForwardPass, index: int, hidden_states: Tensor, args: tuple, kwargs: dict[str, Any]
     ) -> Observed:
-        """Ask the stage's own layer what it would attend to, over the states that are about to enter it."""
+        """Ask the layer after the stage for its attention over the states that are about to enter."""
         number = self._stage_at[index].number + 1
         changed = self.mode.before_layer(forward, number, index, hidden_states, kwargs)
         past = _length_of(changed.get("past_key_values"), index)
+        args, kwargs = _with_states(hidden_states, args, changed)
         self._asking = True
         try:
-            if args:
-                call = scores.ask(self.layers[index], (hidden_states, *args[1:]), changed)
-            else:
-                call = scores.ask(self.layers[index], (), {**changed, "hidden_states": hidden_states})
+            call = scores.ask(self.layers[index], args, kwargs)
         finally:
             self._asking = False
         return Observed(call, past, _keep_mask_of(changed))
 
     # -- the end ---------------------------------------------------------------------------------------------------
 
-    def _after_decoder(self, module: nn.Module, args: tuple, output: Any) -> Any:
+    def _after_decoder(self, module: nn.Module, args: tuple, output: BaseModelOutputWithPast) -> None:
         forward = self._forward
         if forward is None:
-            return None
+            return
         num_layers = self.model.config.get_text_config().num_hidden_layers
         survivors = self.mode.finish(forward, output, num_layers)
         if forward.prunes:
             self.trace, self.thread.survivors = forward.trace, survivors
         elif forward.length and not forward.past:
             self.trace = []  # a prompt without images
-        return output
 
-    def _after_model(self, module: nn.Module, args: tuple, output: Any) -> None:
-        self.end_pass()
-
-    def end_pass(self) -> None:
+    def end_pass(self, *_: object) -> None:
         """Forget the forward pass, unless it is another thread's."""
         if self.running.leave():
             self.forget()
@@ -352,15 +334,15 @@ class Runtime:
                 kwargs["shift_labels"] = without_dropped(dropped, kwargs["shift_labels"], shifted=True)
         return model_loss(logits, labels, *args, **kwargs)
 
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        """A copy of the model would share or duplicate the pruner's state without being attached."""
+    def __reduce_ex__(self, protocol: SupportsIndex) -> NoReturn:
+        """Refuse a copy of the model: it would have the pruner's state without being attached."""
         raise RuntimeError(
             "a model cannot be copied or pickled while a Pruner is attached: detach() first and attach to the copy, or "
             "save model.state_dict() or model.save_pretrained(folder)"
         )
 
 
-def _repeated(value: Any, batch: int) -> Any:
+def _repeated(value: int | Tensor | None, batch: int) -> Any:
     """Repeat the rows of a tensor for beams and several answers; other values stay."""
     return value.repeat_interleave(batch // len(value), 0) if isinstance(value, Tensor) and value.ndim else value
 
@@ -369,8 +351,15 @@ def _reads(stage: Stage, source: str) -> bool:
     return stage.policy.attention_from == source
 
 
-def _length_of(cache: Any, index: int) -> Any:
-    """Return how many keys layer ``index`` has cached; a static cache counts on the device, and goes on counting."""
+def _with_states(hidden_states: Tensor, args: tuple, kwargs: dict[str, Any]) -> Change:
+    """Put ``hidden_states`` into a layer's arguments, where the call has them."""
+    if args:
+        return (hidden_states, *args[1:]), kwargs
+    return args, {**kwargs, "hidden_states": hidden_states}
+
+
+def _length_of(cache: Cache | None, index: int) -> Length:
+    """Count the cached keys of layer ``index``; a static cache goes on counting in the tensor that it returns."""
     length = cache.get_seq_length(index) if cache is not None else 0
     return length.clone() if isinstance(length, Tensor) else length
 
@@ -381,7 +370,7 @@ def _keep_mask_of(kwargs: Mapping[str, Any]) -> Tensor | None:
 
 
 class _LayerHook:
-    """The pre-hook of one decoder layer (a class, because the layer's number must come along)."""
+    """Pre-hook of a decoder layer; a class, because the layer's number must come along."""
 
     def __init__(self, runtime: Runtime, index: int) -> None:
         self.runtime, self.index = runtime, index

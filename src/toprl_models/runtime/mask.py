@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.functional import pad
 
 from toprl_kernels import masked_attention
 from toprl_models.policy import Decision
@@ -19,6 +20,7 @@ from toprl_models.runtime.state import ForwardPass, Segment, Visual, put, visual
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+    from transformers.modeling_outputs import BaseModelOutputWithPast
 
 NAME = "toprl_masked"
 # Arguments of an attention call that change no number under causality within the window (guards.py)
@@ -27,23 +29,16 @@ HARMLESS = frozenset({"sliding_window", "is_causal", "layer_idx", "output_attent
 
 @dataclass
 class KeepArgument:
-    """What a layer is given for its attention function, as the keyword argument ``toprl_keep``.
+    """A layer's keyword argument ``toprl_keep``, on its way to the layer's attention function."""
 
-    Attributes:
-        keep_mask: ``[B, L]`` over all keys, those in the cache included; None keeps all.
-        bounded_grad: the policy's ``bounded_mask_grad``.
-        layer_arguments: names of the layer's keyword arguments; what else reaches the attention function is its own.
-        arrived: whether the attention function was called with it.
-    """
-
-    keep_mask: Tensor | None
-    bounded_grad: bool
-    layer_arguments: frozenset[str]
-    arrived: bool = False
+    keep_mask: Tensor | None  # [B, L] over all keys, those in the cache included; None keeps all
+    bounded_grad: bool  # the policy's bounded_mask_grad
+    layer_arguments: frozenset[str]  # names that the layer was called with; it makes the attention's other arguments
+    arrived: bool = False  # whether the attention function was called with this argument
 
 
 class Mask:
-    """Mask dropped tokens in attention; all tokens stay in the sequence and in the cache."""
+    """Mode that masks dropped tokens in attention; all tokens stay in the sequence and in the cache."""
 
     name = "mask"
 
@@ -74,33 +69,28 @@ class Mask:
         counts: tuple[int, ...],
         kwargs: dict[str, Any],
     ) -> Tensor:
-        """Make the keep mask of the next segment; states change only where a policy merges tokens.
-
-        Raises:
-            ValueError: several prompts are packed into a row.
-        """
+        """Make the keep mask of the next segment; states change only where a policy merges tokens."""
         visual, before = forward.visual, forward.segment
-        assert visual is not None and forward.ordinal is not None
         if before.packing is not None:
             raise ValueError(
                 'mode="mask" knows causal attention alone, and several prompts are packed into a row: use '
                 'mode="compact", or give each prompt a row of its own'
             )
         keep = decision.keep_mask
-        if keep is None or forward.prompts.run is not None:  # type: ignore[union-attr]
+        if keep is None or forward.prompts.run is not None:
             keep = top_mask(selection(forward, stage, decision, counts), visual.valid, counts)
         alive = (keep.detach() > 0) & visual.valid
         # differentiable masks keep their gradient
         keep = alive if keep.dtype == torch.bool else keep * visual.valid
-        everything = torch.ones(forward.ordinal.shape, dtype=keep.dtype, device=keep.device)
-        full = put(everything, visual.slots, visual.index >= 0, keep, None)
+        full = torch.ones(forward.ordinal.shape, dtype=keep.dtype, device=keep.device)
+        full = put(full, visual.slots, visual.index >= 0, keep, None)
         if decision.states is not None and counts != visual.counts:
             hidden_states = put(hidden_states, visual.slots, visual.valid, decision.states, None)
         forward.visual = Visual(visual.slots, alive, visual.index, counts)
         number = stage.number + 1
         forward.segments[number], forward.current = Segment(valid=before.valid, keep_mask=full), number
-        indices = visual_of(visual.index.masked_fill(~alive, -1), counts, None)  # the survivors' columns
-        forward.trace.append(trace_of(stage, forward, visual, decision, indices.index, counts))
+        indices = visual_of(visual.index.masked_fill(~alive, -1), counts, None).index  # without the dropped columns
+        forward.trace.append(trace_of(stage, forward, visual, decision, indices, counts))
         return hidden_states
 
     def before_layer(
@@ -108,8 +98,7 @@ class Mask:
     ) -> dict[str, Any]:
         """Add the keep mask over all keys of this layer, those in the cache included.
 
-        Args:
-            number: segment that the layer runs in; the next one while a layer is asked for scores.
+        ``number`` is the segment that layer ``index`` runs in; the next segment while the layer is asked for scores.
         """
         segment, asked = forward.segment, number != forward.current
         if asked or segment.made_from is None:
@@ -131,12 +120,8 @@ class Mask:
             forward.sent[index] = argument
         return {**kwargs, "toprl_keep": argument}
 
-    def finish(self, forward: ForwardPass, output: Any, num_layers: int) -> Survivors | None:
-        """Check that every layer was masked; nothing was removed, so that nothing is scattered.
-
-        Raises:
-            RuntimeError: a layer did not hand its arguments on to its attention function.
-        """
+    def finish(self, forward: ForwardPass, output: BaseModelOutputWithPast, num_layers: int) -> Survivors | None:
+        """Check that every layer was masked; nothing was removed, so that nothing is scattered."""
         for index, argument in forward.sent.items():
             if not argument.arrived:
                 raise RuntimeError(
@@ -148,12 +133,12 @@ class Mask:
             return None
         kept = full.detach() > 0
         kept = kept if forward.segment.valid is None else kept & forward.segment.valid
-        everything = torch.arange(forward.length, device=kept.device)
-        return Survivors(forward.length, everything.where(kept, forward.length))
+        slots = torch.arange(forward.length, device=kept.device)
+        return Survivors(forward.length, slots.where(kept, forward.length))
 
 
 def toprl_masked_forward(
-    module: Any,
+    module: nn.Module,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -163,14 +148,9 @@ def toprl_masked_forward(
     toprl_keep: KeepArgument | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Attend by Eqs. 6-7: an attention function of transformers, ``[B, H, Nq, D]`` in, ``([B, Nq, H, D], None)`` out.
+    """Attend by Eqs. 6-7, as an attention function of transformers: [B, H, Nq, D] to ([B, Nq, H, D], None).
 
-    Args:
-        attention_mask: the 2-D padding mask that ``padding_mask`` made.
-        toprl_keep: the pruner's; None (a layer before the first stage) keeps all tokens.
-
-    Raises:
-        ValueError: attention weights or dropout are asked for, or the attention has something Eq. 7 has not.
+    ``attention_mask`` is what ``padding_mask`` made. Without ``toprl_keep``, before the first stage, all tokens stay.
     """
     if kwargs.get("output_attentions"):
         raise ValueError(
@@ -219,49 +199,33 @@ def padding_mask(
     q_offset: int | Tensor = 0,
     attention_mask: Tensor | None = None,
     device: torch.device | str = "cpu",
-    mask_function: Callable[..., Any] | None = None,
+    mask_function: Callable[..., Tensor] | None = None,
     **kwargs: Any,
 ) -> Tensor | None:
-    """Return the 2-D padding mask itself, bool ``[B, N]``: the mask maker of ``toprl_masked``; the kernel is causal.
+    """Return the 2-D padding mask itself, bool ``[B, N]``, as mask maker of ``toprl_masked``; the kernel is causal.
 
-    N are the tokens seen so far: a static cache is longer than that, a mask must be there to tell. Where the model asks
-    for another pattern than the causal one, the 4-D mask of that pattern is returned, which the layers that use it
-    refuse: some models make masks that no layer uses.
+    N are the tokens seen so far; a static cache is longer, and a mask must tell N. Where the model asks for another
+    pattern than causality, that 4-D mask is returned, which the layers that use it refuse: some models make masks that
+    no layer uses.
     """
+    from transformers.masking_utils import causal_mask_function, sdpa_mask
+
     length = int(q_offset) + q_length
     mask = None if attention_mask is None else attention_mask[:, :length].bool()
     if mask is not None and mask.shape[1] < length:
-        mask = torch.nn.functional.pad(mask, (0, length - mask.shape[1]), value=False)
-    options = kwargs | {"device": device, "allow_is_causal_skip": False}
-    other = _other_pattern(mask_function, mask, batch_size, q_length, kv_length, q_offset, options)
-    if other is not None:
-        return other
+        mask = pad(mask, (0, length - mask.shape[1]), value=False)
+    if mask_function is not None and mask_function is not causal_mask_function:
+        options = kwargs | {"device": device, "allow_is_causal_skip": False}
+        asked, causal = (
+            sdpa_mask(batch_size, q_length, kv_length, q_offset, mask_function=function, **options)
+            for function in (mask_function, causal_mask_function)
+        )
+        differs = asked != causal  # a window that is longer than the sequence is no other pattern
+        if mask is not None:
+            keys = pad(mask, (0, kv_length - mask.shape[1]), value=False)
+            differs = differs & keys[:, None, None] & mask[:, None, -q_length:, None]
+        if bool(differs.any()):
+            return asked
     if mask is None:
         return None if length == kv_length else torch.ones(batch_size, length, dtype=torch.bool, device=device)
     return mask
-
-
-def _other_pattern(
-    mask_function: Callable[..., Any] | None,
-    padding: Tensor | None,
-    batch_size: int,
-    q_length: int,
-    kv_length: int,
-    q_offset: int | Tensor,
-    options: dict[str, Any],
-) -> Tensor | None:
-    """Return the 4-D mask that a model asks for if it differs from causality for some pair of real tokens."""
-    from transformers.masking_utils import causal_mask_function, sdpa_mask
-
-    if mask_function is None or mask_function is causal_mask_function:
-        return None
-    asked, causal = (
-        sdpa_mask(batch_size, q_length, kv_length, q_offset, mask_function=function, **options)
-        for function in (mask_function, causal_mask_function)
-    )
-    assert asked is not None and causal is not None
-    differs = asked != causal  # a window that is longer than the sequence is no other pattern
-    if padding is not None:
-        keys = torch.nn.functional.pad(padding, (0, kv_length - padding.shape[1]), value=False)
-        differs = differs & keys[:, None, None] & padding[:, None, -q_length:, None]
-    return asked if bool(differs.any()) else None

@@ -1,4 +1,4 @@
-"""What callers get back: states at the prompt's length, and a loss without the dropped tokens."""
+"""Outputs for the caller: states at the prompt's length, and a loss without the dropped tokens."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ class Survivors:
     slots: Tensor  # [B, m], ``length`` where a row is shorter
 
     def dropped(self) -> Tensor:
-        """Return which tokens were dropped, bool ``[B, N]``; padding counts as dropped."""
+        """Mark the tokens that were dropped, bool ``[B, N]``; padding counts as dropped."""
         kept = torch.zeros(len(self.slots), self.length + 1, dtype=torch.bool, device=self.slots.device)
         return ~kept.scatter(1, self.slots, True)[:, : self.length]
 
 
 def slots_of(forward: ForwardPass, number: int) -> Tensor | None:
-    """Prompt slots that segment ``number`` holds; padding is marked by ``forward.length``; None means all."""
+    """Return the prompt slots that segment ``number`` holds, ``forward.length`` for padding; None means all."""
     segment = forward.segments.get(number)
     if segment is None or segment.slots is None:
         return None
@@ -46,8 +46,7 @@ def scatter_all(
 ) -> tuple[Tensor | None, ...]:
     """Bring each entry of transformers' ``hidden_states`` to the length of the prompt.
 
-    The last entry left the last layer; a selection of some may lack the first, the embeddings, which are what layer 0
-    was given.
+    The last entry left the last layer; a selection of entries may lack the first, the embeddings that entered layer 0.
     """
     first = num_layers - len(states)
     numbers = [sum(layer <= max(0, first + i) for layer in stage_layers) for i in range(len(states))]
@@ -60,13 +59,7 @@ def scatter_all(
 def without_dropped(dropped: Tensor, labels: Tensor | None, *, shifted: bool = False) -> Tensor | None:
     """Set labels [B, N] to -100 for dropped tokens and for what would be predicted from a dropped token.
 
-    Args:
-        dropped: bool [B, N].
-        labels: ``labels[:, i + 1]`` is predicted from token i, or ``labels[:, i]`` if ``shifted``.
-        shifted: they are transformers' ``shift_labels``.
-
-    Raises:
-        ValueError: the labels have another shape than the prompt.
+    ``labels[:, i + 1]`` is predicted from token i; ``labels[:, i]`` if ``shifted`` (transformers' ``shift_labels``).
     """
     if labels is None:
         return None

@@ -1,4 +1,4 @@
-"""Reading what a model is called with: visual slots, padding, packed prompts, and where each prompt ends."""
+"""Reader of a model's arguments: visual slots, padding, packed prompts, and where each prompt ends."""
 
 from __future__ import annotations
 
@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
 from toprl_models.families import Family, video_token_ids, visual_token_ids
 from toprl_models.runtime.state import ForwardPass, Packing, Prompts, Segment, on_device, take, visual_of
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 
 @dataclass(frozen=True)
@@ -39,11 +40,11 @@ class VisualIds:
 
 @dataclass
 class Told:
-    """What the caller says of the prompt beyond the base model's arguments.
+    """Facts about the prompt that the caller adds to the base model's arguments.
 
     Attributes:
         prompt_length: slots of the prompt, counted from the start of the sequence (of each packed prompt), padding and
-            cached tokens included: an int, or int64 with one for each prompt.
+            cached tokens included: an int, or int64 with a number for each prompt.
         visual_mask: bool ``[B, N]``, the slots whose ``inputs_embeds`` hold image features.
         labels: ``[B, N]``; ``shifted`` when they are transformers' ``shift_labels``.
     """
@@ -64,7 +65,7 @@ class Told:
 
 @dataclass
 class Call:
-    """What the base model was called with, as far as pruning is concerned; B rows, N tokens of this pass."""
+    """Facts of a call of the base model that pruning needs; B rows, N tokens of this pass."""
 
     shape: tuple[int, int]
     visual: Tensor | None = None  # bool [B, N], None when no images came along
@@ -84,17 +85,11 @@ def open_slots(mask: Tensor) -> Tensor:
     return mask > torch.finfo(mask.dtype).min / 2 if mask.is_floating_point() else mask.bool()
 
 
-def padding_of(mask: Any, length: int, new: int) -> Tensor | None:
-    """Find the real tokens, bool ``[B, n]``, n <= ``length``, None when the mask does not tell.
+def padding_of(mask: object, length: int, new: int) -> Tensor | None:
+    """Find the real tokens, bool ``[B, n]``, n <= ``length``; None when the mask does not tell.
 
-    Args:
-        mask: the attention mask a model was called with: 2-D, or what generate() prepares for a static cache: 4-D, or
-            a dict of those by layer type.
-        length: of the tokens in the cache and those of this pass.
-        new: tokens of this pass.
-
-    Raises:
-        TypeError: a mask of another kind.
+    ``mask`` is a model's argument, 2-D, or 4-D as generate() prepares it for a static cache. It covers ``length``
+    tokens, of which ``new`` are of this pass and the others in the cache.
     """
     if mask is None:
         return None
@@ -108,23 +103,23 @@ def padding_of(mask: Any, length: int, new: int) -> Tensor | None:
     return mask[:, :length].bool()
 
 
-def starts_of(mask: Any, valid: Tensor | None, past: int, length: int) -> tuple[Tensor, Tensor] | None:
-    """Find the prompts that a 4-D mask packs into a row: where each starts, and whether they are apart and causal."""
+def starts_of(mask: object, valid: Tensor | None, past: int, length: int) -> tuple[Tensor, Tensor] | None:
+    """Find where prompts start that a 4-D mask packs into a row, and whether they are apart and causal."""
     if not isinstance(mask, Tensor) or mask.ndim != 4:
         return None
     visible = open_slots(mask)[:, :, past : past + length]
     real = torch.ones_like(visible[:, 0]) if valid is None else valid
     sees_neighbour = visible.diagonal(-1, 1, 2) & real[:, :-1]
-    starts = real & torch.nn.functional.pad(~sees_neighbour, (1, 0), value=True)
+    starts = real & pad(~sees_neighbour, (1, 0), value=True)
     number = starts.cumsum(1)
     expected = (number[:, :, None] == number[:, None]) & real[:, None] & real[:, :, None]
     above = torch.ones_like(expected[0]).triu(1)  # tokens of an image may see each other
     return starts, ((visible == expected) | above | ~real[:, :, None]).all()
 
 
-def starts_by_position(kwargs: Mapping[str, Any], length: int, backend: str, config: Any) -> Tensor | None:
-    """Find the prompts that ``cu_seq_lens_q`` or ``position_ids`` pack into a row, under the model's own conditions."""
-    flash, bounds = "flash" in backend, kwargs.get("cu_seq_lens_q")
+def starts_by_position(kwargs: Mapping[str, Any], length: int, config: PreTrainedConfig) -> Tensor | None:
+    """Find where prompts start that ``cu_seq_lens_q`` or ``position_ids`` pack into a row, as the model does."""
+    flash, bounds = "flash" in config._attn_implementation, kwargs.get("cu_seq_lens_q")
     if kwargs.get("attention_mask") is not None:
         return None
     if flash and bounds is not None:
@@ -144,7 +139,7 @@ def starts_by_position(kwargs: Mapping[str, Any], length: int, backend: str, con
 def find_placeholders(ids: tuple[int, ...], tokens: Tensor, embed: nn.Module) -> Tensor:
     """Find where ``tokens``, ids [B, N] or embeddings [B, N, d], stand for visual tokens: bool [B, N].
 
-    Among embeddings the models look for that of the id, and so must this.
+    Embeddings are compared with those of the ids, as the models do it.
     """
     wanted = on_device(ids, tokens.device)
     if tokens.ndim == 2:
@@ -159,13 +154,14 @@ def tokens_of(args: tuple, kwargs: Mapping[str, Any]) -> Tensor | None:
 
 
 def read_call(
-    ids: VisualIds, tokens: Tensor | None, kwargs: Mapping[str, Any], told: Told, embed: nn.Module, decoder: nn.Module
+    ids: VisualIds,
+    tokens: Tensor | None,
+    kwargs: Mapping[str, Any],
+    told: Told,
+    embed: nn.Module,
+    decoder: PreTrainedModel,
 ) -> Call | None:
-    """Read a call of the base model, whose token embedding is ``embed``; None for a decoding step.
-
-    Raises:
-        ValueError: ``visual_mask`` has another shape than the prompt.
-    """
+    """Read a call of the base model, whose token embedding is ``embed``; None for a decoding step."""
     brought = ids.brought(kwargs)
     if tokens is None or (not brought and told.visual_mask is None and tokens.shape[1] == 1):
         return None
@@ -192,8 +188,7 @@ def read_call(
         if apart is not None:
             call.starts, call.separate = apart
         elif not past:
-            config: Any = decoder.config
-            starts = starts_by_position(kwargs, length, config._attn_implementation, config)
+            starts = starts_by_position(kwargs, length, decoder.config)
             call.starts = None if starts is None else starts.expand(batch, -1)
     return call
 
@@ -208,7 +203,7 @@ def _checked(mask: Tensor, name: str, batch: int, length: int) -> Tensor:
 
 
 def _reduced(values: Tensor, packing: Packing | None, reduce: str) -> Tensor:
-    """Reduce int64 ``values`` [B, N] over the slots of each prompt: [P]; "sum", "amax" or "amin"."""
+    """Reduce int64 ``values`` [B, N] over the slots of each prompt, by "sum", "amax" or "amin": [P]."""
     if packing is None:
         return getattr(values, reduce)(1)
     start = torch.full((len(packing.rows),), 0 if reduce == "sum" else -1 if reduce == "amax" else 1 << 60)
@@ -218,7 +213,7 @@ def _reduced(values: Tensor, packing: Packing | None, reduce: str) -> Tensor:
 
 
 def _packing(starts: Tensor | None) -> Packing | None:
-    """Number the prompts; None where every row is a prompt. Padding counts to the prompt before it, or the first."""
+    """Number the prompts; None where every row is a prompt. Padding belongs to the prompt before, or the first."""
     if starts is None:
         return None
     number = (starts.cumsum(1) - 1).clamp(min=0)
@@ -231,7 +226,7 @@ def _packing(starts: Tensor | None) -> Packing | None:
 
 
 def _ends(call: Call, packing: Packing | None, last_visual: Tensor, slots: Tensor) -> tuple[Tensor, str]:
-    """Find each prompt's end, the first slot [P] that is no longer the prompt's, and what told it."""
+    """Find the end of each prompt, the first slot [P] after it, and the name of what tells the end."""
     told, length = call.told, call.shape[1]
     prompts = len(last_visual)
     if told.prompt_length is not None:
@@ -243,8 +238,8 @@ def _ends(call: Call, packing: Packing | None, last_visual: Tensor, slots: Tenso
         return ends, "prompt_length"
     if told.labels is not None:
         labels = _checked(told.labels, "labels", *call.shape).to(slots.device)
-        number = last_visual[:, None] if packing is None else last_visual[packing.number]
-        answers = (labels != -100) & (slots + told.shifted >= number)
+        after = last_visual[:, None] if packing is None else last_visual[packing.number]
+        answers = (labels != -100) & (slots + told.shifted >= after)
         return _reduced(torch.where(answers, slots + told.shifted, length), packing, "amin"), "labels"
     if call.generates is not None:
         return torch.full((prompts,), call.generates - call.past, device=slots.device), "the prompt of generate()"
@@ -254,13 +249,7 @@ def _ends(call: Call, packing: Packing | None, last_visual: Tensor, slots: Tenso
 def begin(call: Call | None, embeddings: Tensor, inputs: Mapping[str, Any], by_image: bool = False) -> ForwardPass:
     """Make the state in which a forward pass over ``call`` reaches the decoder.
 
-    Args:
-        embeddings: what enters layer 0, ``[B, N, d]``.
-        inputs: what the model was called with.
-        by_image: number the images, for budgets that are shared by image.
-
-    Raises:
-        ValueError: a 4-D mask that is neither causal nor that of separate prompts.
+    ``embeddings`` [B, N, d] enter layer 0, ``inputs`` are the model's arguments; ``by_image`` also numbers the images.
     """
     if call is None:
         return ForwardPass(prunes=False, segments={0: Segment()})
@@ -269,21 +258,21 @@ def begin(call: Call | None, embeddings: Tensor, inputs: Mapping[str, Any], by_i
         valid = None if valid is None or bool(valid.all()) else valid
         return ForwardPass(prunes=False, length=call.shape[1], past=call.past, segments={0: Segment(valid=valid)})
     packing = _packing(call.starts)
-    everything = torch.ones_like(visual) if valid is None else valid
-    visual = visual & everything
+    real = torch.ones_like(visual) if valid is None else valid
+    visual = visual & real
     slots = torch.arange(call.shape[1], device=visual.device).expand_as(visual)
     last_visual = _reduced(visual * (slots + 1), packing, "amax")
     ends, end_from = _ends(call, packing, last_visual, slots)
     after, until = last_visual[:, None], ends[:, None]
     if packing is not None:
         after, until = last_visual[packing.number], ends[packing.number]
-    text = everything & (slots >= after) & (slots < until)
-    last = _reduced((everything & (slots < until)) * (slots + 1), packing, "amax") - 1
+    text = real & (slots >= after) & (slots < until)
+    last = _reduced((real & (slots < until)) * (slots + 1), packing, "amax") - 1
     rank = visual.cumsum(1) - 1
     number_visual = _reduced(visual.long(), packing, "sum")
     separate = call.separate if call.separate is not None else torch.ones_like(last_visual[:1], dtype=torch.bool)
     # the one host synchronisation of a prefill whose stages keep fixed counts
-    parts = (number_visual, _reduced(text.long(), packing, "sum"), last_visual, everything.sum(1), separate.view(1))
+    parts = (number_visual, _reduced(text.long(), packing, "sum"), last_visual, real.sum(1), separate.view(1))
     host = torch.cat([part.long() for part in parts]).tolist()
     prompts = len(last_visual)
     num_visual, num_text, settled = (tuple(host[i * prompts : (i + 1) * prompts]) for i in range(3))
@@ -296,11 +285,11 @@ def begin(call: Call | None, embeddings: Tensor, inputs: Mapping[str, Any], by_i
     if packing is not None:
         rank = rank - on_device(packing.before(num_visual), rank.device)[packing.number]
     ordinal = torch.where(visual, rank, -1)
-    found = visual_of(ordinal, num_visual, packing)
+    listed = visual_of(ordinal, num_visual, packing)
     run = None
     if by_image:
-        runs = (visual & ~torch.nn.functional.pad(visual, (1, 0))[:, :-1]).cumsum(1)
-        run = take(runs[..., None], found.slots, packing)[..., 0]
+        runs = (visual & ~pad(visual, (1, 0))[:, :-1]).cumsum(1)
+        run = take(runs[..., None], listed.slots, packing)[..., 0]
         run = run - run[:, :1]
     return ForwardPass(
         prunes=True,
@@ -311,7 +300,7 @@ def begin(call: Call | None, embeddings: Tensor, inputs: Mapping[str, Any], by_i
         past_valid=call.past_valid,
         row_tokens=row_tokens,
         ordinal=ordinal,
-        visual=found,
+        visual=listed,
         segments={0: Segment(valid=None if min(row_tokens) == visual.shape[1] else valid, packing=packing)},
-        prompts=Prompts(embeddings, visual, text, last.clamp(min=0), found, num_text, end_from, run, inputs),
+        prompts=Prompts(embeddings, visual, text, last.clamp(min=0), listed, num_text, end_from, run, inputs),
     )

@@ -2,7 +2,7 @@
 
 All attention modules of transformers end in one call, ``ALL_ATTENTION_FUNCTIONS.get_interface(implementation,
 eager_attention_forward)(module, query, key, value, attention_mask, scaling=..., ...)``, where norms, rotary positions,
-scaling and the cache have been applied. ``watch`` puts a function there, for one call of one module, that notes the
+scaling and the cache have been applied. ``Watched`` puts a function there, for one call of one module, that notes the
 arguments; the weights of a few query rows are then the model's own ``eager_attention_forward`` of these rows.
 """
 
@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from types import FunctionType
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -21,19 +21,19 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from toprl_models.runtime.prompt import open_slots
-from toprl_models.runtime.state import Packing
+from toprl_models.runtime.state import AttentionMask, Length, Packing
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+    from transformers import Cache, PreTrainedConfig, PreTrainedModel
 
 
 class _Stop(Exception):
-    """Ends a layer's forward pass at its attention function."""
+    """End of a layer's forward pass at its attention function."""
 
 
 def attention_of(layer: nn.Module) -> nn.Module:
-    """Find the module of a decoder layer that calls transformers' attention interface.
-
-    Raises:
-        ValueError: there is none, or several, or transformers has no eager function for it.
-    """
+    """Find the single module of a decoder layer that calls transformers' attention interface."""
     modules = [module for module in layer.modules() if "ALL_ATTENTION_FUNCTIONS" in _names(module)]
     if len(modules) != 1 or "config" not in vars(modules[0]):
         kinds = ", ".join(type(module).__name__ for module in modules) or "none"
@@ -50,7 +50,7 @@ def attention_of(layer: nn.Module) -> nn.Module:
     return modules[0]
 
 
-def _forward_of(module: nn.Module) -> Any:
+def _forward_of(module: nn.Module) -> FunctionType:
     return inspect.unwrap(type(module).forward)
 
 
@@ -59,13 +59,13 @@ def _names(module: nn.Module) -> tuple[str, ...]:
     return () if code is None else code.co_names
 
 
-def _eager_of(module: nn.Module) -> Callable[..., Any] | None:
+def _eager_of(module: nn.Module) -> Callable[..., tuple[Tensor, Tensor]] | None:
     return _forward_of(module).__globals__.get("eager_attention_forward")
 
 
 @dataclass
 class Observation:
-    """What one attention module handed to its attention function in one forward pass.
+    """Arguments that an attention module handed to its attention function in a forward pass.
 
     Shapes: ``query`` ``[B, H, n, D]``, ``key`` ``[B, Hkv, L, D]`` with cached keys, ``value`` likewise; ``mask`` in the
     form of the model's backend.
@@ -75,11 +75,11 @@ class Observation:
     query: Tensor
     key: Tensor
     value: Tensor
-    mask: Any
+    mask: AttentionMask
     arguments: dict[str, Any]
 
     def weights(
-        self, queries: Tensor, past: int, packing: Packing | None = None, keep_mask: Tensor | None = None
+        self, queries: Tensor, past: Length, packing: Packing | None = None, keep_mask: Tensor | None = None
     ) -> Tensor:
         """Compute the attention of a few tokens: float32 ``[P, R, L]``, softmax over the keys, mean over heads.
 
@@ -87,7 +87,7 @@ class Observation:
             queries: int64 ``[P, R]``, slots of the tokens.
             past: keys that were cached before this pass.
             packing: prompts of the rows; None where a row is a prompt.
-            keep_mask: ``[B, L]`` of mask mode, where 0 is no key (but for the token itself).
+            keep_mask: ``[B, L]`` of mask mode, where 0 is a key that only its token sees.
         """
         visible = visible_rows(self.mask, queries, self.key.shape[2], past, packing)
         if keep_mask is not None:
@@ -121,12 +121,12 @@ class Observation:
         return weights.float().mean(1)
 
 
-def visible_rows(mask: Any, queries: Tensor, num_keys: int, past: int, packing: Packing | None) -> Tensor:
-    """Work out which keys some query rows see, from the mask of any attention backend: bool ``[P, R, num_keys]``.
+def visible_rows(mask: AttentionMask, queries: Tensor, num_keys: int, past: Length, packing: Packing | None) -> Tensor:
+    """Find the keys that some query rows see, from the mask of any attention backend: bool ``[P, R, num_keys]``.
 
     Args:
         mask: 4-D (bool, or float to be added), a BlockMask, a 2-D padding mask under causality, or None for causality.
-        queries: int64 ``[P, R]``, slots among the queries of the pass; ``past`` keys stand before the first.
+        queries: int64 ``[P, R]``, slots among the queries of the pass; ``past`` keys come before the first.
     """
     row = torch.arange(len(queries), device=queries.device) if packing is None else packing.row_index
     keys = torch.arange(num_keys, device=queries.device)
@@ -134,69 +134,61 @@ def visible_rows(mask: Any, queries: Tensor, num_keys: int, past: int, packing: 
         visible = open_slots(mask)
         visible = visible.expand(int(len(queries) if packing is None else max(packing.rows) + 1), -1, -1)
         return visible[row[:, None], queries][..., :num_keys]
-    if hasattr(mask, "mask_mod"):
+    if mask is not None and hasattr(mask, "mask_mod"):
         batch = row[:, None, None].expand(*queries.shape, num_keys)
         return mask.mask_mod(batch, torch.zeros_like(batch), queries[..., None].expand_as(batch), keys.expand_as(batch))
     visible = keys <= queries[..., None] + past
     if mask is not None:
         visible = visible & pad(mask.bool(), (0, num_keys - mask.shape[1]))[row][:, None]
     if packing is not None:  # flash attention has the bounds of packed prompts in other arguments
-        number = pad(packing.number, (past, num_keys - past - packing.number.shape[1]), value=-1)[row]
+        before = int(past)
+        number = pad(packing.number, (before, num_keys - before - packing.number.shape[1]), value=-1)[row]
         visible = visible & (number == torch.arange(len(queries), device=keys.device)[:, None])[:, None]
     return visible
 
 
-class _Watched:
-    """Stands in for the config of one attention module until its attention function is called once."""
+class Watched:
+    """Stand-in for the config of one attention module until its attention function is called once.
 
-    def __init__(self, module: nn.Module, stops: bool) -> None:
-        self._module, self._config, self._stops = module, module.config, stops
+    ``end()`` gives the config back where the call may not have come.
+    """
+
+    def __init__(self, module: nn.Module, stops: bool = False) -> None:
+        from transformers import AttentionInterface
+
+        self._module, self._stops = module, stops
+        self._config: PreTrainedConfig = module.config
         self.seen: Observation | None = None
-        self._attn_implementation = _registered(self._config._attn_implementation)  # type: ignore[union-attr, arg-type]
+        # a name that still tells "flash" from the others
+        self._attn_implementation = f"toprl_watch_{getattr(module.config, '_attn_implementation', None)}"
+        AttentionInterface.register(self._attn_implementation, _attention)
+        module.config = self  # type: ignore[assignment]
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._config, name)
 
-    def begin(self) -> None:
-        self._module.config = self  # type: ignore[assignment]
-
     def end(self) -> None:
         self._module.config = self._config
 
-    def __call__(self, query: Tensor, key: Tensor, value: Tensor, mask: Any, kwargs: dict[str, Any]) -> Any:
+    def __call__(self, query: Tensor, key: Tensor, value: Tensor, mask: AttentionMask, kwargs: dict[str, Any]) -> Any:
         self.end()
         self.seen = Observation(self._module, query.detach(), key.detach(), value.detach(), mask, kwargs)
         if self._stops:
             raise _Stop
         interface = _forward_of(self._module).__globals__["ALL_ATTENTION_FUNCTIONS"]
-        name = self._config._attn_implementation  # type: ignore[union-attr]
+        name = self._config._attn_implementation
         return interface.get_interface(name, _eager_of(self._module))(self._module, query, key, value, mask, **kwargs)
 
 
 def _attention(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any = None, **kwargs: Any) -> Any:
-    """An attention function of transformers that notes its arguments, then calls the one it stands for."""
+    """Note the arguments of an attention call of transformers, then call the model's own attention function."""
     return module.config(query, key, value, mask, kwargs)
-
-
-def _registered(name: str) -> str:
-    """Register the watching function under a name that still tells "flash" from the others."""
-    from transformers import AttentionInterface
-
-    AttentionInterface.register(f"toprl_watch_{name}", _attention)
-    return f"toprl_watch_{name}"
-
-
-def watch(module: nn.Module) -> _Watched:
-    """Begin to watch an attention module's next call; ``end()`` it where the call may not have come."""
-    watched = _Watched(module, stops=False)
-    watched.begin()
-    return watched
 
 
 class _Peek:
     """A cache that gives a layer the keys it would see, without storing new ones."""
 
-    def __init__(self, cache: Any) -> None:
+    def __init__(self, cache: Cache) -> None:
         self._cache = cache
 
     def update(self, key: Tensor, value: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
@@ -213,36 +205,30 @@ def ask(layer: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> Observation
     module = attention_of(layer)
     cache = kwargs.get("past_key_values")
     kwargs = dict(kwargs) if cache is None else {**kwargs, "past_key_values": _Peek(cache)}
-    with _stopping(module) as watched, torch.no_grad():
-        layer(*args, **kwargs)
+    watched = Watched(module, stops=True)
+    try:
+        with torch.no_grad():
+            layer(*args, **kwargs)
+    except _Stop:
+        pass
+    finally:
+        watched.end()
     if watched.seen is None:
         raise RuntimeError(f"{type(layer).__name__} did not call the attention function of {type(module).__name__}")
     return watched.seen
 
 
-@contextmanager
-def _stopping(module: nn.Module) -> Iterator[_Watched]:
-    watched = _Watched(module, stops=True)
-    watched.begin()
-    try:
-        yield watched
-    except _Stop:
-        pass
-    finally:
-        watched.end()
-
-
 class HeadGroup:
-    """The ranks among which tensor parallelism of transformers divides a model's heads; all take the same decision."""
+    """Ranks among which tensor parallelism divides a model's heads; all ranks take the same decision."""
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: PreTrainedModel) -> None:
         mesh = getattr(model, "_device_mesh", None) if (getattr(model, "tp_size", None) or 1) > 1 else None
         if mesh is not None and mesh.ndim > 1:
             mesh = mesh["tp"]
-        self._group: Any = None if mesh is None else mesh.get_group()
+        self._group: ProcessGroup | None = None if mesh is None else mesh.get_group()
 
     def mean(self, weights: Tensor) -> Tensor:
-        """Average over all heads of all ranks, where ``weights`` are the means of each rank's own."""
+        """Average over all heads of all ranks, where ``weights`` are the means of this rank's heads."""
         if self._group is not None:
             dist.all_reduce(weights, group=self._group)
             weights = weights / dist.get_world_size(self._group)

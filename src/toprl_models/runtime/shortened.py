@@ -3,24 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import Tensor
 
 from toprl_models.runtime.cache import LayerKeys, LayerView
-from toprl_models.runtime.state import ForwardPass, Packing, Segment
+from toprl_models.runtime.state import AttentionMask, ForwardPass, Packing, Segment, gather_slots
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+RotaryTables: TypeAlias = Tensor | tuple[Tensor, ...] | None  # (cos, sin), or one complex table
 
 
 def shortened_arguments(
-    decoder: Any, forward: ForwardPass, keys: LayerKeys, hidden_states: Tensor, kwargs: Mapping[str, Any]
+    decoder: PreTrainedModel, forward: ForwardPass, keys: LayerKeys, hidden_states: Tensor, kwargs: Mapping[str, Any]
 ) -> dict[str, Any]:
     """Make the arguments of a layer that differ from the model's, for the current segment of a forward pass."""
     mask = _mask(decoder.config, forward, keys, hidden_states, kwargs.get("attention_mask"))
     return {"attention_mask": mask, **_positions(decoder, forward.segment, keys.earlier, hidden_states, kwargs)}
 
 
-def _mask(config: Any, forward: ForwardPass, keys: LayerKeys, hidden_states: Tensor, original: Any) -> Any:
+def _mask(
+    config: PreTrainedConfig, forward: ForwardPass, keys: LayerKeys, hidden_states: Tensor, original: AttentionMask
+) -> AttentionMask:
     segment = forward.segment
     if keys.is_static_step:
         return rebuild_mask(config, hidden_states, keys.valid, keys.view)
@@ -39,12 +46,12 @@ def _mask(config: Any, forward: ForwardPass, keys: LayerKeys, hidden_states: Ten
 
 
 def _positions(
-    decoder: Any, segment: Segment, earlier: Tensor | None, hidden_states: Tensor, kwargs: Mapping[str, Any]
+    decoder: PreTrainedModel, segment: Segment, earlier: Tensor | None, hidden_states: Tensor, kwargs: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Make rotary tables and positions, and what tells flash attention its prompts."""
-    arguments: dict[str, Any] = {}
+    """Make rotary tables and positions, and the bounds of packed prompts for flash attention."""
     if segment.slots is None and earlier is None:
-        return arguments
+        return {}
+    arguments: dict[str, Any] = {}
     positions = kwargs.get("position_ids")
     if positions is not None and segment.slots is not None:
         positions = gather_positions(positions, segment.slots)
@@ -64,12 +71,8 @@ def _positions(
     return arguments
 
 
-def gather_tables(tables: Any, slots: Tensor | None) -> Any:
-    """Gather rotary tables at ``slots`` [B, m]: (cos, sin), or one complex table; None stays None.
-
-    Raises:
-        ValueError: tables of another shape than ``[B or 1, N, d]``.
-    """
+def gather_tables(tables: RotaryTables, slots: Tensor | None) -> RotaryTables:
+    """Gather rotary tables ``[B or 1, N, d]`` at ``slots`` [B, m]."""
     if slots is None or tables is None:
         return tables
     parts = (tables,) if isinstance(tables, Tensor) else tuple(tables)
@@ -77,9 +80,7 @@ def gather_tables(tables: Any, slots: Tensor | None) -> Any:
         raise ValueError(
             "position_embeddings of this decoder are no tables [batch, tokens, width]: compact mode cannot support it"
         )
-    rows = [part.expand(len(slots), -1, -1) for part in parts]
-    index = slots[..., None].to(parts[0].device)
-    gathered = tuple(row.gather(1, index.expand(-1, -1, row.shape[-1])) for row in rows)
+    gathered = tuple(gather_slots(part, slots) for part in parts)
     return gathered[0] if isinstance(tables, Tensor) else gathered
 
 
@@ -90,7 +91,7 @@ def gather_positions(positions: Tensor, slots: Tensor) -> Tensor:
 
 
 def flash_bounds(segment: Segment, kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """Tell flash attention the prompts of a row; positions with gaps would be read as bounds of packed prompts."""
+    """Tell flash attention the prompts of a row; it would take gaps between positions for their bounds."""
     if segment.packing is None:
         return {"position_ids": None} if "position_ids" in kwargs else {}
     number = segment.packing.number[0]
@@ -121,7 +122,7 @@ def prefill_mask(mask: Tensor, slots: Tensor, valid: Tensor | None) -> Tensor:
     return torch.cat([mask, free], 3) if free.shape[3] else mask
 
 
-def packed_block_mask(packing: Packing, valid: Tensor | None) -> Any:
+def packed_block_mask(packing: Packing, valid: Tensor | None) -> AttentionMask:
     """Make the BlockMask of survivors whose rows hold several prompts: causal within each prompt."""
     from torch.nn.attention.flex_attention import create_block_mask
 
@@ -134,7 +135,9 @@ def packed_block_mask(packing: Packing, valid: Tensor | None) -> Any:
     return create_block_mask(survivors, batch, None, length, length, device=str(number.device))
 
 
-def rebuild_mask(config: Any, hidden_states: Tensor, valid: Tensor | None, view: LayerView | None) -> Any:
+def rebuild_mask(
+    config: PreTrainedConfig, hidden_states: Tensor, valid: Tensor | None, view: LayerView | None
+) -> AttentionMask:
     """Make the causal mask in the form of the model's attention backend, sized for one layer's cache."""
     from transformers.masking_utils import create_causal_mask
 
@@ -142,25 +145,21 @@ def rebuild_mask(config: Any, hidden_states: Tensor, valid: Tensor | None, view:
     return create_causal_mask(config, hidden_states, valid, view, allow_is_causal_skip=valid is None)
 
 
-def refuse_views_ahead(mask: Any, past: int, length: int) -> None:
-    """Refuse to rebuild as causal what is not: in some models the tokens of an image see each other.
+def refuse_views_ahead(mask: AttentionMask, past: int, length: int) -> None:
+    """Refuse to rebuild a model's mask, under which tokens of an image see each other, as a causal mask.
 
-    Args:
-        mask: the model's own.
-        past: tokens in the cache.
-        length: tokens of this pass.
-
-    Raises:
-        ValueError: under ``mask`` some token sees the one after it.
+    ``past`` tokens are in the cache, ``length`` in this pass.
     """
-    if hasattr(mask, "mask_mod"):
-        batch = torch.arange(mask.shape[0], device=mask.kv_indices.device)[:, None]
-        queries = torch.arange(length - 1, device=batch.device)[None]
-        ahead = mask.mask_mod(batch, torch.zeros_like(batch), queries, queries + past + 1)
-    elif isinstance(mask, Tensor) and mask.ndim == 4:
+    if isinstance(mask, Tensor):
+        if mask.ndim != 4:
+            return
         ahead = mask.diagonal(past + 1, -2, -1)
         if mask.is_floating_point():
             ahead = ahead > torch.finfo(mask.dtype).min / 2
+    elif mask is not None and hasattr(mask, "mask_mod"):
+        batch = torch.arange(mask.shape[0], device=mask.kv_indices.device)[:, None]
+        queries = torch.arange(length - 1, device=batch.device)[None]
+        ahead = mask.mask_mod(batch, torch.zeros_like(batch), queries, queries + past + 1)
     else:
         return
     if bool(ahead.any()):

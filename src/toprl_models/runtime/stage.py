@@ -1,32 +1,26 @@
-"""What happens at a stage: what the policy gets to see, its decision, and who takes part in it."""
+"""A stage: what the policy may look at, and its decision."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from toprl_models.policy import Decision, Policy, PromptEmbeddings, StageContext, TextStates
 from toprl_models.runtime.scores import HeadGroup, Observation
-from toprl_models.runtime.state import ForwardPass, Prompts, StageTrace, Visual, listed, take
+from toprl_models.runtime.state import ForwardPass, Length, Prompts, StageTrace, Visual, listed, take
 from toprl_models.schedule import Schedule
 
 
 @dataclass
 class Observed:
-    """An observed attention call, and what its masks do not say.
-
-    Attributes:
-        past: keys that were cached before; an int64 tensor for a static cache.
-        keep_mask: mask mode: ``[B, L]`` over all keys.
-    """
+    """An observed attention call, and what its mask does not say."""
 
     call: Observation
-    past: Any
-    keep_mask: Tensor | None = None
+    past: Length  # keys that were cached before
+    keep_mask: Tensor | None = None  # mask mode: [B, L] over all keys
 
 
 @dataclass
@@ -46,13 +40,12 @@ class Stage:
     observe: Callable[[], Observed] | None = None
 
     def decide(self, forward: ForwardPass, hidden_states: Tensor) -> tuple[Decision, tuple[int, ...]]:
-        """Ask the policy; the decision, alike on all ranks, and the tokens that each prompt keeps.
-
-        Raises:
-            ValueError: the policy's answer has another shape than asked for, or the prompt has no end to decide at.
-        """
+        """Ask the policy for its decision, alike on all ranks, and for the tokens that each prompt keeps."""
         context = self.context(forward, hidden_states)
-        refuse_to_drop_the_end(forward, self.policy, context.num_keep)
+        # a policy that reads no question may prune a prompt that goes on later
+        checks = self.policy.uses_text or forward.prompts.end_from == "the prompt of generate()"
+        if checks:
+            refuse_without_question(forward, context.num_keep)
         decision = self.policy.decide(context)
         check_decision(self.policy, decision, context)
         keep_mask = decision.keep_mask
@@ -64,16 +57,16 @@ class Stage:
         counts = context.num_keep
         if keep_mask is not None:
             counts = tuple((keep_mask.detach() > 0).logical_and(context.valid_mask).sum(1).tolist())
-            refuse_to_drop_the_end(forward, self.policy, counts)
+            if checks:
+                refuse_without_question(forward, counts)
         return decision, counts
 
     def context(self, forward: ForwardPass, hidden_states: Tensor) -> StageContext:
-        """Gather what the policy may look at; what costs something is a function that it may call."""
+        """Gather what the policy may look at; what costs something is a function that the policy may call."""
         # held here, so that a context stays what it was when the pass goes on
         visual, prompts, segment, observe = forward.visual, forward.prompts, forward.segment, self.observe
         packing = segment.packing
-        assert visual is not None and prompts is not None
-        last = _last_slots(forward, prompts)
+        last = _last_slots(forward)
 
         def attention(queries: Tensor) -> Tensor:
             if observe is None:
@@ -87,7 +80,7 @@ class Stage:
             return self.heads.mean(weights.gather(2, columns)).to(hidden_states.device)
 
         def text_slots() -> tuple[Tensor, Tensor]:
-            self._refuse_without_text(forward)
+            refuse_without_question(forward)
             flags = prompts.is_text if segment.slots is None else prompts.is_text.gather(1, segment.slots)
             return listed(flags if segment.valid is None else flags & segment.valid, prompts.num_text, packing)
 
@@ -118,43 +111,26 @@ class Stage:
             text_states=text_states,
         )
 
-    def _refuse_without_text(self, forward: ForwardPass) -> None:
-        for prompt, (num_text, num_visual) in enumerate(_texts_and_visuals(forward)):
-            if num_visual and not num_text:
-                raise ValueError(_without_question(forward, prompt))
+
+def refuse_without_question(forward: ForwardPass, counts: tuple[int, ...] | None = None) -> None:
+    """Refuse prompts that end in a visual token; with ``counts``, those that would lose any of their tokens."""
+    prompts, present = forward.prompts, forward.visual.counts
+    for prompt, (num_text, num_visual) in enumerate(zip(prompts.num_text, forward.num_visual, strict=True)):
+        if num_visual and not num_text and (counts is None or counts[prompt] < present[prompt]):
+            raise ValueError(
+                f"input_ids: prompt {prompt} ends in a visual token (its end is that of {prompts.end_from}), so there "
+                "is no question that a policy could read: append it, or give prompt_length=; with prefill_chunk_size, "
+                "choose a size that leaves the question in the images' chunk (or None)"
+            )
 
 
-def _texts_and_visuals(forward: ForwardPass) -> list[tuple[int, int]]:
-    assert forward.prompts is not None
-    return list(zip(forward.prompts.num_text, forward.num_visual, strict=True))
-
-
-def _without_question(forward: ForwardPass, prompt: int) -> str:
-    assert forward.prompts is not None
-    return (
-        f"input_ids: prompt {prompt} ends in a visual token (its end is that of {forward.prompts.end_from}), so there "
-        "is no question that a policy could read: append it, or give prompt_length=; with prefill_chunk_size, choose a "
-        "size that leaves the question in the images' chunk (or None)"
-    )
-
-
-def refuse_to_drop_the_end(forward: ForwardPass, policy: Policy, counts: tuple[int, ...]) -> None:
-    """Refuse to prune a prompt without a question, unless the policy reads none and the prompt goes on later."""
-    assert forward.visual is not None and forward.prompts is not None
-    if not policy.uses_text and forward.prompts.end_from != "the prompt of generate()":
-        return
-    for prompt, (num_text, num_visual) in enumerate(_texts_and_visuals(forward)):
-        if num_visual and not num_text and counts[prompt] < forward.visual.counts[prompt]:
-            raise ValueError(_without_question(forward, prompt))
-
-
-def _last_slots(forward: ForwardPass, prompts: Prompts) -> Tensor:
+def _last_slots(forward: ForwardPass) -> Tensor:
     """Find the slot [P] of each prompt's last token in the current segment."""
-    slots, packing = forward.segment.slots, forward.segment.packing
+    slots, packing, last = forward.segment.slots, forward.segment.packing, forward.prompts.last
     if slots is None:
-        return prompts.last
+        return last
     slots = slots if packing is None else slots[packing.row_index]
-    return (slots == prompts.last[:, None]).to(torch.int8).argmax(1)
+    return (slots == last[:, None]).to(torch.int8).argmax(1)
 
 
 def prompt_embeddings(forward: ForwardPass, prompts: Prompts) -> PromptEmbeddings:
@@ -171,7 +147,7 @@ def prompt_embeddings(forward: ForwardPass, prompts: Prompts) -> PromptEmbedding
 
 
 def check_decision(policy: Policy, decision: Decision, context: StageContext) -> None:
-    """Refuse scores, masks or states of another shape than the state's."""
+    """Refuse scores, masks or states whose shape is not that of the visual tokens."""
     expected = {name: context.valid_mask.shape for name in ("scores", "keep_mask")}
     for name, shape in (expected | {"states": context.hidden_states.shape}).items():
         value = getattr(decision, name)
@@ -182,7 +158,7 @@ def check_decision(policy: Policy, decision: Decision, context: StageContext) ->
 
 
 def shared_by_image(scores: Tensor, visual: Visual, prompts: Prompts) -> Tensor:
-    """Replace scores [P, V] by ones whose top-k gives each image its share of the k tokens.
+    """Replace scores [P, V] by scores whose top-k gives each image its share of the k tokens.
 
     Sainte-Lague's method: the token ranked s-th within its image of n tokens (s = 0, 1, ...) gets n / (2 s + 1). The
     shares are proportional to the images' sizes, add up to k, and never grow when k shrinks from stage to stage.
@@ -206,13 +182,6 @@ def shared_by_image(scores: Tensor, visual: Visual, prompts: Prompts) -> Tensor:
 def trace_of(
     stage: Stage, forward: ForwardPass, before: Visual, decision: Decision, indices: Tensor, counts: tuple[int, ...]
 ) -> StageTrace:
-    """Note what a stage did; ``indices`` [P, W] are the raster numbers of the kept tokens, -1 for padding."""
-    return StageTrace(
-        stage=stage.number,
-        layer=stage.schedule.layers[stage.number],
-        num_visual=forward.num_visual,
-        counts=counts,
-        indices=indices,
-        scores=decision.scores.detach(),
-        visual_index=before.index,
-    )
+    """Make the record of a stage; ``indices`` [P, W] are the raster numbers of the kept tokens, -1 for padding."""
+    layer, scores = stage.schedule.layers[stage.number], decision.scores.detach()
+    return StageTrace(stage.number, layer, forward.num_visual, counts, indices, scores, before.index)

@@ -5,16 +5,24 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from itertools import accumulate
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask
+
+    from toprl_models.runtime.mask import KeepArgument
+
+AttentionMask: TypeAlias = "Tensor | BlockMask | None"  # as a layer gets it
+Length: TypeAlias = int | Tensor  # a static cache counts its tokens on the device
+
 
 @dataclass(frozen=True)
 class StageTrace:
-    """What one stage did in the last prefill; P prompts (rows of the batch, or the prompts packed into its rows).
+    """Record of a stage in the last prefill; P prompts (rows of the batch, or packed into its rows).
 
     Attributes:
         stage, layer: which stage, before which decoder layer.
@@ -84,13 +92,16 @@ class Segment:
     earlier: Tensor | None = None  # int64 [B], the shift that earlier passes left; known when ``has_earlier``
     has_earlier: bool = False
     keep_mask: Tensor | None = None  # mask mode: [B, N]
-    made_from: tuple[Any, ...] | None = None  # the model's arguments that ``arguments`` replace
+    made_from: tuple[object, ...] | None = None  # the model's arguments that ``arguments`` replace
     arguments: dict[str, Any] = field(default_factory=dict)
 
-    def is_made_from(self, *arguments: Any) -> bool:
+    def is_made_from(self, *arguments: object) -> bool:
         """Tell whether ``arguments`` are those, as objects, that the segment's were made from."""
         before = self.made_from
         return before is not None and all(old is new for old, new in zip(before, arguments, strict=True))
+
+
+_UNPRUNED: Any = None  # what a pass that does not prune lacks, and never reads
 
 
 @dataclass
@@ -103,20 +114,20 @@ class ForwardPass:
     uncached: bool = False  # a pass of generate() without a cache
     settled: int = 0  # length of the sequence up to the last visual token of this pass
     past_valid: Tensor | None = None  # bool [B, past] of the tokens in the cache before this pass
-    prompts: Prompts | None = None
+    prompts: Prompts = _UNPRUNED
     row_tokens: tuple[int, ...] = ()  # tokens of each row in the current segment, padding excluded
-    ordinal: Tensor | None = None  # int64 [B, n] of the current segment: raster number, -1 for text
-    visual: Visual | None = None  # of the current segment
+    ordinal: Tensor = _UNPRUNED  # int64 [B, n] of the current segment: raster number, -1 for text
+    visual: Visual = _UNPRUNED  # of the current segment
     segments: dict[int, Segment] = field(default_factory=dict)
     current: int = 0
-    sent: dict[int, Any] = field(default_factory=dict)  # mask mode: what each layer was given
+    sent: dict[int, KeepArgument] = field(default_factory=dict)  # mask mode: what each layer was given
     bounded_mask_grad: bool = False
-    rebuilt_from: Any = None  # the model's mask that was found to be causal
+    rebuilt_from: AttentionMask = None  # the model's mask that was found to be causal
     trace: list[StageTrace] = field(default_factory=list)
 
     @property
     def num_visual(self) -> tuple[int, ...]:
-        return () if self.prompts is None else self.prompts.visual.counts
+        return self.prompts.visual.counts if self.prunes else ()
 
     @property
     def segment(self) -> Segment:
@@ -124,7 +135,7 @@ class ForwardPass:
 
     def move(self, device: torch.device) -> None:
         """Move what a stage needs to the device of its layer, where a model is spread over several."""
-        if self.ordinal is not None and self.ordinal.device != device:
+        if self.ordinal.device != device:
             self.ordinal, self.visual = _moved(self.ordinal, device), _moved(self.visual, device)
             self.prompts = _moved(self.prompts, device)
             self.segments |= {0: _moved(self.segments[0], device), self.current: _moved(self.segment, device)}
@@ -167,12 +178,9 @@ def put(base: Tensor, slots: Tensor, valid: Tensor, values: Tensor, packing: Pac
 
 
 def listed(flags: Tensor, counts: Sequence[int], packing: Packing | None) -> tuple[Tensor, Tensor]:
-    """List the flagged slots of each prompt: ``flags`` [B, n] to slots [P, W] and which of them are any, bool [P, W].
+    """List the slots [P, W] that bool ``flags`` [B, n] mark in each prompt, and which of them are real, bool [P, W].
 
-    Args:
-        flags: bool ``[B, n]``.
-        counts: flagged slots of each prompt, on the host; W is the largest.
-        packing: of the slots, None where a row is a prompt.
+    ``counts`` has the number of flagged slots of each prompt, on the host; W is the largest.
     """
     width, device = max(counts), flags.device
     rank = flags.cumsum(1) - 1
@@ -197,5 +205,5 @@ def visual_of(ordinal: Tensor, counts: tuple[int, ...], packing: Packing | None)
 
 
 def on_device(numbers: Sequence[int], device: torch.device) -> Tensor:
-    """Make an int64 tensor ``[n]``; the host does not wait for the device, as in ``torch.tensor(..., device=)``."""
+    """Make an int64 tensor ``[n]``; the host does not wait for the device, as ``torch.tensor(..., device=)`` does."""
     return torch.tensor(numbers, dtype=torch.int64).to(device, non_blocking=True)
