@@ -22,6 +22,7 @@ from transformers import PreTrainedModel, set_seed, testing_utils
 from toprl_models import Policy, Schedule, attach
 from toprl_models.families import FAMILIES, decoder_of, min_stage_of
 from toprl_models.runtime import compact
+from toprl_models.runtime.state import Segment, gather_slots
 
 VARIANTS = ("none", "keep-all", "gather", "drop")
 
@@ -83,8 +84,18 @@ class Attacher:
 
 
 def gather_everything(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Take the shortcut of a stage that drops nothing away: gather all tokens, rebuild masks and rotary tables."""
+    """Take the shortcut of a stage that drops nothing away: gather all slots, rebuild masks and rotary tables.
+
+    Padding stays where it is, which a stage would drop along: the tests look at the shapes of caches and attentions.
+    """
+
+    def gather(_, forward, stage, hidden_states, decision, counts):
+        before = forward.segment
+        slots = torch.arange(forward.length, device=hidden_states.device).expand(len(hidden_states), -1)
+        return gather_slots(hidden_states, slots), Segment(slots, before.valid, packing=before.packing)
+
     monkeypatch.setattr(compact, "drops_nothing", lambda *_: False)
+    monkeypatch.setattr(compact.Compact, "_gather", gather)
 
 
 # -- pytest ----------------------------------------------------------------------------------------------------------

@@ -164,14 +164,14 @@ class TopRLPolicy(nn.Module, Policy, PyTorchModelHubMixin):
         Raises:
             ValueError: ``condition_on="text"`` and a prompt that ends in a visual token.
         """
-        dtype = self.head.weight.dtype
-        hidden_states, text_state = context.hidden_states.to(dtype), context.text_state.to(dtype)
+        weight = self.head.weight  # its dtype, and its device where a model is spread over several
+        hidden_states, text_state = context.hidden_states.to(weight), context.text_state.to(weight)
         if self.condition_on == "none":
             return hidden_states, text_state
         states, are_text = context.text_states()
-        pooled = states.to(dtype).sum(1) / are_text.sum(1)[:, None]
+        pooled = states.to(weight).sum(1) / are_text.to(weight.device).sum(1)[:, None]
         width = (self.hidden_size,)
-        scores = (self.hidden_size / TEXT_SCORES) ** 0.5 * text_scores(context).to(dtype)
+        scores = (self.hidden_size / TEXT_SCORES) ** 0.5 * text_scores(context).to(weight)
         question = F.layer_norm(pooled, width)[:, None].expand_as(hidden_states)
         tokens = torch.cat([F.layer_norm(hidden_states, width), question, scores], -1)
         text = torch.cat([text_state, pooled], -1)
@@ -205,8 +205,9 @@ class TopRLPolicy(nn.Module, Policy, PyTorchModelHubMixin):
     def score(self, context: StageContext) -> Tensor:
         """Score by keep logit minus drop logit: the top-k are the tokens most likely kept."""
         with torch.no_grad():
-            logits = self.logits(self.inputs(context)[0], context.stage, context.valid_mask)
-        return logits[..., 0] - logits[..., 1]
+            tokens = self.inputs(context)[0]
+            logits = self.logits(tokens, context.stage, context.valid_mask.to(tokens.device))
+        return (logits[..., 0] - logits[..., 1]).to(context.hidden_states.device)
 
     def check(self, model: PreTrainedModel, schedule: Schedule) -> None:
         signature = model_signature(model)
