@@ -41,10 +41,13 @@ $(OLDEST)/.installed: $(STAMP) constraints-oldest.txt
 	$(BIN)/python -m pip install --disable-pip-version-check -q --no-compile --target $(OLDEST) -r constraints-oldest.txt
 	@touch $@
 
-# all but the methods' own arithmetic: what they need of a release is in test_vision_methods.py and test_before_llm.py
+# all but the methods' own arithmetic: what they need of a release is in test_vision_methods.py and test_before_llm.py;
+# tensor parallelism has other names there, and names and budgets depend on no release
 test-oldest: $(OLDEST)/.installed ## the tests of the models with the oldest supported release of transformers
 	PYTHONPATH=$(CURDIR)/$(OLDEST) $(PYTEST) tests/models --ignore tests/models/test_methods.py \
-		--ignore tests/models/test_method_scores.py --ignore tests/models/test_schedule_for.py
+		--ignore tests/models/test_method_scores.py --ignore tests/models/test_schedule_for.py \
+		--ignore tests/models/test_distributed.py --ignore tests/models/test_registry.py \
+		--ignore tests/models/test_compose.py --ignore tests/models/test_share.py
 
 test-upstream: $(STAMP) ## transformers' own tests with and without a pruner: TOPRL_TRANSFORMERS_TESTS=folder
 	$(PIP) -e '.[upstream]'
