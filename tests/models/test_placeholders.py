@@ -36,7 +36,7 @@ def test_placeholders_among_embeddings_are_told_apart_by_id(family):
     for wanted in ((IMAGE_ID,), (VIDEO_ID,), (IMAGE_ID, VIDEO_ID)):
         expected = torch.isin(ids, torch.tensor(wanted))
         for tokens in (ids, embed(ids)):
-            assert torch.equal(find_placeholders(wanted, tokens, embed), expected)
+            assert torch.equal(find_placeholders(wanted, tokens, lambda: embed), expected)
 
 
 @pytest.mark.parametrize("mode", ["compact", "mask"])

@@ -13,7 +13,7 @@ from torch import Tensor
 from toprl_kernels import topk_compact
 from toprl_models.policy import Decision
 from toprl_models.runtime.cache import enter_cache, layer_keys, remove_before_first_layer
-from toprl_models.runtime.guards import first_attention, is_recurrent, refuse_padding_after_state
+from toprl_models.runtime.guards import first_attention, recurrent_layers, refuse_padding_after_state
 from toprl_models.runtime.outputs import Survivors, scatter_all, scatter_back, slots_of
 from toprl_models.runtime.shortened import shortened_arguments
 from toprl_models.runtime.stage import Stage, shared_by_image, trace_of
@@ -38,6 +38,7 @@ class Compact:
     def __init__(self, decoder: PreTrainedModel, stage_layers: tuple[int, ...], renumbers: tuple[bool, ...]) -> None:
         self._decoder, self._stage_layers, self._renumbers = decoder, stage_layers, renumbers
         self._config, self._first_attention = decoder.config, first_attention(decoder.config)
+        self._recurrent = recurrent_layers(decoder.config)
 
     def install(self, model: PreTrainedModel) -> None:
         """Prepare ``model``: nothing to do."""
@@ -146,7 +147,7 @@ class Compact:
         if not forward.prunes and not hasattr(cache, "_toprl_state"):
             return kwargs  # this cache was filled without pruning: the model's own mask fits
         segment, asked = forward.segment, number != forward.current
-        if is_recurrent(self._config, index):  # its mask is 2-D: the padding of this pass alone
+        if index in self._recurrent:  # its mask is 2-D: the padding of this pass alone
             if segment.slots is None:
                 return kwargs
             if forward.past and segment.valid is not None:
@@ -164,13 +165,14 @@ class Compact:
 
     # -- the end ---------------------------------------------------------------------------------------------------
 
-    def finish(self, forward: ForwardPass, output: BaseModelOutputWithPast, num_layers: int) -> Survivors | None:
+    def finish(self, forward: ForwardPass, output: BaseModelOutputWithPast) -> Survivors | None:
         """Scatter the survivors' states back to the prompt's length, so that callers see the shape they asked for."""
         slots = slots_of(forward, forward.current)
         if slots is None:
             return None
         output["last_hidden_state"] = scatter_back(output.last_hidden_state, slots, forward.length)
         if output.get("hidden_states"):
+            num_layers = self._config.num_hidden_layers
             output["hidden_states"] = scatter_all(output.hidden_states, forward, self._stage_layers, num_layers)
         return Survivors(forward.length, slots)
 

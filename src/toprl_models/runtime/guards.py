@@ -123,9 +123,10 @@ RECURRENT = frozenset({"conv", "linear_attention"})
 PARALLEL = frozenset({"hybrid", "hybrid_sliding"})
 
 
-def is_recurrent(config: PreTrainedConfig, index: int) -> bool:
-    """Tell whether layer ``index`` is a convolution or a recurrence, without keys and with a 2-D mask."""
-    return (getattr(config, "layer_types", None) or {index: None})[index] in RECURRENT
+def recurrent_layers(config: PreTrainedConfig) -> frozenset[int]:
+    """Return the layers that are a convolution or a recurrence, without keys and with a 2-D mask."""
+    kinds = getattr(config, "layer_types", None) or ()
+    return frozenset(index for index, kind in enumerate(kinds) if kind in RECURRENT)
 
 
 def first_attention(config: PreTrainedConfig) -> int:

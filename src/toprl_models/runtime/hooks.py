@@ -174,7 +174,7 @@ class Runtime:
             tokens = tokens_of(args, kwargs)
             if generation is not None and tokens is not None:
                 generation.tell(told, tokens, cache)
-            call = read_call(self._ids, tokens, kwargs, told, self.model.get_input_embeddings(), self.decoder)
+            call = read_call(self._ids, tokens, kwargs, told, self.model.get_input_embeddings, self.decoder)
             if call is not None and generation is not None and generation.length is not None:
                 # full ids are usual; of a filled cache the new ones alone are enough
                 call.generates = generation.length + (call.past if generation.length <= call.past else 0)
@@ -235,7 +235,8 @@ class Runtime:
             )
         hidden_states = args[0] if args else kwargs["hidden_states"]
         if not forward.prunes:
-            forward.segments.setdefault(number, Segment(valid=forward.segments[0].valid))
+            if number not in forward.segments:
+                forward.segments[number] = Segment(valid=forward.segments[0].valid)
             forward.current = number
         elif index in self._stage_at:
             hidden_states = self._at_stage(forward, index, hidden_states, args, kwargs)
@@ -303,8 +304,7 @@ class Runtime:
         forward = self._forward
         if forward is None:
             return
-        num_layers = self.model.config.get_text_config().num_hidden_layers
-        survivors = self.mode.finish(forward, output, num_layers)
+        survivors = self.mode.finish(forward, output)
         if forward.prunes:
             self.trace, self.thread.survivors = forward.trace, survivors
         elif forward.length and not forward.past:

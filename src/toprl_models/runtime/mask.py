@@ -120,7 +120,7 @@ class Mask:
             forward.sent[index] = argument
         return {**kwargs, "toprl_keep": argument}
 
-    def finish(self, forward: ForwardPass, output: BaseModelOutputWithPast, num_layers: int) -> Survivors | None:
+    def finish(self, forward: ForwardPass, output: BaseModelOutputWithPast) -> Survivors | None:
         """Check that every layer was masked; nothing was removed, so that nothing is scattered."""
         for index, argument in forward.sent.items():
             if not argument.arrived:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -136,7 +136,7 @@ def starts_by_position(kwargs: Mapping[str, Any], length: int, config: PreTraine
     return positions.diff(dim=-1, prepend=positions[:, :1]).ne(1) if packs else None
 
 
-def find_placeholders(ids: tuple[int, ...], tokens: Tensor, embed: nn.Module) -> Tensor:
+def find_placeholders(ids: tuple[int, ...], tokens: Tensor, embedding: Callable[[], nn.Module]) -> Tensor:
     """Find where ``tokens``, ids [B, N] or embeddings [B, N, d], stand for visual tokens: bool [B, N].
 
     Embeddings are compared with those of the ids, as the models do it.
@@ -144,7 +144,7 @@ def find_placeholders(ids: tuple[int, ...], tokens: Tensor, embed: nn.Module) ->
     wanted = on_device(ids, tokens.device)
     if tokens.ndim == 2:
         return torch.isin(tokens, wanted)
-    return torch.stack([(tokens == embedding).all(-1) for embedding in embed(wanted)]).any(0)
+    return torch.stack([(tokens == state).all(-1) for state in embedding()(wanted)]).any(0)
 
 
 def tokens_of(args: tuple, kwargs: Mapping[str, Any]) -> Tensor | None:
@@ -158,10 +158,10 @@ def read_call(
     tokens: Tensor | None,
     kwargs: Mapping[str, Any],
     told: Told,
-    embed: nn.Module,
+    embedding: Callable[[], nn.Module],
     decoder: PreTrainedModel,
 ) -> Call | None:
-    """Read a call of the base model, whose token embedding is ``embed``; None for a decoding step."""
+    """Read a call of the base model, whose token embedding ``embedding`` returns; None for a decoding step."""
     brought = ids.brought(kwargs)
     if tokens is None or (not brought and told.visual_mask is None and tokens.shape[1] == 1):
         return None
@@ -180,7 +180,7 @@ def read_call(
     if told.visual_mask is not None:
         call.visual = _checked(told.visual_mask, "visual_mask", batch, length).bool()
     elif brought:
-        call.visual = find_placeholders(brought, tokens, embed)
+        call.visual = find_placeholders(brought, tokens, embedding)
     elif tokens.ndim == 3 and types is not None:  # embeddings that hold the features
         call.visual = _checked(types, "mm_token_type_ids", batch, length) > 0
     if call.visual is not None:
