@@ -49,11 +49,9 @@ class Stage:
         decision = self.policy.decide(context)
         check_decision(self.policy, decision, context)
         keep_mask = decision.keep_mask
-        decision = Decision(
-            self.heads.agree(decision.scores),
-            keep_mask if keep_mask is None or keep_mask.requires_grad else self.heads.agree(keep_mask),
-            decision.states,
-        )
+        if keep_mask is not None and not keep_mask.requires_grad:
+            keep_mask = self.heads.agree(keep_mask)
+        decision = Decision(self.heads.agree(decision.scores), keep_mask, decision.states)
         counts = context.num_keep
         if keep_mask is not None:
             counts = tuple((keep_mask.detach() > 0).logical_and(context.valid_mask).sum(1).tolist())
