@@ -392,3 +392,17 @@ def test_masks_that_do_not_tell_the_padding_are_refused() -> None:
         pytest.raises(TypeError, match="attention_mask is a BlockMask; pass the 2-D"),
     ):
         model(**inputs)
+
+
+def test_cache_methods_take_keywords() -> None:
+    inputs = inputs_of("llava", (("image",), ("image", "image")))
+    model, rows = model_of("llava"), torch.tensor([1, 0])
+    with attach(model, HashPolicy(), schedule=schedule_of("llava")):
+        caches = [model(**inputs, use_cache=True).past_key_values for _ in range(2)]
+        caches[0].reorder_cache(beam_idx=rows)
+        caches[1].reorder_cache(rows)
+        for name, argument in (("batch_repeat_interleave", 2), ("batch_select_indices", torch.tensor([0, 3]))):
+            getattr(caches[0], name)(**{{"batch_repeat_interleave": "repeats"}.get(name, "indices"): argument})
+            getattr(caches[1], name)(argument)
+        logits = [model(input_ids=torch.tensor([[5], [6]]), past_key_values=cache).logits for cache in caches]
+    assert torch.equal(*logits)

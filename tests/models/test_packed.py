@@ -14,8 +14,8 @@ from tests.models.agreement import model_of
 from tests.models.conftest import HashPolicy
 from tests.models.features import feature
 from tests.models.test_prompt_end import READERS, conditioned
-from tests.models.tiny_families import TINY, build_inputs, build_model, visual_mask
-from toprl_models import Policy, PyramidDrop, Schedule, attach
+from tests.models.tiny_families import PAD_ID, TINY, build_inputs, build_model, visual_mask
+from toprl_models import FastV, Policy, PyramidDrop, Schedule, attach
 
 ROWS = (("image",), ("image", "image"), (), ("image",))
 # three stages, after Qwen3-VL's deepstack layers; the readers among the policies have one
@@ -180,3 +180,41 @@ def test_a_causal_4d_mask_is_one_prompt() -> None:
         again = model(**prompt | {"attention_mask": seen}).logits
     assert len(pruner.trace[0].counts) == 1
     torch.testing.assert_close(again, logits, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.since("5.23")  # an older release checkpoints hooks too, which is refused
+def test_checkpointing_switches_the_cache_off_and_packs() -> None:
+    """transformers packs by position_ids then, though nobody said use_cache=False."""
+    model = build_model("llava").train()
+    inputs = packed("llava", model, "position_ids")
+    expected = []
+    with attach(model, HashPolicy(), schedule=ONE_STAGE) as pruner:
+        for prompt in alone("llava"):
+            model(**prompt, use_cache=False)
+            expected += [stage.counts[0] for stage in pruner.trace] or [0]
+        del inputs["use_cache"]
+        model.gradient_checkpointing_enable()
+        model(**inputs)
+    assert list(pruner.trace[0].counts) == expected
+
+
+def test_the_prompts_lengths_count_from_their_first_token() -> None:
+    """Also where a row begins with padding."""
+    model = model_of("llava")
+    prompt = build_inputs("llava")
+    length, padding = prompt["input_ids"].shape[1], 3
+    number = torch.cat([torch.full((padding,), -1), torch.zeros(length), torch.ones(length)])
+    seen = (number[:, None] == number) & (number >= 0) & torch.ones(len(number), len(number)).tril().bool()
+    ids = torch.cat([torch.full((1, padding), PAD_ID), prompt["input_ids"], prompt["input_ids"]], 1)
+    row = {
+        "input_ids": ids,
+        "attention_mask": seen[None, None],
+        "pixel_values": prompt["pixel_values"].repeat(2, 1, 1, 1),
+        "position_ids": torch.cat([torch.zeros(padding), torch.arange(length).repeat(2)]).long()[None],
+    }
+    with attach(model, FastV(), schedule=ONE_STAGE) as pruner:
+        model(**prompt, prompt_length=length - 2)
+        expected = pruner.trace[0]
+        model(**row, use_cache=False, prompt_length=torch.tensor([length - 2] * 2))
+    for scores in pruner.trace[0].scores:
+        torch.testing.assert_close(scores, expected.scores[0], atol=1e-6, rtol=0)

@@ -242,3 +242,55 @@ def test_the_model_has_its_own_methods_back() -> None:
     with attach(model, HashPolicy(), schedule=schedule()):
         assert {"forward", "generate"} <= set(vars(model))
     assert dict(vars(model)) == before
+
+
+@pytest.mark.parametrize("extra", [0, 9])
+def test_a_filled_cache_needs_the_new_ids_alone(extra: int) -> None:
+    """Whether they are longer than the cache or not."""
+    model, inputs = model_of("llava"), build_inputs("llava", SINGLE)
+    if extra:
+        inputs = with_answer(inputs, torch.arange(20, 20 + extra))
+    first = torch.tensor([[1, *range(30, 59)]]) if not extra else torch.tensor([[1, 30, 31]])
+    whole = inputs | {"input_ids": torch.cat([first, inputs["input_ids"]], 1)}
+    whole["attention_mask"] = torch.ones_like(whole["input_ids"])
+    outputs = []
+    with attach(model, FastV(), schedule=schedule()) as pruner:
+        for ids in (whole["input_ids"], inputs["input_ids"]):
+            cache = model(input_ids=first, use_cache=True).past_key_values
+            output = model.generate(**whole | {"input_ids": ids}, past_key_values=cache, max_new_tokens=3)
+            outputs.append((output[:, -3:], pruner.trace[0].indices))
+    assert torch.equal(outputs[0][0], outputs[1][0]) and torch.equal(outputs[0][1], outputs[1][1])
+
+
+def test_a_length_for_each_row_goes_with_beams() -> None:
+    model, inputs = model_of("llava"), build_inputs("llava", (("image",), ("image",)))
+    lengths = torch.full((2,), inputs["input_ids"].shape[1])
+    with attach(model, FastV(), schedule=schedule()) as pruner:
+        plain = model.generate(**inputs, num_beams=2, max_new_tokens=3)
+        with pruner.prompt_length(lengths):
+            assert torch.equal(model.generate(**inputs, num_beams=2, max_new_tokens=3), plain)
+        assert torch.equal(model.generate(**inputs, num_beams=2, max_new_tokens=3, prompt_length=lengths), plain)
+
+
+def test_keep_all_in_mask_mode_has_the_models_own_loss() -> None:
+    model, inputs = model_of("llava"), build_inputs("llava", (("image",), ("image", "image")))
+    labels = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
+    plain = model(**inputs, labels=labels).loss
+    for mode in ("compact", "mask"):
+        with attach(model, HashPolicy(), schedule=schedule(1000), mode=mode):
+            torch.testing.assert_close(model(**inputs, labels=labels).loss, plain, atol=1e-4, rtol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_compiled_model_has_the_eager_loss() -> None:
+    """Labels predicted from dropped tokens do not count there either, whatever an earlier pass had dropped."""
+    model, inputs = build_model("llava"), build_inputs("llava", SINGLE)
+    labels = labels_of(inputs, int((inputs["input_ids"][0] == IMAGE_ID).nonzero().max()) + 1)
+    torch._dynamo.reset()
+    with attach(model, HashPolicy(), schedule=schedule(1)):
+        expected = model(**inputs, labels=labels).loss
+        compiled = torch.compile(model, backend="eager")
+        model(**build_inputs("llava", (("image", "image"),)))
+        for _ in range(2):
+            torch.testing.assert_close(compiled(**inputs, labels=labels).loss, expected, atol=1e-5, rtol=1e-5)
+    torch._dynamo.reset()

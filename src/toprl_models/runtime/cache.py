@@ -64,8 +64,8 @@ class _Follower:
     def __init__(self, cache: Cache, name: str) -> None:
         self._cache, self._name = weakref.ref(cache), name
 
-    def __call__(self, *args: Any) -> Any:
-        cache = self._cache()
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        cache, args = self._cache(), (*args, *kwargs.values())
         assert cache is not None  # only the cache itself refers to its followers
         state: CacheState = cache._toprl_state
         if self._name == "crop":
@@ -104,7 +104,7 @@ class _WholeSequence(_Follower):
         if self._name == "get_query_offset":
             return result if any((*args, *kwargs.values())) else result + removed
         length, offset = result
-        fixed = getattr(cache, "is_compileable", False) or kwargs.get("layer_idx", args[-1])
+        fixed = getattr(cache, "is_compileable", False) or (kwargs["layer_idx"] if "layer_idx" in kwargs else args[-1])
         return (length if fixed else length + removed), offset
 
 

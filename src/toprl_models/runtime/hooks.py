@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NoReturn, SupportsIndex
 
+import torch
 from torch import Tensor, nn
 
 from toprl_models.policy import Decision, Policy
@@ -36,6 +37,7 @@ class Generation:
     length: int | None
     beams: int
     told: Told = field(default_factory=Told)
+    past: int | None = None  # cached tokens that its ids leave out; None before the first pass
     num_visual: tuple[int, ...] = ()
     decisions: dict[int, tuple[Decision, tuple[int, ...]]] = field(default_factory=dict)
 
@@ -51,15 +53,18 @@ class Generation:
             tokens = args[0] if args else kwargs.get("input_ids", kwargs.get("inputs"))
         config = kwargs.get("generation_config") or default
         beams = kwargs.get("num_beams") or getattr(config, "num_beams", None) or 1
-        return cls(None if tokens is None else tokens.shape[1], beams, told)
+        return cls(None if tokens is None else tokens.shape[1], beams, told=told)
 
     def tell(self, told: Told, tokens: Tensor, cache: Cache | None) -> None:
         """Add what ``generate()`` was told to what its forward pass over ``tokens`` [B, N, ...] was told."""
         if told.prompt_length is None:
-            told.prompt_length = _repeated(self.told.prompt_length, len(tokens))
+            told.prompt_length = self.told.prompt_length
+        told.prompt_length = _repeated(told.prompt_length, len(tokens))
         mask = self.told.visual_mask
-        if mask is not None and tokens.shape[1] == self.length and not (cache is not None and cache.get_seq_length()):
-            told.visual_mask = _repeated(mask, len(tokens))
+        if mask is not None and tokens.ndim == 3:
+            past = 0 if cache is None else int(cache.get_seq_length())
+            if self.length in (tokens.shape[1], past + tokens.shape[1]):
+                told.visual_mask = _repeated(mask[:, -tokens.shape[1] :], len(tokens))
 
     def recall(self, stage: int, forward: ForwardPass) -> tuple[Decision, tuple[int, ...]] | None:
         """Return what this stage decided for the same prompt, without its answer."""
@@ -164,7 +169,8 @@ class Runtime:
         told, self.thread.told = self.thread.told, None
         takes = told is None and ("prompt_length" in kwargs or "visual_mask" in kwargs)
         told = Told.pop_from(kwargs) if told is None else told
-        self.thread.survivors = None
+        if not torch.compiler.is_compiling():
+            self.thread.survivors = None
         self.running.enter()
         self._call = self._forward = None
         if self.enabled:
@@ -176,8 +182,9 @@ class Runtime:
                 generation.tell(told, tokens, cache)
             call = read_call(self._ids, tokens, kwargs, told, self.model.get_input_embeddings, self.decoder)
             if call is not None and generation is not None and generation.length is not None:
-                # full ids are usual; of a filled cache the new ones alone are enough
-                call.generates = generation.length + (call.past if generation.length <= call.past else 0)
+                if generation.past is None:  # full ids are usual; of a filled cache the new ones alone are enough
+                    generation.past = call.past if call.past and call.shape[1] >= generation.length else 0
+                call.generates = generation.length + generation.past
                 call.uncached = cache is None
             self._warn_unpruned(call, args, kwargs)
             self._call, self._inputs = call, kwargs if call is not None else {}
@@ -306,9 +313,16 @@ class Runtime:
             return
         survivors = self.mode.finish(forward, output)
         if forward.prunes:
-            self.trace, self.thread.survivors = forward.trace, survivors
+            self.trace = forward.trace
+            self._remember(survivors)
         elif forward.length and not forward.past:
             self.trace = []  # a prompt without images
+            self._remember(None)
+
+    @torch.compiler.disable
+    def _remember(self, survivors: Survivors | None) -> None:
+        """Keep the survivors for the loss; a compiled graph does not carry what is local to a thread."""
+        self.thread.survivors = survivors
 
     def end_pass(self, *_: object) -> None:
         """Forget the forward pass, unless it is another thread's."""
@@ -322,11 +336,15 @@ class Runtime:
         self._forward = self._call = self._watched = None
         self._inputs = {}
 
+    @torch.compiler.disable
+    def _recall(self) -> Survivors | None:
+        return self.thread.survivors
+
     def loss(
         self, model_loss: Callable[..., Tensor], logits: Tensor, labels: Tensor | None, *args: Any, **kwargs: Any
     ) -> Tensor:
         """Compute the model's own loss, where labels that concern dropped tokens are ignored."""
-        survivors = self.thread.survivors
+        survivors = self._recall()
         if survivors is not None:
             dropped = survivors.dropped()
             labels = without_dropped(dropped, labels)
@@ -348,7 +366,7 @@ def _repeated(value: int | Tensor | None, batch: int) -> Any:
 
 
 def _reads(stage: Stage, source: str) -> bool:
-    return stage.policy.attention_from == source
+    return stage.attention_from == source
 
 
 def _with_states(hidden_states: Tensor, args: tuple, kwargs: dict[str, Any]) -> Change:

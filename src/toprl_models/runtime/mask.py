@@ -129,7 +129,7 @@ class Mask:
                     'nothing was masked there: mode="mask" cannot support this decoder, use mode="compact"'
                 )
         full = forward.segment.keep_mask
-        if full is None:
+        if full is None or forward.visual.counts == forward.num_visual:
             return None
         kept = full.detach() > 0
         kept = kept if forward.segment.valid is None else kept & forward.segment.valid

@@ -14,7 +14,7 @@ from toprl_models.families import Family, video_token_ids, visual_token_ids
 from toprl_models.runtime.state import ForwardPass, Packing, Prompts, Segment, on_device, take, visual_of
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig, PreTrainedModel
+    from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True)
@@ -117,9 +117,9 @@ def starts_of(mask: object, valid: Tensor | None, past: int, length: int) -> tup
     return starts, ((visible == expected) | above | ~real[:, :, None]).all()
 
 
-def starts_by_position(kwargs: Mapping[str, Any], length: int, config: PreTrainedConfig) -> Tensor | None:
+def starts_by_position(kwargs: Mapping[str, Any], length: int, decoder: PreTrainedModel) -> Tensor | None:
     """Find where prompts start that ``cu_seq_lens_q`` or ``position_ids`` pack into a row, as the model does."""
-    flash, bounds = "flash" in config._attn_implementation, kwargs.get("cu_seq_lens_q")
+    flash, bounds = "flash" in decoder.config._attn_implementation, kwargs.get("cu_seq_lens_q")
     if kwargs.get("attention_mask") is not None:
         return None
     if flash and bounds is not None:
@@ -132,7 +132,10 @@ def starts_by_position(kwargs: Mapping[str, Any], length: int, config: PreTraine
     if flash:
         packs = len(positions) == 1
     else:
-        packs = kwargs.get("past_key_values") is None and not (config.use_cache if use_cache is None else use_cache)
+        use_cache = decoder.config.use_cache if use_cache is None else use_cache
+        if getattr(decoder, "gradient_checkpointing", False) and decoder.training:
+            use_cache = False  # transformers switches the cache off
+        packs = kwargs.get("past_key_values") is None and not use_cache
     return positions.diff(dim=-1, prepend=positions[:, :1]).ne(1) if packs else None
 
 
@@ -188,7 +191,7 @@ def read_call(
         if apart is not None:
             call.starts, call.separate = apart
         elif not past:
-            starts = starts_by_position(kwargs, length, decoder.config)
+            starts = starts_by_position(kwargs, length, decoder)
             call.starts = None if starts is None else starts.expand(batch, -1)
     return call
 
@@ -231,10 +234,8 @@ def _ends(call: Call, packing: Packing | None, last_visual: Tensor, slots: Tenso
     prompts = len(last_visual)
     if told.prompt_length is not None:
         ends = torch.as_tensor(told.prompt_length).to(slots.device).expand(prompts) - call.past
-        if packing is not None:
-            first = torch.where(packing.number == packing.number.roll(1, 1), length, slots)
-            first[:, 0] = 0
-            ends = ends + _reduced(first, packing, "amin")
+        if packing is not None and call.starts is not None:
+            ends = ends + _reduced(torch.where(call.starts, slots, length), packing, "amin")
         return ends, "prompt_length"
     if told.labels is not None:
         labels = _checked(told.labels, "labels", *call.shape).to(slots.device)

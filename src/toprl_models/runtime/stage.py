@@ -39,6 +39,9 @@ class Stage:
     heads: HeadGroup
     observe: Callable[[], Observed] | None = None
 
+    def __post_init__(self) -> None:
+        self.attention_from = self.policy.attention_from  # hooks depend on it, so that it stays while attached
+
     def decide(self, forward: ForwardPass, hidden_states: Tensor) -> tuple[Decision, tuple[int, ...]]:
         """Ask the policy for its decision, alike on all ranks, and for the tokens that each prompt keeps."""
         context = self.context(forward, hidden_states)
