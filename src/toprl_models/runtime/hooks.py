@@ -6,79 +6,27 @@ import functools
 import threading
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NoReturn, SupportsIndex
 
 import torch
 from torch import Tensor, nn
 
-from toprl_models.policy import Decision, Policy
+from toprl_models.policy import Policy
 from toprl_models.runtime import guards, scores
 from toprl_models.runtime.compact import Compact
 from toprl_models.runtime.mask import Mask
 from toprl_models.runtime.outputs import Survivors, without_dropped
-from toprl_models.runtime.prompt import Call, Told, VisualIds, begin, read_call, tokens_of
+from toprl_models.runtime.prompt import Call, Generation, Told, VisualIds, begin, read_call, tokens_of
 from toprl_models.runtime.stage import Observed, Stage
 from toprl_models.runtime.state import ForwardPass, Length, Segment, StageTrace
 from toprl_models.schedule import Schedule
 
 if TYPE_CHECKING:
     from torch.utils.hooks import RemovableHandle
-    from transformers import Cache, GenerationConfig, PreTrainedModel
+    from transformers import Cache, PreTrainedModel
     from transformers.modeling_outputs import BaseModelOutputWithPast
 
 Change = tuple[tuple, dict[str, Any]]
-
-
-@dataclass
-class Generation:
-    """A call of ``generate()``: its prompt's length, and the decisions, which no cache may hold."""
-
-    length: int | None
-    beams: int
-    told: Told = field(default_factory=Told)
-    past: int | None = None  # cached tokens that its ids leave out; None before the first pass
-    num_visual: tuple[int, ...] = ()
-    decisions: dict[int, tuple[Decision, tuple[int, ...]]] = field(default_factory=dict)
-
-    @classmethod
-    def of(cls, args: tuple, kwargs: dict[str, Any], default: GenerationConfig) -> Generation:
-        """Read the arguments of ``generate()``; ``default`` is the model's generation config.
-
-        What only the pruner understands is taken out of ``kwargs``.
-        """
-        told = Told.pop_from(kwargs)
-        tokens = kwargs.get("inputs_embeds")
-        if tokens is None:
-            tokens = args[0] if args else kwargs.get("input_ids", kwargs.get("inputs"))
-        config = kwargs.get("generation_config") or default
-        beams = kwargs.get("num_beams") or getattr(config, "num_beams", None) or 1
-        return cls(None if tokens is None else tokens.shape[1], beams, told=told)
-
-    def tell(self, told: Told, tokens: Tensor, cache: Cache | None) -> None:
-        """Add what ``generate()`` was told to what its forward pass over ``tokens`` [B, N, ...] was told."""
-        if told.prompt_length is None:
-            told.prompt_length = self.told.prompt_length
-        told.prompt_length = _repeated(told.prompt_length, len(tokens))
-        mask = self.told.visual_mask
-        if mask is not None and tokens.ndim == 3:
-            past = 0 if cache is None else int(cache.get_seq_length())
-            if self.length in (tokens.shape[1], past + tokens.shape[1]):
-                told.visual_mask = _repeated(mask[:, -tokens.shape[1] :], len(tokens))
-
-    def recall(self, stage: int, forward: ForwardPass) -> tuple[Decision, tuple[int, ...]] | None:
-        """Return what this stage decided for the same prompt, without its answer."""
-        known = self.decisions.get(stage)
-        if known is None or self.num_visual != forward.num_visual:
-            return None
-        if self.beams > 1:
-            alike = known[0].scores.unflatten(0, (-1, self.beams))
-            if not bool((alike == alike[:, :1]).all()):
-                raise ValueError(
-                    f"use_cache=False with num_beams={self.beams}: the policy prunes the beams of a sample "
-                    "differently, and without a cache nothing tells which beam is which: use a cache"
-                )
-        return known
 
 
 class _PerThread(threading.local):
@@ -252,7 +200,9 @@ class Runtime:
             past = _length_of(changed.get("past_key_values"), index)
             watched = scores.Watched(scores.attention_of(self.layers[index]))
             self._watched = watched, past, _keep_mask_of(changed)
-        return _with_states(hidden_states, args, changed)
+        if args:
+            return (hidden_states, *args[1:]), changed
+        return args, {**changed, "hidden_states": hidden_states}
 
     def _after_watched(self, module: nn.Module, args: tuple, output: object) -> None:
         if self._watched is not None and not self._asking:
@@ -297,10 +247,9 @@ class Runtime:
         number = self._stage_at[index].number + 1
         changed = self.mode.before_layer(forward, number, index, hidden_states, kwargs)
         past = _length_of(changed.get("past_key_values"), index)
-        args, kwargs = _with_states(hidden_states, args, changed)
         self._asking = True
         try:
-            call = scores.ask(self.layers[index], args, kwargs)
+            call = scores.ask(self.layers[index], hidden_states, args[1:], changed)
         finally:
             self._asking = False
         return Observed(call, past, _keep_mask_of(changed))
@@ -360,20 +309,8 @@ class Runtime:
         )
 
 
-def _repeated(value: int | Tensor | None, batch: int) -> Any:
-    """Repeat the rows of a tensor for beams and several answers; other values stay."""
-    return value.repeat_interleave(batch // len(value), 0) if isinstance(value, Tensor) and value.ndim else value
-
-
 def _reads(stage: Stage, source: str) -> bool:
     return stage.attention_from == source
-
-
-def _with_states(hidden_states: Tensor, args: tuple, kwargs: dict[str, Any]) -> Change:
-    """Put ``hidden_states`` into a layer's arguments, where the call has them."""
-    if args:
-        return (hidden_states, *args[1:]), kwargs
-    return args, {**kwargs, "hidden_states": hidden_states}
 
 
 def _length_of(cache: Cache | None, index: int) -> Length:

@@ -11,10 +11,11 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from toprl_models.families import Family, video_token_ids, visual_token_ids
+from toprl_models.policy import Decision
 from toprl_models.runtime.state import ForwardPass, Packing, Prompts, Segment, on_device, take, visual_of
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import Cache, GenerationConfig, PreTrainedModel
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,62 @@ class Told:
         if kwargs.get("shift_labels") is not None:
             told.labels, told.shifted = kwargs["shift_labels"], True
         return told
+
+
+@dataclass
+class Generation:
+    """A call of ``generate()``: its prompt's length, and the decisions, which no cache may hold."""
+
+    length: int | None
+    beams: int
+    told: Told = field(default_factory=Told)
+    past: int | None = None  # cached tokens that its ids leave out; None before the first pass
+    num_visual: tuple[int, ...] = ()
+    decisions: dict[int, tuple[Decision, tuple[int, ...]]] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, args: tuple, kwargs: dict[str, Any], default: GenerationConfig) -> Generation:
+        """Read the arguments of ``generate()``; ``default`` is the model's generation config.
+
+        What only the pruner understands is taken out of ``kwargs``.
+        """
+        told = Told.pop_from(kwargs)
+        tokens = kwargs.get("inputs_embeds")
+        if tokens is None:
+            tokens = args[0] if args else kwargs.get("input_ids", kwargs.get("inputs"))
+        config = kwargs.get("generation_config") or default
+        beams = kwargs.get("num_beams") or getattr(config, "num_beams", None) or 1
+        return cls(None if tokens is None else tokens.shape[1], beams, told=told)
+
+    def tell(self, told: Told, tokens: Tensor, cache: Cache | None) -> None:
+        """Add what ``generate()`` was told to what its forward pass over ``tokens`` [B, N, ...] was told."""
+        if told.prompt_length is None:
+            told.prompt_length = self.told.prompt_length
+        told.prompt_length = _repeated(told.prompt_length, len(tokens))
+        mask = self.told.visual_mask
+        if mask is not None and tokens.ndim == 3:
+            past = 0 if cache is None else int(cache.get_seq_length())
+            if self.length in (tokens.shape[1], past + tokens.shape[1]):
+                told.visual_mask = _repeated(mask[:, -tokens.shape[1] :], len(tokens))
+
+    def recall(self, stage: int, forward: ForwardPass) -> tuple[Decision, tuple[int, ...]] | None:
+        """Return what this stage decided for the same prompt, without its answer."""
+        known = self.decisions.get(stage)
+        if known is None or self.num_visual != forward.num_visual:
+            return None
+        if self.beams > 1:
+            alike = known[0].scores.unflatten(0, (-1, self.beams))
+            if not bool((alike == alike[:, :1]).all()):
+                raise ValueError(
+                    f"use_cache=False with num_beams={self.beams}: the policy prunes the beams of a sample "
+                    "differently, and without a cache nothing tells which beam is which: use a cache"
+                )
+        return known
+
+
+def _repeated(value: int | Tensor | None, batch: int) -> Any:
+    """Repeat the rows of a tensor for beams and several answers; other values stay."""
+    return value.repeat_interleave(batch // len(value), 0) if isinstance(value, Tensor) and value.ndim else value
 
 
 @dataclass

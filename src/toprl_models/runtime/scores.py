@@ -200,15 +200,16 @@ class _Peek:
         return getattr(self._cache, name)
 
 
-def ask(layer: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> Observation:
+def ask(layer: nn.Module, hidden_states: Tensor, args: tuple, kwargs: Mapping[str, Any]) -> Observation:
     """Ask a layer for its queries and keys: run it up to its attention function; no cache is written."""
     module = attention_of(layer)
-    cache = kwargs.get("past_key_values")
-    kwargs = dict(kwargs) if cache is None else {**kwargs, "past_key_values": _Peek(cache)}
+    arguments = {name: value for name, value in kwargs.items() if name != "hidden_states"}
+    if arguments.get("past_key_values") is not None:
+        arguments["past_key_values"] = _Peek(arguments["past_key_values"])
     watched = Watched(module, stops=True)
     try:
         with torch.no_grad():
-            layer(*args, **kwargs)
+            layer(hidden_states, *args, **arguments)
     except _Stop:
         pass
     finally:
