@@ -41,7 +41,7 @@ class Schedule:
             an int; it never grows.
         share: "row" lets the visual tokens of a prompt compete; "image" gives each image (tile group, frame) of n
             tokens its proportional share of the prompt's tokens. Images that follow each other without a token between
-            them count as one.
+            them count as one, but for frames of a video that ``video_grid_thw`` tells apart (Qwen).
 
     Raises:
         ValueError: unknown ``share``, no stage, layers not ascending or negative, a fraction outside [0, 1], a negative

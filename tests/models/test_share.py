@@ -125,3 +125,24 @@ def test_a_policy_with_a_keep_mask_is_refused() -> None:
 def test_another_word_is_refused() -> None:
     with pytest.raises(ValueError, match=r"share='tile' must be"):
         Schedule(((2, 0.5),), share="tile")
+
+
+@pytest.mark.parametrize("mode", ["compact", "mask"])
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl"])
+def test_each_frame_of_a_video_gets_its_share(family: str, mode: str) -> None:
+    """Frames follow each other in Qwen2.5-VL, and have time stamps between them in Qwen3-VL."""
+    model = model_of(family)
+    inputs = build_inputs(family, (("video", "image"), ("image", "video", "video")))
+    keep = 6
+    with attach(model, FirstImage(), schedule=Schedule(((3, keep),), share="image"), mode=mode) as pruner:
+        model(**inputs)
+    merge = model.config.vision_config.spatial_merge_size**2
+    videos, images = ([grid.tolist() for grid in inputs[name]] for name in ("video_grid_thw", "image_grid_thw"))
+    frames = [[h * w // merge] * t for t, h, w in videos]
+    pictures = [[t * h * w // merge] for t, h, w in images]
+    for row, sizes in enumerate(([*frames[0], *pictures[0]], [*pictures[1], *frames[1], *frames[2]])):
+        kept = pruner.trace[0].indices[row]
+        ends = torch.tensor(sizes).cumsum(0)
+        shares = torch.bincount(torch.searchsorted(ends, kept[kept >= 0], right=True), minlength=len(sizes))
+        assert shares.tolist() == by_hand(sizes, keep)
+        assert len(sizes) > len(BATCH[row])  # a video has several frames

@@ -158,7 +158,7 @@ class Runtime:
         if self._window is not None or self._temperature is not None:
             self._check_length(call, kwargs)
         embeddings = args[0] if args else kwargs["inputs_embeds"]
-        self._forward = begin(call, embeddings, inputs, by_image=self.schedule.share == "image")
+        self._forward = begin(call, embeddings, inputs, self._ids if self.schedule.share == "image" else None)
         if self._forward.prunes:
             guards.refuse_checkpointing(self.layers, self.mode.name)
 

@@ -24,11 +24,27 @@ class VisualIds:
 
     images: tuple[int, ...]
     videos: tuple[int, ...]
+    merge_size: int = 1  # side of the square of patches that becomes a token
 
     @classmethod
     def of(cls, model: PreTrainedModel, family: Family) -> VisualIds:
         videos = video_token_ids(model, family)
-        return cls(tuple(token for token in visual_token_ids(model, family) if token not in videos), videos)
+        images = tuple(token for token in visual_token_ids(model, family) if token not in videos)
+        vision = getattr(model.config, "vision_config", None)
+        return cls(images, videos, getattr(vision, "spatial_merge_size", 1))
+
+    def frame_starts(self, inputs: Mapping[str, Any]) -> Tensor | bool:
+        """Find the first token of each frame of the videos, bool ``[B, N]``, where ``video_grid_thw`` tells frames."""
+        tokens, grid = inputs.get("input_ids"), inputs.get("video_grid_thw")
+        if tokens is None or grid is None:
+            return False
+        is_video = torch.isin(tokens, on_device(self.videos, tokens.device))
+        rank = (is_video.flatten().cumsum(0) - 1).view_as(tokens)
+        frame = grid[:, 1] * grid[:, 2] // self.merge_size**2
+        ends = (grid[:, 0] * frame).cumsum(0)
+        video = torch.searchsorted(ends, rank.clamp(min=0), right=True).clamp(max=len(grid) - 1)
+        offset = rank - (ends - grid[:, 0] * frame)[video]
+        return is_video & (offset % frame[video] == 0)
 
     def brought(self, kwargs: Mapping[str, Any]) -> tuple[int, ...]:
         """Return the ids whose inputs came along: a *generated* token may carry the id of an image or a video."""
@@ -304,10 +320,12 @@ def _ends(call: Call, packing: Packing | None, last_visual: Tensor, slots: Tenso
     return torch.full((prompts,), length, device=slots.device), "the forward pass"
 
 
-def begin(call: Call | None, embeddings: Tensor, inputs: Mapping[str, Any], by_image: bool = False) -> ForwardPass:
+def begin(
+    call: Call | None, embeddings: Tensor, inputs: Mapping[str, Any], ids: VisualIds | None = None
+) -> ForwardPass:
     """Make the state in which a forward pass over ``call`` reaches the decoder.
 
-    ``embeddings`` [B, N, d] enter layer 0, ``inputs`` are the model's arguments; ``by_image`` also numbers the images.
+    ``embeddings`` [B, N, d] enter layer 0, ``inputs`` are the model's arguments; with ``ids`` images are numbered too.
     """
     if call is None:
         return ForwardPass(prunes=False, segments={0: Segment()})
@@ -345,8 +363,8 @@ def begin(call: Call | None, embeddings: Tensor, inputs: Mapping[str, Any], by_i
     ordinal = torch.where(visual, rank, -1)
     listed = visual_of(ordinal, num_visual, packing)
     run = None
-    if by_image:
-        runs = (visual & ~pad(visual, (1, 0))[:, :-1]).cumsum(1)
+    if ids is not None:
+        runs = (visual & (~pad(visual, (1, 0))[:, :-1] | ids.frame_starts(inputs))).cumsum(1)
         run = take(runs[..., None], listed.slots, packing)[..., 0]
         run = run - run[:, :1]
     return ForwardPass(
