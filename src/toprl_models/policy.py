@@ -141,3 +141,9 @@ class Policy:
 
     def check(self, model: PreTrainedModel, schedule: Schedule) -> None:
         """Raise ValueError when the policy does not fit the model or the schedule; ``attach`` calls it first."""
+
+
+def __getattr__(name: str) -> Any:
+    if name in ("TopRLPolicy", "model_signature", "text_scores", "CONDITIONS"):
+        raise ImportError(f"toprl_models.policy has no {name}: import it from toprl_models.methods.toprl")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 
 import pytest
@@ -108,3 +109,10 @@ def test_which_decisions_depend_on_the_text() -> None:
         assert policy.uses_text is uses_text and OneShot(policy, 2).uses_text is uses_text
     assert OneShot(FastV(), 2).uses_text and not OneShot(DivPrune(), 0).uses_text
     assert Policy().uses_text
+
+
+@pytest.mark.parametrize("name", ["TopRLPolicy", "model_signature"])
+def test_names_that_moved_say_where_they_are(name):
+    with pytest.raises(ImportError, match=f"no {name}: import it from toprl_models.methods.toprl"):
+        getattr(importlib.import_module("toprl_models.policy"), name)
+    assert not hasattr(importlib.import_module("toprl_models.policy"), "Nothing")
