@@ -144,9 +144,14 @@ class Compact:
         ``number`` is the segment whose tokens layer ``index`` has cached; the next segment when asked for scores.
         """
         cache = kwargs.get("past_key_values")
-        if not forward.prunes and not hasattr(cache, "_toprl_state"):
-            return kwargs  # this cache was filled without pruning: the model's own mask fits
         segment, asked = forward.segment, number != forward.current
+        if not forward.prunes:
+            state = getattr(cache, "_toprl_state", None)
+            if state is None:
+                return kwargs  # this cache was filled without pruning: the model's own mask fits
+            is_plain = kwargs.get("attention_mask") is None and segment.valid is None
+            if is_plain and number not in state.masks and number not in state.shifts:
+                return kwargs  # nothing is padding, and positions go on from the prompt's
         if index in self._recurrent:  # its mask is 2-D: the padding of this pass alone
             if segment.slots is None:
                 return kwargs
