@@ -1,14 +1,14 @@
 """Operators for visual token pruning: Triton kernels with plain PyTorch twins. Imports without triton or a GPU."""
 
 from toprl_kernels import flops
-from toprl_kernels.actor_score.api import actor_score
-from toprl_kernels.actor_score.weights import ActorWeights
+from toprl_kernels.actor.api import actor_score
+from toprl_kernels.actor.weights import ActorWeights
+from toprl_kernels.attention.api import masked_attention
 from toprl_kernels.backend import explain
-from toprl_kernels.compact_cache.api import compact_cache
+from toprl_kernels.cache.api import compact_cache
 from toprl_kernels.keep_mask.api import KeepMaskSample, keep_mask_log_prob, sample_keep_mask
-from toprl_kernels.masked_attention.api import masked_attention
-from toprl_kernels.topk_compact.api import topk_compact
-from toprl_kernels.topk_compact.output import TopkCompactOutput
+from toprl_kernels.topk.api import topk_compact
+from toprl_kernels.topk.output import TopkCompactOutput
 
 __all__ = [
     "ActorWeights",

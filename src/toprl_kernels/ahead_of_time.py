@@ -29,7 +29,7 @@ from toprl_kernels import configs
 from toprl_kernels.backend import interpreting, triton_installed
 from toprl_kernels.configs import LaunchConfig
 
-OPS_WITH_KERNELS = ("masked_attention", "topk_compact", "compact_cache", "actor_score", "keep_mask")
+OPS_WITH_KERNELS = ("attention", "topk", "cache", "actor", "keep_mask")
 TYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 
 # (kernel, size, dtype) -> configuration; configs.pinned for one architecture, unless a caller tries something else

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from toprl_kernels.actor_score.weights import ActorWeights
+from toprl_kernels.actor.weights import ActorWeights
 
 
 class AttentionInputs(NamedTuple):

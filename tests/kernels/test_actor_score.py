@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from toprl_kernels import ActorWeights, actor_score
-from toprl_kernels.actor_score import eager, library
+from toprl_kernels.actor import eager, library
 from toprl_kernels.testing import assert_within_budget, make_actor_weights
 
 

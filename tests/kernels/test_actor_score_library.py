@@ -13,8 +13,8 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from toprl_kernels import ActorWeights, actor_score, configs
-from toprl_kernels.actor_score import library
-from toprl_kernels.actor_score import triton as kernels
+from toprl_kernels.actor import library
+from toprl_kernels.actor import triton as kernels
 from toprl_kernels.configs import Measurements, Times
 from toprl_kernels.testing import make_actor_weights
 
@@ -279,7 +279,7 @@ def test_automatic_choice_on_cuda(
     monkeypatch: pytest.MonkeyPatch, backend: str | None, needs_gradient: bool, passed: str
 ) -> None:
     """Where Triton is chosen, the automatic choice measures and a gradient takes the eager path."""
-    from toprl_kernels.actor_score import api
+    from toprl_kernels.actor import api
     from toprl_kernels.backend import Choice
 
     seen: list[str] = []
@@ -299,7 +299,7 @@ def test_automatic_choice_on_cuda(
 
 def test_nothing_is_recorded_without_grad_mode(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rollouts score with weights that require a gradient: activations are overwritten there, LayerNorm in pieces."""
-    from toprl_kernels.actor_score import api
+    from toprl_kernels.actor import api
 
     monkeypatch.setattr(api, "actor_score_recorded", None)
     hidden, weights, _ = inputs()

@@ -148,9 +148,9 @@ def test_public_names_are_the_functions_not_the_packages() -> None:
     """An op's package bears the op's name; importing a module of it must not hide the function."""
     out = run_fresh(
         """
-        import toprl_kernels.actor_score.eager
-        import toprl_kernels.masked_attention.api
-        import toprl_kernels.topk_compact
+        import toprl_kernels.actor.eager
+        import toprl_kernels.attention.api
+        import toprl_kernels.topk
         from toprl_kernels import actor_score, masked_attention, topk_compact
         print({callable(op) for op in (actor_score, masked_attention, topk_compact)})
         """

@@ -12,8 +12,8 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from toprl_kernels import compact_cache, configs, topk_compact
-from toprl_kernels.compact_cache import triton as kernels
-from toprl_kernels.compact_cache.library import backward_op, forward_op, inplace_op
+from toprl_kernels.cache import triton as kernels
+from toprl_kernels.cache.library import backward_op, forward_op, inplace_op
 
 BACKENDS = ["reference", "eager", "triton"]
 

@@ -25,14 +25,14 @@ from toprl_kernels import (
     topk_compact,
 )
 from toprl_kernels._known import MAX_CASES, KnownCalls, examined
-from toprl_kernels.actor_score import api as actor_score_api
-from toprl_kernels.actor_score.reference import actor_score_reference
-from toprl_kernels.actor_score.weights import ActorWeights
-from toprl_kernels.compact_cache import api as cache_api
+from toprl_kernels.actor import api as actor_score_api
+from toprl_kernels.actor.reference import actor_score_reference
+from toprl_kernels.actor.weights import ActorWeights
+from toprl_kernels.attention import api as attention_api
+from toprl_kernels.cache import api as cache_api
 from toprl_kernels.keep_mask import api as keep_mask_api
-from toprl_kernels.masked_attention import api as attention_api
 from toprl_kernels.testing import make_actor_weights
-from toprl_kernels.topk_compact import api as topk_api
+from toprl_kernels.topk import api as topk_api
 
 Tensors = tuple[Tensor, ...]
 

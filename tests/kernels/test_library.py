@@ -14,13 +14,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from toprl_kernels import actor_score, compact_cache, masked_attention, sample_keep_mask, topk_compact
 from toprl_kernels._library import is_plain_call
-from toprl_kernels.actor_score import library as actor_score_library
+from toprl_kernels.actor import library as actor_score_library
+from toprl_kernels.attention import library as masked_attention_library
 from toprl_kernels.backend import OPS
-from toprl_kernels.compact_cache import library as compact_cache_library
+from toprl_kernels.cache import library as compact_cache_library
 from toprl_kernels.keep_mask import library as keep_mask_library
-from toprl_kernels.masked_attention import library as masked_attention_library
 from toprl_kernels.testing import make_actor_weights, make_attention_inputs
-from toprl_kernels.topk_compact import library as topk_compact_library
+from toprl_kernels.topk import library as topk_compact_library
 
 Case = tuple[Callable[[], tuple[Tensor, ...]], list[Tensor]]
 

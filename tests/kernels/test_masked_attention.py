@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from toprl_kernels import masked_attention
-from toprl_kernels.masked_attention import eager, eager_backward
+from toprl_kernels.attention import eager, eager_backward
 from toprl_kernels.testing import AttentionInputs, assert_within_budget, make_attention_inputs
 
 CPU_BACKENDS = ["reference", "eager"]

@@ -11,7 +11,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from toprl_kernels import masked_attention
-from toprl_kernels.masked_attention import library
+from toprl_kernels.attention import library
 from toprl_kernels.testing import AttentionInputs, make_attention_inputs
 
 BACKENDS = ["eager", "triton"]

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from tests.kernels.test_masked_attention import run
 from toprl_kernels import masked_attention
-from toprl_kernels.masked_attention import triton as launch
+from toprl_kernels.attention import triton as launch
 from toprl_kernels.testing import AttentionInputs, assert_within_budget, make_attention_inputs, max_error
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")

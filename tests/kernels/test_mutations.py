@@ -28,12 +28,12 @@ class Mutation(NamedTuple):
     lane: str  # below tests/kernels
 
 
-ATTENTION = "masked_attention/triton_kernels.py"
+ATTENTION = "attention/triton_kernels.py"
 ATTENTION_LANE = "test_masked_attention_triton.py"
 MUTATIONS = [
     Mutation(
         "off by one in the tie rule (Triton)",
-        "topk_compact/triton.py",
+        "topk/triton.py",
         "equal_before = (before & 0xFFFF) - equal.to(tl.int32)",
         "equal_before = (before & 0xFFFF) - equal.to(tl.int32) - 1",
         "test_topk_compact_lanes.py",
@@ -47,7 +47,7 @@ MUTATIONS = [
     ),
     Mutation(
         "missing diagonal (eager)",
-        "masked_attention/eager.py",
+        "attention/eager.py",
         "rest = 1.0 - mask[:, None, offset:]",
         "rest = 0.0 * mask[:, None, offset:]",
         "test_masked_attention.py",
@@ -66,14 +66,14 @@ MUTATIONS = [
     ),
     Mutation(
         "maximum over all keys (definition)",
-        "masked_attention/reference.py",
+        "attention/reference.py",
         "counts = allowed & (gate > 0)",
         "counts = allowed | (gate > 0)",
         "test_masked_attention.py",
     ),
     Mutation(
         "swapped strides (Triton)",
-        "masked_attention/triton.py",
+        "attention/triton.py",
         "*query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *output.stride()[:3],",
         "*query.stride()[:3], *value.stride()[:3], *key.stride()[:3], *output.stride()[:3],",
         ATTENTION_LANE,
@@ -87,7 +87,7 @@ MUTATIONS = [
     ),
     Mutation(
         "mask gradient with the self term (Triton)",
-        "masked_attention/triton_dkdv.py",
+        "attention/triton_dkdv.py",
         "by_mask = tl.where(columns[:, None] == (rows + offset)[None, :], 0.0, by_mask)",
         "by_mask = by_mask + 0.0",
         ATTENTION_LANE,
@@ -108,14 +108,14 @@ MUTATIONS = [
     ),
     Mutation(
         "an input left out when who runs is decided",
-        "compact_cache/api.py",
+        "cache/api.py",
         "requires_grad=keys.requires_grad or values.requires_grad",
         "requires_grad=keys.requires_grad",
         "test_library.py",
     ),
     Mutation(
         "spilled configuration",
-        "launch_table.py",
+        "configs.py",
         '_pin("masked_attention_fwd", "sm_90 sm_100", HALF, {128: C(128, 64, 8, 3)',
         '_pin("masked_attention_fwd", "sm_90 sm_100", HALF, {128: C(128, 64, 4, 3)',
         "test_ahead_of_time.py",

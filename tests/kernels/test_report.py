@@ -127,7 +127,7 @@ def test_cases_are_distinct_and_complete() -> None:
 
 
 def test_a_missing_constant_is_named() -> None:
-    from toprl_kernels.actor_score import triton as kernels
+    from toprl_kernels.actor import triton as kernels
 
     case = Case("actor_layer1", "x", fake_jit(kernels.actor_layer1_kernel), {"_": "bf16"}, {}, LaunchConfig(1, 1, 1, 1))
     with pytest.raises(ValueError, match="actor_layer1 x: the case gives no value for the kernel's constant HALF"):

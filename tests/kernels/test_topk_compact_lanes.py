@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tests.kernels.test_topk_compact import expected_indices
 from toprl_kernels import TopkCompactOutput, topk_compact
-from toprl_kernels.topk_compact import triton as kernels
+from toprl_kernels.topk import triton as kernels
 
 BACKENDS = ["eager", "triton"]
 

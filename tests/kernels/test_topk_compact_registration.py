@@ -10,7 +10,7 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from toprl_kernels import topk_compact
-from toprl_kernels.topk_compact.library import backward_op, forward_op
+from toprl_kernels.topk.library import backward_op, forward_op
 
 BACKENDS = ["eager", "triton"]
 

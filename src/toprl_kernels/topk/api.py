@@ -7,9 +7,9 @@ from torch import Tensor
 
 from toprl_kernels import _checks as check
 from toprl_kernels._known import Finding, KnownCalls, choose_for, examined
-from toprl_kernels.topk_compact.library import forward_op
-from toprl_kernels.topk_compact.output import TopkCompactOutput
-from toprl_kernels.topk_compact.reference import topk_compact_reference
+from toprl_kernels.topk.library import forward_op
+from toprl_kernels.topk.output import TopkCompactOutput
+from toprl_kernels.topk.reference import topk_compact_reference
 
 OP = "topk_compact"
 MAX_TRITON_TOKENS = 65536

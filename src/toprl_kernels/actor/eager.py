@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from toprl_kernels.actor_score.weights import LAYER_NORM_EPS, ActorWeights
+from toprl_kernels.actor.weights import LAYER_NORM_EPS, ActorWeights
 
 # LayerNorm's output is consumed at once; in pieces of about this size it stays in recycled, partly cached memory of the
 # CPU. Smaller pieces make smaller products.

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from toprl_kernels.topk_compact.output import TopkCompactOutput
+from toprl_kernels.topk.output import TopkCompactOutput
 
 
 def topk_compact_reference(

@@ -8,8 +8,8 @@ from torch import Tensor
 from toprl_kernels import _checks as check
 from toprl_kernels._known import Finding, KnownCalls, choose_for, examined
 from toprl_kernels._library import any_autocast, is_compiling
-from toprl_kernels.masked_attention import library
-from toprl_kernels.masked_attention.reference import masked_attention_reference
+from toprl_kernels.attention import library
+from toprl_kernels.attention.reference import masked_attention_reference
 
 OP = "masked_attention"
 MASKS = (torch.bool, *check.FLOATS)

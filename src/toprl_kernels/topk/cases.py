@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from toprl_kernels.ahead_of_time import Case, Select, Work
-from toprl_kernels.topk_compact import triton as kernels
+from toprl_kernels.topk import triton as kernels
 
 IN_REGISTERS = (1024, 2048, 4096)
 CHUNKED = 65536

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from toprl_kernels import configs
 from toprl_kernels._library import register
-from toprl_kernels.actor_score.eager import INPUTS, actor_score_backward, actor_score_eager
-from toprl_kernels.actor_score.weights import ActorWeights
+from toprl_kernels.actor.eager import INPUTS, actor_score_backward, actor_score_eager
+from toprl_kernels.actor.weights import ActorWeights
 
 MEASURED = "measured"  # as a backend: the faster one for this size on this GPU, the eager path if nobody measured
 
@@ -29,7 +29,7 @@ def _logits(hidden_states: Tensor, *arguments: Any) -> Tensor:
         like = weights.fc1_weight
         backend = configs.faster("actor_score", (batch * num_tokens, d1, like.shape[0]), like.dtype, like.device).name
     if backend == "triton":
-        from toprl_kernels.actor_score.triton import actor_score_triton
+        from toprl_kernels.actor.triton import actor_score_triton
 
         return actor_score_triton(hidden_states, valid_mask, weights, stage)
     return actor_score_eager(hidden_states, valid_mask, weights, stage, False)[0]

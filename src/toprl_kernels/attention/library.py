@@ -8,14 +8,14 @@ import torch
 from torch import Tensor
 
 from toprl_kernels._library import register
-from toprl_kernels.masked_attention.eager import by_token, empty_output, masked_attention_forward_eager
-from toprl_kernels.masked_attention.eager_backward import masked_attention_backward_eager
+from toprl_kernels.attention.eager import by_token, empty_output, masked_attention_forward_eager
+from toprl_kernels.attention.eager_backward import masked_attention_backward_eager
 
 
 def _forward(*arguments: Any) -> tuple[Tensor, Tensor]:
     inputs = arguments[:-2]  # the mask gradient's kind is for the backward
     if arguments[-1] == "triton":
-        from toprl_kernels.masked_attention.triton import masked_attention_forward_triton
+        from toprl_kernels.attention.triton import masked_attention_forward_triton
 
         return masked_attention_forward_triton(*inputs)
     return masked_attention_forward_eager(*inputs)
@@ -29,7 +29,7 @@ def _forward_fake(query: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
 def _backward(*arguments: Any) -> tuple[Tensor, ...]:
     *inputs, backend = arguments
     if backend == "triton":
-        from toprl_kernels.masked_attention.triton import masked_attention_backward_triton as run
+        from toprl_kernels.attention.triton import masked_attention_backward_triton as run
     else:
         run = masked_attention_backward_eager
     query = inputs[1]

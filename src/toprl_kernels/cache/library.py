@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from toprl_kernels._library import register
-from toprl_kernels.compact_cache.eager import (
+from toprl_kernels.cache.eager import (
     compact_cache_backward_eager,
     compact_cache_eager,
     compact_cache_inplace_eager,
@@ -17,7 +17,7 @@ from toprl_kernels.compact_cache.eager import (
 
 def _forward(keys: Tensor, values: Tensor, indices: Tensor, backend: str) -> tuple[Tensor, Tensor]:
     if backend == "triton":
-        from toprl_kernels.compact_cache.triton import compact_cache_triton
+        from toprl_kernels.cache.triton import compact_cache_triton
 
         return compact_cache_triton(keys, values, indices)
     return compact_cache_eager(keys, values, indices)
@@ -34,7 +34,7 @@ def _forward_fake(keys: Tensor, values: Tensor, indices: Tensor, backend: str) -
 
 def _inplace(keys: Tensor, values: Tensor, indices: Tensor, backend: str) -> None:
     if backend == "triton":
-        from toprl_kernels.compact_cache.triton import compact_cache_inplace_triton
+        from toprl_kernels.cache.triton import compact_cache_inplace_triton
 
         compact_cache_inplace_triton(keys, values, indices)
         # a kernel's writes are invisible to autograd, which must refuse to use what it saved of these tensors before
@@ -51,7 +51,7 @@ def _backward_implementation(
     indices: Tensor, grad_keys: Tensor | None, grad_values: Tensor | None, num_tokens: int, backend: str
 ) -> tuple[Tensor, Tensor]:
     if backend == "triton":
-        from toprl_kernels.compact_cache.triton import compact_cache_backward_triton
+        from toprl_kernels.cache.triton import compact_cache_backward_triton
 
         return compact_cache_backward_triton(indices, grad_keys, grad_values, num_tokens)
     return compact_cache_backward_eager(indices, grad_keys, grad_values, num_tokens)

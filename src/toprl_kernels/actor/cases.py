@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from toprl_kernels.actor_score import triton as kernels
+from toprl_kernels.actor import triton as kernels
 from toprl_kernels.ahead_of_time import TYPES, Case, Select, Work
 from toprl_kernels.configs import LaunchConfig
 

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from toprl_kernels import configs
 from toprl_kernels._triton_common import ceil_div, dot, host_int, next_power_of_2
-from toprl_kernels.actor_score.weights import LAYER_NORM_EPS, ActorWeights
+from toprl_kernels.actor.weights import LAYER_NORM_EPS, ActorWeights
 
 
 @triton.jit

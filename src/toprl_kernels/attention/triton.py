@@ -9,16 +9,16 @@ import torch
 from torch import Tensor
 
 from toprl_kernels._triton_common import ceil_div, next_power_of_2
-from toprl_kernels.configs import LaunchConfig, select
-from toprl_kernels.masked_attention.eager import dense_rows, empty_output
-from toprl_kernels.masked_attention.triton_dkdv import masked_attention_bwd_dkdv_kernel
-from toprl_kernels.masked_attention.triton_kernels import (
+from toprl_kernels.attention.eager import dense_rows, empty_output
+from toprl_kernels.attention.triton_dkdv import masked_attention_bwd_dkdv_kernel
+from toprl_kernels.attention.triton_kernels import (
     TOKEN_ROWS,
     masked_attention_bwd_dq_kernel,
     masked_attention_bwd_prepare_kernel,
     masked_attention_fwd_kernel,
     masked_attention_tokens_kernel,
 )
+from toprl_kernels.configs import LaunchConfig, select
 
 LOG2_E = math.log2(math.e)
 MAX_BLOCK = 128  # every block size divides it; the padding of the vectors relies on it

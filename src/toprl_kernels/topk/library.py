@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from toprl_kernels._library import register
-from toprl_kernels.topk_compact.eager import topk_compact_backward_eager, topk_compact_eager
+from toprl_kernels.topk.eager import topk_compact_backward_eager, topk_compact_eager
 
 Outputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
@@ -16,7 +16,7 @@ Outputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 def _forward(*arguments: Any) -> Outputs:
     inputs = arguments[:-1]
     if arguments[-1] == "triton":
-        from toprl_kernels.topk_compact.triton import topk_compact_triton
+        from toprl_kernels.topk.triton import topk_compact_triton
 
         return topk_compact_triton(*inputs)
     return topk_compact_eager(*inputs)
@@ -45,7 +45,7 @@ def _forward_fake(
 
 def _backward_implementation(gradient: Tensor, indices: Tensor, num_tokens: int, padded: bool, backend: str) -> Tensor:
     if backend == "triton":
-        from toprl_kernels.topk_compact.triton import topk_compact_backward_triton
+        from toprl_kernels.topk.triton import topk_compact_backward_triton
 
         return topk_compact_backward_triton(gradient, indices, num_tokens)
     return topk_compact_backward_eager(gradient, indices, num_tokens, padded)

@@ -7,8 +7,8 @@ from torch import Tensor
 
 from toprl_kernels import _checks as check
 from toprl_kernels._known import Finding, KnownCalls, choose_for, examined
-from toprl_kernels.compact_cache.library import forward_op, inplace_op
-from toprl_kernels.compact_cache.reference import compact_cache_reference
+from toprl_kernels.cache.library import forward_op, inplace_op
+from toprl_kernels.cache.reference import compact_cache_reference
 
 OP = "compact_cache"
 

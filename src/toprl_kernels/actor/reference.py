@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from toprl_kernels.actor_score.weights import LAYER_NORM_EPS, ActorWeights
+from toprl_kernels.actor.weights import LAYER_NORM_EPS, ActorWeights
 
 
 def _gelu(x: Tensor) -> Tensor:

@@ -9,8 +9,8 @@ import torch
 
 from toprl_kernels._triton_common import next_power_of_2
 from toprl_kernels.ahead_of_time import TYPES, Case, Select, Work
+from toprl_kernels.attention import triton as kernels
 from toprl_kernels.configs import LaunchConfig
-from toprl_kernels.masked_attention import triton as kernels
 
 KERNELS = {
     "masked_attention_fwd": kernels.masked_attention_fwd_kernel,

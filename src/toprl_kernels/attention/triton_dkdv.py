@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from toprl_kernels._triton_common import dot, host_int
-from toprl_kernels.masked_attention.triton_kernels import (
+from toprl_kernels.attention.triton_kernels import (
     BIAS,
     DELTA,
     KEPT,

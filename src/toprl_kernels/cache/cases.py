@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from toprl_kernels.ahead_of_time import Case, Select, Work
-from toprl_kernels.compact_cache import triton as kernels
+from toprl_kernels.cache import triton as kernels
 
 BATCH, HEADS, KEPT, HEAD_DIM = 8, 8, 192, 128
 UNIT_STRIDES = ("stride_kd", "stride_vd")

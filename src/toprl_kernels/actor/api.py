@@ -8,10 +8,10 @@ from torch import Tensor
 from toprl_kernels import _checks as check
 from toprl_kernels._known import Finding, KnownCalls, choose_for, examined
 from toprl_kernels._library import is_transformed, without_autocast
-from toprl_kernels.actor_score import library
-from toprl_kernels.actor_score.eager import actor_score_recorded
-from toprl_kernels.actor_score.reference import actor_score_reference
-from toprl_kernels.actor_score.weights import ActorWeights
+from toprl_kernels.actor import library
+from toprl_kernels.actor.eager import actor_score_recorded
+from toprl_kernels.actor.reference import actor_score_reference
+from toprl_kernels.actor.weights import ActorWeights
 
 OP = "actor_score"
 MAX_WIDTH = 256  # of the kernels: fc3's accumulator stays in registers

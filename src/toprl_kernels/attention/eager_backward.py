@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from toprl_kernels.masked_attention.eager import (
+from toprl_kernels.attention.eager import (
     dense_rows,
     fold,
     gather_kept,
