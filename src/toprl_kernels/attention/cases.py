@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from toprl_kernels._triton_common import next_power_of_2
+from toprl_kernels.triton_common import next_power_of_2
 from toprl_kernels.ahead_of_time import TYPES, Case, Select, Work
 from toprl_kernels.attention import triton as kernels
 from toprl_kernels.configs import LaunchConfig

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from toprl_kernels._triton_common import ceil_div, next_power_of_2
+from toprl_kernels.triton_common import ceil_div, next_power_of_2
 from toprl_kernels.attention.eager import dense_rows, empty_output
 from toprl_kernels.attention.triton_dkdv import masked_attention_bwd_dkdv_kernel
 from toprl_kernels.attention.triton_kernels import (

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from toprl_kernels._triton_common import dot, host_int
+from toprl_kernels.triton_common import dot, host_int
 from toprl_kernels.attention.triton_kernels import (
     BIAS,
     DELTA,

@@ -22,7 +22,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from toprl_kernels._triton_common import dot, host_int
+from toprl_kernels.triton_common import dot, host_int
 
 # exp2(s - lse) is cut at 2^96; mask values under 2^-96 were flushed to 0 (see eager.py)
 MAX_EXPONENT = tl.constexpr(96.0)

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from toprl_kernels._triton_common import ceil_div
+from toprl_kernels.triton_common import ceil_div
 from toprl_kernels.configs import select
 
 # where the noise or the decision comes from
