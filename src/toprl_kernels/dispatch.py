@@ -221,3 +221,19 @@ def require_device(op: str, name: str, value: Tensor, device: torch.device) -> N
     """Raise ValueError unless ``value`` is on ``device``."""
     if value.device != device:
         raise ValueError(f"{op}: {name} is on {value.device}, the other tensors on {device}; move it with .to()")
+
+
+def require(
+    op: str,
+    name: str,
+    value: Tensor,
+    shape: tuple[int, ...],
+    layout: str,
+    dtypes: tuple[torch.dtype, ...],
+    device: torch.device,
+    fix: str = "",
+) -> None:
+    """Raise unless ``value`` is a tensor of this shape, on ``device`` and of one of ``dtypes``."""
+    require_shape(op, name, value, shape, layout)
+    require_dtype(op, name, value, dtypes, fix)
+    require_device(op, name, value, device)

@@ -19,8 +19,8 @@ import triton.language as tl
 from torch import Tensor
 
 from toprl_kernels import configs
-from toprl_kernels.triton_common import ceil_div, dot, host_int, next_power_of_2
 from toprl_kernels.actor.weights import LAYER_NORM_EPS, ActorWeights
+from toprl_kernels.triton_common import ceil_div, dot, host_int, next_power_of_2
 
 
 @triton.jit

@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 
-from toprl_kernels.triton_common import next_power_of_2
 from toprl_kernels.ahead_of_time import TYPES, Case, Select, Work
 from toprl_kernels.attention import triton as kernels
 from toprl_kernels.configs import LaunchConfig
+from toprl_kernels.triton_common import next_power_of_2
 
 KERNELS = {
     "masked_attention_fwd": kernels.masked_attention_fwd_kernel,

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from toprl_kernels.triton_common import ceil_div, next_power_of_2
 from toprl_kernels.attention.eager import dense_rows, empty_output
 from toprl_kernels.attention.triton_dkdv import masked_attention_bwd_dkdv_kernel
 from toprl_kernels.attention.triton_kernels import (
@@ -19,6 +18,7 @@ from toprl_kernels.attention.triton_kernels import (
     masked_attention_tokens_kernel,
 )
 from toprl_kernels.configs import LaunchConfig, select
+from toprl_kernels.triton_common import ceil_div, next_power_of_2
 
 LOG2_E = math.log2(math.e)
 MAX_BLOCK = 128  # every block size divides it; the padding of the vectors relies on it

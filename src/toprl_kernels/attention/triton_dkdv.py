@@ -5,7 +5,6 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from toprl_kernels.triton_common import dot, host_int
 from toprl_kernels.attention.triton_kernels import (
     BIAS,
     DELTA,
@@ -21,6 +20,7 @@ from toprl_kernels.attention.triton_kernels import (
     load_float,
     load_rows,
 )
+from toprl_kernels.triton_common import dot, host_int
 
 
 @triton.jit

@@ -7,8 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from toprl_kernels.triton_common import ceil_div, host_int, next_power_of_2
 from toprl_kernels.configs import select
+from toprl_kernels.triton_common import ceil_div, host_int, next_power_of_2
 
 MAX_INPLACE_BLOCK_D = 64  # columns move independently of each other; narrow blocks give more programs
 

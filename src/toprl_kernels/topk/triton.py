@@ -12,8 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from toprl_kernels.triton_common import ceil_div, host_int, next_power_of_2
 from toprl_kernels.configs import select
+from toprl_kernels.triton_common import ceil_div, host_int, next_power_of_2
 
 MAX_TOKENS = 65536  # three counts share an int64 in fields of 20 bits
 MAX_REGISTER_TOKENS = 4096  # above, the keys would spill
