@@ -8,7 +8,7 @@ from toprl_kernels.cache.api import compact_cache
 from toprl_kernels.dispatch import explain
 from toprl_kernels.keep_mask.api import KeepMaskSample, keep_mask_log_prob, sample_keep_mask
 from toprl_kernels.topk.api import topk_compact
-from toprl_kernels.topk.output import TopkCompactOutput
+from toprl_kernels.topk.reference import TopkCompactOutput
 
 __all__ = [
     "ActorWeights",
