@@ -24,7 +24,7 @@ def backend(request: pytest.FixtureRequest) -> str:
 def test_kernels_are_interpreted(device: str) -> None:
     """Without a GPU this file must not silently test something else."""
     name = "InterpretedFunction" if device == "cpu" else "JITFunction"
-    for kernel in (kernels.topk_select_kernel, kernels.topk_select_chunked_kernel, kernels.topk_gather_kernel):
+    for kernel in (kernels.topk_select_kernel, kernels.topk_histogram_kernel, kernels.topk_gather_kernel):
         assert type(kernel).__name__ == name
 
 

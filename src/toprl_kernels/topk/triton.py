@@ -2,8 +2,8 @@
 
 Up to 4,096 tokens a program holds the keys of a sample in registers and finds the k-th largest two bits at a time:
 three candidate thresholds per step, their counts packed into an int64 reduction. Above, the k-th largest is found a
-byte at a time: each of four launches writes a histogram per chunk of 4,096 tokens, a fifth the selection, and a program
-for every chunk takes part in all of them. No atomics: sums over chunks are taken in the same order by every program.
+byte at a time: each of four launches writes a histogram per chunk of 2,048 tokens, a fifth the selection, with a
+program for every chunk. No atomics: sums over chunks are taken in the same order by every program.
 
 A *problem* is what a threshold is found for: a sample, a segment of a sample, or a sequence of a packed row. With
 several problems per row the selection writes flags, which a second one (of a single byte) compacts.
@@ -21,7 +21,7 @@ from toprl_kernels.topk.reference import by_bytes
 from toprl_kernels.triton_common import ceil_div, host_int, next_power_of_2
 
 MAX_REGISTER_TOKENS = 4096  # above, the keys would spill
-CHUNK = 4096
+CHUNK = 2048
 ROUNDS = 4  # bytes of a key
 
 
@@ -32,23 +32,23 @@ def load_keys(
     HAS_THRESHOLD: tl.constexpr,
 ):  # fmt: skip
     """Order-preserving unsigned keys: 0 = not eligible, 1 = NaN, then -inf ... +inf; and which tokens always stay."""
-    place = row * num_tokens + tokens
     eligible = tokens < end
     if HAS_VALID:
-        eligible = eligible & (tl.load(valid_ptr + place, mask=eligible, other=0) != 0)
+        eligible = eligible & (tl.load(valid_ptr + row * num_tokens + tokens, mask=eligible, other=0) != 0)
     if SEGMENTS == "ids":
-        eligible = eligible & (tl.load(segments_ptr + place, mask=eligible, other=-1) == segment)
+        eligible = eligible & (tl.load(segments_ptr + row * num_tokens + tokens, mask=eligible, other=-1) == segment)
     always = tokens < 0
+    column = tokens
     if HAS_COLUMNS:
-        column = tl.load(columns_ptr + place, mask=eligible, other=-1)
+        column = tl.load(columns_ptr + row * num_tokens + tokens, mask=eligible, other=-1).to(tl.int32)
         always = eligible & (column < 0)
         eligible = eligible & (column >= 0)
-        place = row * num_scores + column
     if DIFFERENCE:
-        scores = tl.load(scores_ptr + 2 * place, mask=eligible, other=0.0).to(tl.float32)
-        scores = scores - tl.load(scores_ptr + 2 * place + 1, mask=eligible, other=0.0).to(tl.float32)
+        source = scores_ptr + row * num_scores * 2 + column * 2
+        scores = tl.load(source, mask=eligible, other=0.0).to(tl.float32)
+        scores = scores - tl.load(source + 1, mask=eligible, other=0.0).to(tl.float32)
     else:
-        scores = tl.load(scores_ptr + place, mask=eligible, other=0).to(tl.float32)
+        scores = tl.load(scores_ptr + row * num_scores + column, mask=eligible, other=0).to(tl.float32)
     if HAS_THRESHOLD:
         eligible = eligible & (scores >= threshold)
     bits = (tl.where(scores == 0.0, 0.0, scores)).to(tl.uint32, bitcast=True)  # -0.0 becomes 0.0
@@ -94,9 +94,8 @@ def store_selection(
     equal_before = (before & 0xFFFF) + equal_seen
     taken = above | (equal & (equal_before < ties))
     ranks = above_before + tl.minimum(equal_before, ties)  # among the chosen by score
-    place = row * num_tokens + tokens
     if FLAGS:
-        tl.store(out_valid_ptr + place, tl.full(tokens.shape, 1, tl.uint8), mask=taken)
+        tl.store(out_valid_ptr + row * num_tokens + tokens, 1, mask=taken)
         return
     slots, chosen, total = ranks, taken, count
     if HAS_COLUMNS:
@@ -109,34 +108,32 @@ def store_selection(
     out = row * length
     is_slot = (tokens >= first) & (tokens < first + total)
     padding = (tokens < length) & (is_slot == 0)  # length <= num_tokens, so every slot has its turn
-    none = tl.full(tokens.shape, -1, tl.int64)
-    tl.store(indices_ptr + out + slots, tokens.to(tl.int64), mask=chosen)
-    tl.store(indices_ptr + out + tokens, none, mask=padding)
-    tl.store(out_valid_ptr + out + tokens, is_slot.to(tl.uint8), mask=tokens < length)
+    tl.store(indices_ptr + out + slots, tokens, mask=chosen)
+    tl.store(indices_ptr + out + tokens, -1, mask=padding)
+    tl.store(out_valid_ptr + out + tokens, is_slot, mask=tokens < length)
     if INVERSE:
-        tl.store(inverse_ptr + place, tl.where(chosen, slots, -1).to(tl.int64), mask=tokens < num_tokens)
+        tl.store(inverse_ptr + row * num_tokens + tokens, tl.where(chosen, slots, -1), mask=tokens < num_tokens)
     origin = tokens.to(tl.int64)
     if HAS_ORIGINS:
-        origin = tl.load(origins_ptr + place, mask=chosen, other=0)
+        origin = tl.load(origins_ptr + row * num_tokens + tokens, mask=chosen, other=0)
     for plane in tl.static_range(POSITION_ROWS):
         source = position_ptr + plane * stride_pr + row * stride_pb + origin * stride_pn
         target = out_position_ptr + (row + plane * num_rows) * length
-        position = tl.load(source, mask=chosen, other=0)
-        tl.store(target + slots, position, mask=chosen)
-        tl.store(target + tokens, tl.zeros_like(position), mask=padding)
+        tl.store(target + slots, tl.load(source, mask=chosen, other=0), mask=chosen)
+        tl.store(target + tokens, 0, mask=padding)
     if HAS_COLUMNS:
         tl.store(out_origins_ptr + out + slots, origin, mask=chosen)
-        tl.store(out_origins_ptr + out + tokens, none + 1, mask=padding)
-        tl.store(out_columns_ptr + out + slots, tl.where(taken, ranks, -1).to(tl.int64), mask=chosen)
-        tl.store(out_columns_ptr + out + tokens, none, mask=padding)
-        column = tl.load(columns_ptr + place, mask=taken, other=0)
-        raster = tl.load(raster_ptr + row * num_scores + column, mask=taken, other=0)
+        tl.store(out_origins_ptr + out + tokens, 0, mask=padding)
+        tl.store(out_columns_ptr + out + slots, tl.where(taken, ranks, -1), mask=chosen)
+        tl.store(out_columns_ptr + out + tokens, -1, mask=padding)
         listed, unlisted = row * width, (tokens >= count) & (tokens < width)
-        tl.store(out_slots_ptr + listed + ranks, slots.to(tl.int64), mask=taken)
-        tl.store(out_slots_ptr + listed + tokens, none + 1, mask=unlisted)
+        tl.store(out_slots_ptr + listed + ranks, slots, mask=taken)
+        tl.store(out_slots_ptr + listed + tokens, 0, mask=unlisted)
+        column = tl.load(columns_ptr + row * num_tokens + tokens, mask=taken, other=0)
+        raster = tl.load(raster_ptr + row * num_scores + column, mask=taken, other=0)
         tl.store(out_raster_ptr + listed + ranks, raster, mask=taken)
-        tl.store(out_raster_ptr + listed + tokens, none, mask=unlisted)
-        tl.store(out_listed_ptr + listed + tokens, (tokens < count).to(tl.uint8), mask=tokens < width)
+        tl.store(out_raster_ptr + listed + tokens, -1, mask=unlisted)
+        tl.store(out_listed_ptr + listed + tokens, tokens < count, mask=tokens < width)
 
 
 @triton.jit(do_not_specialize=["limit", "length", "width", "threshold"])
@@ -418,7 +415,6 @@ def select_tokens(
     def launch(by: Tensor, mask: Tensor | None, number: int, rounds: int, target: Tensor, **options: object) -> None:
         """A selection by ``by``, with all options or, for compaction, without those of the first."""
         several = number > 1 or bool(options["FLAGS"])
-        config = select("topk_select", size=min(size, MAX_REGISTER_TOKENS), dtype=torch.float32, device=device)
         fill = indices  # for pointers that are not read
         inputs = [by, columns, mask, segments if several else None, k if options["RAGGED"] else None]
         carried = [position_ids, origins, raster]
@@ -439,7 +435,9 @@ def select_tokens(
             FLAGS=options["FLAGS"], HAS_ORIGINS=origins is not None,
         )  # fmt: skip
         length_of = size if several else num_tokens
-        if length_of <= MAX_REGISTER_TOKENS:
+        registers = length_of <= MAX_REGISTER_TOKENS
+        config = select("topk_select", size=length_of if registers else CHUNK, dtype=torch.float32, device=device)
+        if registers:
             block = next_power_of_2(length_of, 16)
             topk_select_kernel[(rows * number,)](
                 *given, *outputs, *strides, *sizes, *limits, BLOCK_N=block, num_warps=config.num_warps, **full
