@@ -7,12 +7,15 @@ from toprl_kernels.attention.api import masked_attention
 from toprl_kernels.cache.api import compact_cache
 from toprl_kernels.dispatch import explain
 from toprl_kernels.keep_mask.api import KeepMaskSample, keep_mask_log_prob, sample_keep_mask
+from toprl_kernels.stage.api import prune_stage
+from toprl_kernels.stage.reference import PruneStageOutput
 from toprl_kernels.topk.api import topk_compact
 from toprl_kernels.topk.reference import TopkCompactOutput
 
 __all__ = [
     "ActorWeights",
     "KeepMaskSample",
+    "PruneStageOutput",
     "TopkCompactOutput",
     "actor_score",
     "compact_cache",
@@ -20,6 +23,7 @@ __all__ = [
     "flops",
     "keep_mask_log_prob",
     "masked_attention",
+    "prune_stage",
     "sample_keep_mask",
     "topk_compact",
 ]

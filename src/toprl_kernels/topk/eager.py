@@ -50,13 +50,11 @@ def select_fixed(scores: Tensor, length: int) -> Tensor:
     return unique_keys(scores, None).topk(length, dim=1, sorted=False).indices.sort(dim=1).values
 
 
-def select_ragged(scores: Tensor, taken: Tensor, length: int, valid_mask: Tensor | None, left: bool) -> Tensor:
-    """``taken`` [B, 1] tokens of each sample, at most those eligible: ascending indices [B, K], -1 in the padding."""
-    num_tokens = scores.shape[1]
-    order = unique_keys(scores, valid_mask).topk(length, dim=1).indices  # best first
-    if valid_mask is not None:
-        taken = taken.minimum(valid_mask.sum(dim=1, keepdim=True))
-    ranks = torch.arange(length, device=scores.device)
+def select_ragged(keys: Tensor, taken: Tensor, length: int, left: bool) -> Tensor:
+    """The ``taken`` [B, 1] tokens of each sample with the largest ``keys``: ascending [B, K], -1 in the padding."""
+    num_tokens = keys.shape[1]
+    order = keys.topk(length, dim=1).indices  # best first
+    ranks = torch.arange(length, device=keys.device)
     # the padding sorts before every token (left) or after every token (right)
     order = torch.where(ranks < taken, order, -1 if left else num_tokens).sort(dim=1).values
     return order if left else order.masked_fill_(order == num_tokens, -1)
@@ -153,7 +151,9 @@ def topk_compact_eager(
             new_bounds = torch.nn.functional.pad(flags[0].cumsum(0), (1, 0))[bounds].clamp_(max=length)
     elif padded:
         taken = torch.full((1, 1), limit, device=scores.device) if k is None else k[:, None]
-        indices = select_ragged(scores, taken, length, valid_mask, left)
+        if valid_mask is not None:
+            taken = taken.minimum(valid_mask.sum(dim=1, keepdim=True))
+        indices = select_ragged(unique_keys(scores, valid_mask), taken, length, left)
     else:
         indices = select_fixed(scores, length)
 

@@ -105,6 +105,8 @@ def store_selection(
         total = count + num_always
     first = length - total if LEFT else 0
     slots = slots + first
+    if HAS_COLUMNS:  # a caller's length may be too short
+        chosen = chosen & (slots >= 0) & (slots < length)
     out = row * length
     is_slot = (tokens >= first) & (tokens < first + total)
     padding = (tokens < length) & (is_slot == 0)  # length <= num_tokens, so every slot has its turn
@@ -127,6 +129,7 @@ def store_selection(
         tl.store(out_columns_ptr + out + slots, tl.where(taken, ranks, -1), mask=chosen)
         tl.store(out_columns_ptr + out + tokens, -1, mask=padding)
         listed, unlisted = row * width, (tokens >= count) & (tokens < width)
+        taken = chosen & taken & (ranks < width)
         tl.store(out_slots_ptr + listed + ranks, slots, mask=taken)
         tl.store(out_slots_ptr + listed + tokens, 0, mask=unlisted)
         column = tl.load(columns_ptr + row * num_tokens + tokens, mask=taken, other=0)
