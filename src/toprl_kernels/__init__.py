@@ -2,7 +2,7 @@
 
 from toprl_kernels import flops
 from toprl_kernels.actor.api import actor_score
-from toprl_kernels.actor.weights import ActorWeights
+from toprl_kernels.actor.reference import ActorWeights, FoldedActorWeights, fold_actor_weights
 from toprl_kernels.attention.api import masked_attention
 from toprl_kernels.cache.api import compact_cache
 from toprl_kernels.dispatch import explain
@@ -14,6 +14,7 @@ from toprl_kernels.topk.reference import TopkCompactOutput
 
 __all__ = [
     "ActorWeights",
+    "FoldedActorWeights",
     "KeepMaskSample",
     "PruneStageOutput",
     "TopkCompactOutput",
@@ -21,6 +22,7 @@ __all__ = [
     "compact_cache",
     "explain",
     "flops",
+    "fold_actor_weights",
     "keep_mask_log_prob",
     "masked_attention",
     "prune_stage",
