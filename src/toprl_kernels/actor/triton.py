@@ -121,6 +121,24 @@ def actor_layer1_kernel(
 
 
 @triton.jit
+def load_fc3(w3_ptr, outputs, chunk, HALF: tl.constexpr):
+    """A tile of fc3's weight, [outputs, chunk]."""
+    mask = (outputs < 2 * HALF)[:, None] & (chunk < 2 * HALF)[None, :]
+    return tl.load(w3_ptr + outputs[:, None] * (2 * HALF) + chunk[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def head(acc, b3_ptr, head_weight_ptr, outputs, HALF: tl.constexpr):
+    """What some of fc3's outputs add to both logits, [M] each."""
+    ok = outputs < 2 * HALF
+    dtype = head_weight_ptr.dtype.element_ty
+    z = gelu(acc + tl.load(b3_ptr + outputs, mask=ok, other=0.0).to(tl.float32)[None, :]).to(dtype).to(tl.float32)
+    keep = tl.load(head_weight_ptr + outputs, mask=ok, other=0.0).to(tl.float32)
+    drop = tl.load(head_weight_ptr + 2 * HALF + outputs, mask=ok, other=0.0).to(tl.float32)
+    return tl.sum(z * keep[None, :], 1), tl.sum(z * drop[None, :], 1)
+
+
+@triton.jit
 def actor_layers23_kernel(
     z_ptr, partial_ptr, count_ptr, w2_ptr, b2_ptr, w3_ptr, b3_ptr, head_weight_ptr, head_bias_ptr, bounds_ptr, out_ptr,
     num_tokens, num_blocks, num_row_blocks, num_sequences,
@@ -147,8 +165,9 @@ def actor_layers23_kernel(
     in_range = rows < length
     features = tl.arange(0, BLOCK_HALF)
     feature_ok = features < HALF
-    width = tl.arange(0, BLOCK_WIDTH)
-    width_ok = width < 2 * HALF
+    # fc3's outputs in two parts, so that the end needs registers for GELU of half of them
+    left = tl.arange(0, BLOCK_WIDTH // 2)
+    right = left + BLOCK_WIDTH // 2
     dtype = w2_ptr.dtype.element_ty
 
     summary = tl.zeros([BLOCK_HALF], tl.float32)
@@ -164,7 +183,8 @@ def actor_layers23_kernel(
         mask=in_range[:, None] & feature_ok[None, :],
         other=0.0,
     )  # [M, HALF]
-    acc = tl.zeros([BLOCK_M, BLOCK_WIDTH], tl.float32)
+    acc_left = tl.zeros([BLOCK_M, BLOCK_WIDTH // 2], tl.float32)
+    acc_right = tl.zeros([BLOCK_M, BLOCK_WIDTH // 2], tl.float32)
     for first in range(0, 2 * HALF, BLOCK_C):
         chunk = first + tl.arange(0, BLOCK_C)
         chunk_ok = chunk < 2 * HALF
@@ -175,17 +195,17 @@ def actor_layers23_kernel(
         offset = tl.sum(w2_shared * summary[None, :], 1)
         offset += tl.load(b2_ptr + chunk, mask=chunk_ok, other=0.0).to(tl.float32)  # [C]
         z2 = gelu(dot(local, tl.trans(w2_local), tl.zeros([BLOCK_M, BLOCK_C], tl.float32)) + offset[None, :])
-        w3 = tl.load(
-            w3_ptr + width[:, None] * (2 * HALF) + chunk[None, :], mask=width_ok[:, None] & chunk_ok[None, :], other=0.0
-        )  # [WIDTH, C]
-        acc = dot(z2.to(dtype), tl.trans(w3), acc)
+        z2 = z2.to(dtype)
+        acc_left = dot(z2, tl.trans(load_fc3(w3_ptr, left, chunk, HALF)), acc_left)
+        acc_right = dot(z2, tl.trans(load_fc3(w3_ptr, right, chunk, HALF)), acc_right)
 
-    z3 = gelu(acc + tl.load(b3_ptr + width, mask=width_ok, other=0.0).to(tl.float32)[None, :])  # [M, WIDTH]
-    z3 = z3.to(dtype).to(tl.float32)
-    for label in tl.static_range(2):
-        weight = tl.load(head_weight_ptr + label * 2 * HALF + width, mask=width_ok, other=0.0).to(tl.float32)
-        logit = tl.sum(z3 * weight[None, :], 1) + tl.load(head_bias_ptr + label).to(tl.float32)
-        tl.store(out_ptr + (start + rows) * 2 + label, logit.to(out_ptr.dtype.element_ty), mask=in_range)
+    keep_left, drop_left = head(acc_left, b3_ptr, head_weight_ptr, left, HALF)
+    keep_right, drop_right = head(acc_right, b3_ptr, head_weight_ptr, right, HALF)
+    keep = keep_left + keep_right + tl.load(head_bias_ptr).to(tl.float32)
+    drop = drop_left + drop_right + tl.load(head_bias_ptr + 1).to(tl.float32)
+    target = out_ptr + (start + rows) * 2
+    tl.store(target, keep.to(out_ptr.dtype.element_ty), mask=in_range)
+    tl.store(target + 1, drop.to(out_ptr.dtype.element_ty), mask=in_range)
 
 
 def actor_score_triton(
@@ -215,7 +235,7 @@ def actor_score_triton(
         configs.select(kernel, size=batch * num_tokens, dtype=dtype, device=device)
         for kernel in ("actor_layer1", "actor_layers23")
     )
-    block_width = next_power_of_2(width, 16)
+    block_width = next_power_of_2(width, 32)
     block_features = max(16, block_width // layer1.splits)
     num_blocks, num_row_blocks = ceil_div(num_tokens, layer1.block_m), ceil_div(num_tokens, layers23.block_m)
     packed, sequences = bounds is not None, batch if bounds is None else len(bounds) - 1

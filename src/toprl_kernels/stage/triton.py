@@ -48,17 +48,18 @@ def stage_gather_kernel(
     else:
         origin = tl.load(origins_ptr + sample * length + rows, mask=in_range, other=0)
         origin = tl.where(index >= 0, origin, -1)
-        dims = tl.arange(0, BLOCK_W)
+        columns = tl.arange(0, BLOCK_W)
         start = sample * length
+        # pointers of several types need names of their own
         if part == num_d_blocks:
-            source = table0_ptr + sample * stride_0b
-            copy_rows(source, out0_ptr + start * size0, origin, rows, in_range, dims, size0, stride_0n, stride_0d)
+            source0 = table0_ptr + sample * stride_0b
+            copy_rows(source0, out0_ptr + start * size0, origin, rows, in_range, columns, size0, stride_0n, stride_0d)
         elif part == num_d_blocks + 1:
-            source = table1_ptr + sample * stride_1b
-            copy_rows(source, out1_ptr + start * size1, origin, rows, in_range, dims, size1, stride_1n, stride_1d)
+            source1 = table1_ptr + sample * stride_1b
+            copy_rows(source1, out1_ptr + start * size1, origin, rows, in_range, columns, size1, stride_1n, stride_1d)
         else:
-            source = table2_ptr + sample * stride_2b
-            copy_rows(source, out2_ptr + start * size2, origin, rows, in_range, dims, size2, stride_2n, stride_2d)
+            source2 = table2_ptr + sample * stride_2b
+            copy_rows(source2, out2_ptr + start * size2, origin, rows, in_range, columns, size2, stride_2n, stride_2d)
 
 
 def _as_real(table: Tensor) -> Tensor:
