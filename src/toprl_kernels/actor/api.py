@@ -58,8 +58,8 @@ def actor_score(
         backend: None, "auto", "eager", "triton" or "reference"; see :mod:`toprl_kernels.dispatch`.
 
     Returns:
-        logits [B, N, 2] ([B, V, 2], [N, 2]) in the dtype of the weights; index 0 = keep, index 1 = drop. A sample
-        without any valid token has a mean of 0.
+        logits [B, N, 2] ([B, V, 2], [N, 2]) in the dtype of the weights, or in float32 for folded ones, as 16 bits
+        would tie many tokens; index 0 = keep, index 1 = drop. A sample without any valid token has a mean of 0.
 
     Raises:
         TypeError, ValueError: arguments that do not fit together; stage out of range; d2 odd.
@@ -114,7 +114,7 @@ def actor_score(
     if choice.name == "reference" or (needs_gradient and not named_triton):
         run = actor_score_reference if choice.name == "reference" else actor_score_eager
         with torch.autocast(device.type, enabled=False):
-            logits = run(hidden_states, weights, valid_mask, indices, bounds, stage)
+            logits = run(hidden_states, weights, valid_mask, indices, bounds, stage, folded[0] is not None)
     else:
         backend = MEASURED if choice.name == "triton" and choice.is_automatic else choice.name
         logits = _op(hidden_states, *weights, *folded, valid_mask, indices, bounds, stage, backend)
@@ -167,13 +167,14 @@ def _forward(hidden_states: Tensor, *arguments: Any) -> Tensor:
         from toprl_kernels.actor.triton import actor_score_triton
 
         return actor_score_triton(hidden_states, weights, folded, valid_mask, indices, bounds, stage)
-    return actor_score_eager(hidden_states, weights, valid_mask, indices, bounds, stage)
+    return actor_score_eager(hidden_states, weights, valid_mask, indices, bounds, stage, folded[0] is not None)
 
 
 def _fake(hidden_states: Tensor, *arguments: Any) -> Tensor:
-    weights, _, (_, indices, _, _, _) = _split(arguments)
+    weights, folded, (_, indices, _, _, _) = _split(arguments)
     tokens = hidden_states if indices is None else indices
-    return weights.fc1_weight.new_empty(hidden_states.shape[0], tokens.shape[1], 2)
+    dtype = weights.fc1_weight.dtype if folded[0] is None else torch.float32
+    return weights.fc1_weight.new_empty(hidden_states.shape[0], tokens.shape[1], 2, dtype=dtype)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -189,10 +190,10 @@ def _backward(ctx: Any, grad_logits: Tensor | None) -> tuple[Tensor | None, ...]
     needs = ctx.needs_input_grad[:number]
     if grad_logits is None or not any(needs):
         return tuple(gradients)
-    inputs, (valid_mask, indices, bounds) = ctx.saved_tensors[:number], ctx.saved_tensors[number + 3 :]
+    inputs, (folded, _, _, *options) = ctx.saved_tensors[:number], ctx.saved_tensors[number:]
     leaves = [tensor.detach().requires_grad_(needed) for tensor, needed in zip(inputs, needs, strict=True)]
     with torch.enable_grad(), torch.autocast(grad_logits.device.type, enabled=False):
-        logits = actor_score_eager(leaves[0], ActorWeights(*leaves[1:]), valid_mask, indices, bounds, ctx.stage)
+        logits = actor_score_eager(leaves[0], ActorWeights(*leaves[1:]), *options, ctx.stage, folded is not None)
         wanted = [place for place, needed in enumerate(needs) if needed]
         results = torch.autograd.grad(logits, [leaves[place] for place in wanted], grad_logits)
     for place, result in zip(wanted, results, strict=True):

@@ -20,8 +20,12 @@ def actor_score_eager(
     indices: Tensor | None,
     bounds: Tensor | None,
     stage: int,
+    single: bool = False,
 ) -> Tensor:
-    """Logits [B, N, 2]; arguments checked. ``indices`` [B, V] pick tokens, ``bounds`` [S + 1] separate sequences."""
+    """Logits [B, N, 2]; arguments checked.
+
+    ``indices`` [B, V] pick tokens, ``bounds`` [S + 1] separate sequences, ``single`` asks for float32 logits.
+    """
     w = weights
     if indices is not None:
         is_token = indices >= 0
@@ -39,7 +43,10 @@ def actor_score_eager(
         tokens = torch.arange(shared.shape[1], device=bounds.device)
         summary = summary[torch.searchsorted(bounds[1:], tokens, right=True).clamp_(max=len(bounds) - 2)]
     second = F.gelu(F.linear(local, by_local) + summary)
-    return F.linear(F.gelu(F.linear(second, w.fc3_weight, w.fc3_bias)), w.head_weight, w.head_bias)
+    third = F.gelu(F.linear(second, w.fc3_weight, w.fc3_bias))
+    if single:
+        return F.linear(third.float(), w.head_weight.float(), w.head_bias.float())
+    return F.linear(third, w.head_weight, w.head_bias)
 
 
 def _layer1(hidden_states: Tensor, valid_mask: Tensor | None, w: ActorWeights, bias: Tensor) -> Tensor:

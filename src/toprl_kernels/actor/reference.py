@@ -66,8 +66,9 @@ def actor_score_reference(
     indices: Tensor | None,  # [B, V]
     bounds: Tensor | None,  # [S + 1] with B = 1
     stage: int,
+    single: bool = False,
 ) -> Tensor:  # [B, N or V, 2]
-    """Everything in the dtype of the weights; an invalid token counts as zeros."""
+    """Everything in the dtype of the weights (the logits ``single``); an invalid token counts as zeros."""
     w = weights
     hidden_states = hidden_states.to(w.fc1_weight.dtype)
     half = w.fc1_weight.shape[0] // 2
@@ -98,4 +99,6 @@ def actor_score_reference(
 
     z = _gelu(z @ w.fc2_weight.T + w.fc2_bias)
     z = _gelu(z @ w.fc3_weight.T + w.fc3_bias)
+    if single:
+        return z.float() @ w.head_weight.float().T + w.head_bias.float()
     return z @ w.head_weight.T + w.head_bias

@@ -223,7 +223,7 @@ def actor_score_triton(
     num_tokens = (hidden_states if indices is None else indices).shape[1]
     width = weights.fc1_weight.shape[0]
     half = width // 2
-    logits = torch.empty(batch, num_tokens, 2, dtype=dtype, device=device)
+    logits = torch.empty(batch, num_tokens, 2, dtype=dtype if folded[0] is None else torch.float32, device=device)
     if logits.numel() == 0:
         return logits
 

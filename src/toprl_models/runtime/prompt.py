@@ -375,7 +375,7 @@ def begin(
         settled=call.past + max(settled),
         past_valid=call.past_valid,
         row_tokens=row_tokens,
-        ordinal=ordinal,
+        columns=ordinal if packing is None else None,
         visual=listed,
         segments={0: Segment(valid=None if min(row_tokens) == visual.shape[1] else valid, packing=packing)},
         prompts=Prompts(embeddings, visual, text, last.clamp(min=0), listed, num_text, end_from, run, inputs),
