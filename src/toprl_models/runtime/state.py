@@ -152,6 +152,13 @@ class ForwardPass:
             self.uploaded[counts] = on_device(counts, device)
         return self.uploaded[counts]
 
+    def upload(self, stages: Sequence[tuple[int, ...]], device: torch.device) -> None:
+        """Make what ``numbers`` will return for the counts of all stages, by one copy."""
+        ragged = [counts for counts in stages if len(set(counts)) > 1]
+        if ragged:
+            table = on_device([count for counts in ragged for count in counts], device)
+            self.uploaded |= dict(zip(ragged, table.view(len(ragged), -1), strict=True))
+
     def move(self, device: torch.device) -> None:
         """Move what a stage needs to the device of its layer, where a model is spread over several."""
         if self.visual.slots.device != device:
