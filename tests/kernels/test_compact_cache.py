@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from toprl_kernels import compact_cache, topk_compact
-from toprl_kernels.cache import triton as kernels
+from toprl_kernels.topk import triton as kernels
 
 BACKENDS = ["reference", "eager", "triton"]
 
@@ -59,7 +59,7 @@ def expected(cache: Tensor, indices: Tensor) -> Tensor:
 
 def test_kernels_are_interpreted(device: str) -> None:
     name = "InterpretedFunction" if device == "cpu" else "JITFunction"
-    assert type(kernels.compact_cache_kernel).__name__ == name
+    assert type(kernels.topk_gather_kernel).__name__ == name
 
 
 def test_hand_case(backend: str, device: str) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from toprl_kernels import PruneStageOutput, prune_stage, topk_compact
-from toprl_kernels.stage import triton as kernels
+from toprl_kernels.topk import triton as kernels
 
 BACKENDS = ["reference", "eager", "triton"]
 
@@ -89,7 +89,7 @@ def test_more_tokens_than_registers_hold(device: str) -> None:
 
 def test_kernels_are_interpreted(device: str) -> None:
     name = "InterpretedFunction" if device == "cpu" else "JITFunction"
-    assert type(kernels.stage_gather_kernel).__name__ == name
+    assert type(kernels.topk_gather_kernel).__name__ == name
 
 
 def test_hand_case(backend: str, device: str) -> None:
