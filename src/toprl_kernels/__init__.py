@@ -3,7 +3,7 @@
 from toprl_kernels import flops
 from toprl_kernels.actor.api import actor_score
 from toprl_kernels.actor.weights import ActorWeights
-from toprl_kernels.attention.api import masked_attention
+from toprl_kernels.attention.api import AttentionPlan, attention_plan, masked_attention
 from toprl_kernels.cache.api import compact_cache
 from toprl_kernels.dispatch import explain
 from toprl_kernels.keep_mask.api import KeepMaskSample, keep_mask_log_prob, sample_keep_mask
@@ -12,9 +12,11 @@ from toprl_kernels.topk.output import TopkCompactOutput
 
 __all__ = [
     "ActorWeights",
+    "AttentionPlan",
     "KeepMaskSample",
     "TopkCompactOutput",
     "actor_score",
+    "attention_plan",
     "compact_cache",
     "explain",
     "flops",
