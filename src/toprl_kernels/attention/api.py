@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -121,6 +121,20 @@ def _ranges(
     return torch.stack([low.clamp(min=0), high.clamp(max=length)], dim=2).int()
 
 
+@overload
+def masked_attention(
+    query: Tensor, key: Tensor, value: Tensor, keep_mask: Tensor | None = None, *, return_lse: Literal[False] = False,
+    plan: AttentionPlan | None = None, key_padding_mask: Tensor | None = None, is_causal: bool = False,
+    window: int | None = None, block_ids: Tensor | None = None, cu_seqlens: Tensor | None = None,
+    scale: float | None = None, bounded_mask_grad: bool = False, backend: str | None = None,
+) -> Tensor: ...  # fmt: skip
+@overload
+def masked_attention(
+    query: Tensor, key: Tensor, value: Tensor, keep_mask: Tensor | None = None, *, return_lse: Literal[True],
+    plan: AttentionPlan | None = None, key_padding_mask: Tensor | None = None, is_causal: bool = False,
+    window: int | None = None, block_ids: Tensor | None = None, cu_seqlens: Tensor | None = None,
+    scale: float | None = None, bounded_mask_grad: bool = False, backend: str | None = None,
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 def masked_attention(
     query: Tensor,
     key: Tensor,
@@ -319,9 +333,8 @@ def _backward(
     if backend == "triton":
         from toprl_kernels.attention.triton import masked_attention_backward_triton
 
-        gradients = masked_attention_backward_triton(
-            *tensors, lists, output, lse, is_causal, scale, bounded_mask_grad, needs
-        )
+        triton_options = (lists, output, lse, is_causal, scale, bounded_mask_grad, needs)
+        gradients = list(masked_attention_backward_triton(*tensors, *triton_options))
     else:
         gradients = masked_attention_backward_eager(*tensors, is_causal, scale, bounded_mask_grad, needs)
     return tuple(query.new_empty(0) if gradient is None else gradient for gradient in gradients)

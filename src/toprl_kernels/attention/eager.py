@@ -156,7 +156,7 @@ def masked_attention_backward_eager(
     if needs[3]:
         gradients = _dense_backward(grad_output, query, key, value, pairs, scale, bounded_mask_grad)
     else:
-        _, pull_back = torch.func.vjp(lambda *qkv: _attend(*qkv, pairs, scale), query, key, value)
+        pull_back = torch.func.vjp(lambda q, k, v: _attend(q, k, v, pairs, scale), query, key, value)[1]
         gradients = [*pull_back(grad_output), pairs.mask]
     if is_nan is not None:
         reached = pairs.keys_reached(is_nan, dropped=False).unflatten(1, (key.shape[1], -1)).any(dim=2)[..., None]
@@ -295,8 +295,8 @@ def _by_definition(
     query: Tensor, key: Tensor, value: Tensor, pairs: Pairs, rows: slice, columns: slice, scale: float
 ) -> tuple[Tensor, Tensor]:
     """Compute output and log-sum-exp of a tile, in at least float32."""
-    tensors = (query[:, :, rows], key[:, :, columns], value[:, :, columns], pairs.mask[:, columns])
-    return _tile(*tensors, pairs, rows, columns, scale, False)
+    key, value, mask = key[:, :, columns], value[:, :, columns], pairs.mask[:, columns]
+    return _tile(query[:, :, rows], key, value, mask, pairs, rows, columns, scale, False)
 
 
 def _tile(
@@ -310,8 +310,8 @@ def _tile(
     is_allowed = (low <= tokens[columns]) & (tokens[columns] < high)
     is_allowed &= pairs.is_row[:, :, rows, None] & pairs.is_token[:, None, None, columns]
     groups = query.shape[1] // key.shape[1]
-    expanded = (tensor.to(mask.dtype).repeat_interleave(groups, dim=1) for tensor in (key, value))
-    return attend(query.to(mask.dtype), *expanded, mask, is_allowed, is_self, scale, bounded_mask_grad)
+    key, value = (tensor.to(mask.dtype).repeat_interleave(groups, dim=1) for tensor in (key, value))
+    return attend(query.to(mask.dtype), key, value, mask, is_allowed, is_self, scale, bounded_mask_grad)
 
 
 def _dense_backward(
