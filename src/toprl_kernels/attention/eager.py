@@ -323,14 +323,12 @@ def _dense_backward(
     for rows, columns in _tiles(query, pairs):
         where = ((slice(None), slice(None), rows), *[(slice(None), slice(None), columns)] * 2, (slice(None), columns))
 
-        def forward(*inputs: Tensor, rows: slice = rows, columns: slice = columns) -> Tensor:
-            return _tile(*inputs, pairs, rows, columns, scale, bounded)[0]
+        def tile(q: Tensor, k: Tensor, v: Tensor, m: Tensor, rows: slice = rows, columns: slice = columns) -> Tensor:
+            return _tile(q, k, v, m, pairs, rows, columns, scale, bounded)[0]
 
         parts = (tensor[index] for tensor, index in zip(tensors, where, strict=True))
-        output, pull_back = torch.func.vjp(forward, *parts)
-        for total, index, part in zip(
-            gradients, where, pull_back(grad_output[:, :, rows].to(output.dtype)), strict=True
-        ):
+        of_tile = torch.func.vjp(tile, *parts)[1](grad_output[:, :, rows].to(pairs.mask.dtype))
+        for total, index, part in zip(gradients, where, of_tile, strict=True):
             total[index] += part
     return gradients
 
