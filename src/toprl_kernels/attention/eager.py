@@ -3,13 +3,14 @@
 Since G = 1 m^T + diag(1 - m), Eq. 7 is attention over the keys with m_j > 0 plus one self term per row. The kept keys
 are gathered, and the self term is one more key: a column of the queries holds the row's own score, which that key alone
 multiplies, and a column of the values holds its weight. So torch's scaled_dot_product_attention does everything,
-gradients included, in a few blocks of rows, at the cost of N times the number of kept keys. Only the gradient with
-respect to the mask has to look at all keys.
+in a few blocks of rows, at the cost of N times the number of kept keys. The backward computes tiles of scores again, of
+the kept keys; only the gradient with respect to the mask has to look at all of them.
 """
 
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -17,16 +18,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from toprl_kernels.attention.reference import attend
-
 # A mask value below 2^-96 counts as 0, and exp(s - lse) is cut at 2^96: the two bounds meet, so that no kept key's
 # probability is ever cut, and float32 cannot overflow. The Triton kernels use the same pair.
 SMALLEST_MASK = 2.0**-96
 SMALL = 2**14  # query-key pairs up to which one call with a mask of them is faster than gathering
 BLOCKS = 8  # of rows: each sees a range of the keys, and each is a parallel region of the CPU
 FEWEST_ROWS, MOST_ROWS = 256, 1024  # of a block
-TILE_BYTES = 2**22  # of the [B, H, rows, N] tile in the gradient with respect to the mask: stays in the cache
+TILE_BYTES = 2**22  # of a [B, H, rows, keys] tile in the backward: stays in the cache
 FEWEST_TILE_ROWS = 64
+LARGEST_EXPONENT = 96.0 * math.log(2.0)
 
 
 @dataclass
@@ -70,14 +70,15 @@ class Pairs:
         is_allowed = (low <= columns[:, None]) & (columns[:, None] < high)
         return log_mask[:, None].where(is_allowed, -torch.inf)
 
-    def blocks(self, before: Tensor) -> Iterator[tuple[slice, int, int]]:
-        """Cut the queries into blocks, with the kept keys [first, last) that a block sees of a list.
+    def blocks(self, before: Tensor, step: int | None = None) -> Iterator[tuple[slice, int, int]]:
+        """Cut the queries into blocks, with the entries [first, last) that a block sees of a list of tokens.
 
-        ``before`` [B, N + 1] is the number of kept tokens before a token.
+        ``before`` [B, N + 1] is the number of entries before a token; ``step`` the number of queries of a block.
         """
         number = self.low.shape[1]
         is_uniform = bool((self.low[:, 0] == self.low[:, -1]).all() and (self.high[:, 0] == self.high[:, -1]).all())
-        step = number if is_uniform else min(max(FEWEST_ROWS, -(-number // BLOCKS)), MOST_ROWS)
+        if step is None:
+            step = number if is_uniform else min(max(FEWEST_ROWS, -(-number // BLOCKS)), MOST_ROWS)
         for start in range(0, number, step):
             stop = min(start + step, number)
             first = int(before.gather(1, self.low[:, start : start + 1]).min())
@@ -104,6 +105,43 @@ def make_pairs(
     return Pairs(mask, low, high, is_token, is_causal and ranges is None and num_queries == num_keys)
 
 
+@dataclass
+class Kept:
+    """The keys that the queries see besides their own: the tokens with m_j > 0, or all of them."""
+
+    key: Tensor  # [B, Hkv, K, D]
+    value: Tensor  # [B, Hkv, K, Dv]
+    tokens: Tensor  # [B or 1, K] ascending
+    mask: Tensor  # [B, K] m; 0 for the tail of samples that keep fewer
+    before: Tensor  # [B, N + 1] entries before a token
+
+    def scattered(self, gradient: Tensor, num_keys: int) -> Tensor:
+        """Put rows [B, Hkv, K, D] to their tokens, [B, Hkv, N, D]; tails are 0."""
+        if self.tokens.shape[1] == num_keys:
+            return gradient
+        result = gradient.new_zeros(*gradient.shape[:2], num_keys, gradient.shape[3])
+        return result.scatter_add_(2, self.tokens[:, None, :, None].expand_as(gradient), gradient)
+
+
+def gather(key: Tensor, value: Tensor, pairs: Pairs, *, everything: bool) -> Kept:
+    """Gather the kept keys and values; with ``everything`` take all of them as they are."""
+    mask, num_keys = pairs.mask, key.shape[2]
+    tokens = torch.arange(num_keys, device=mask.device)[None]
+    is_listed = torch.ones_like(pairs.is_token) if everything else mask > 0
+    before = F.pad(is_listed.cumsum(dim=1), (1, 0))
+    numbers = before[:, -1]
+    if int(numbers.min()) == num_keys:
+        return Kept(key, value, tokens, mask, before)
+    length = int(numbers.max())
+    tokens = torch.where(is_listed, tokens, num_keys).sort(dim=1).values[:, :length].clamp(max=num_keys - 1)
+    key, value = (
+        torch.stack([sample.index_select(1, rows) for sample, rows in zip(tensor, tokens, strict=True)])
+        for tensor in (key, value)
+    )
+    is_tail = torch.arange(length, device=mask.device) >= numbers[:, None]
+    return Kept(key, value, tokens, mask.gather(1, tokens).masked_fill(is_tail, 0.0), before)
+
+
 def masked_attention_forward_eager(
     query: Tensor,
     key: Tensor,
@@ -122,8 +160,9 @@ def masked_attention_forward_eager(
     result.copy_(_attend(query, key, value, pairs, scale))
     lse = pairs.mask.new_empty(0)
     if return_lse:
-        tiles = _tiles(query, pairs)
-        lse = torch.cat([_by_definition(query, key, value, pairs, *tile, scale)[1] for tile in tiles], dim=2)
+        kept = gather(key, value, pairs, everything=False)
+        lse = torch.cat([_scores(query, key, kept, pairs, *tile, scale)[2] for tile in _tiles(query, kept, pairs)], 3)
+        lse = lse.flatten(1, 2).squeeze(-1)
     for flags, number, logarithm in ((is_bad_row, torch.nan, torch.nan), (~pairs.is_row, 0.0, torch.inf)):
         if flags is not None:
             result.masked_fill_(flags[..., None], number)
@@ -144,8 +183,13 @@ def masked_attention_backward_eager(
     bounded_mask_grad: bool,
     needs: list[bool],
 ) -> list[Tensor | None]:
-    """Compute the gradients of query, key, value and keep_mask; None where ``needs`` says no."""
+    """Compute the gradients of query, key, value and keep_mask; None where ``needs`` says no.
+
+    With R = exp(s - lse), D_i = dO_i . O_i and X = R (dO.V - D): dV_j sums R_ij G_ij dO_i, dQ and dK take X_ij G_ij,
+    and dm_j sums X_ij over the rows other than j.
+    """
     pairs = make_pairs(query, keep_mask, key_padding_mask, ranges, is_causal)
+    inputs = (query, key, value, keep_mask)
     query, key, value, is_bad_row = _cleaned(query, key, value, pairs)
     grad_output = grad_output.masked_fill(~pairs.is_row[..., None], 0.0)
     is_nan = None
@@ -153,21 +197,88 @@ def masked_attention_backward_eager(
         is_live, is_bad = (grad_output != 0).any(dim=-1), ~grad_output.isfinite().all(dim=-1)
         is_nan = is_live & (is_bad if is_bad_row is None else is_bad | is_bad_row)  # [B, H, Nq]
         grad_output = grad_output.masked_fill((is_nan if is_bad_row is None else is_nan | is_bad_row)[..., None], 0.0)
-    if needs[3]:
-        gradients = _dense_backward(grad_output, query, key, value, pairs, scale, bounded_mask_grad)
-    else:
-        pull_back = torch.func.vjp(lambda q, k, v: _attend(q, k, v, pairs, scale), query, key, value)[1]
-        gradients = [*pull_back(grad_output), pairs.mask]
+
+    dtype, own = pairs.mask.dtype, slice(key.shape[2] - query.shape[2], None)
+    query, key, value, grad_output = (tensor.to(dtype) for tensor in (query, key, value, grad_output))
+    kept = gather(key, value, pairs, everything=needs[3])
+    grad_query, grad_own = torch.zeros_like(query), [torch.zeros_like(tensor[:, :, own]) for tensor in (key, value)]
+    grad_key, grad_value, grad_mask = (torch.zeros_like(tensor) for tensor in (kept.key, kept.value, kept.mask))
+    for rows, columns in _tiles(query, kept, pairs):
+        ratio, gate, _ = _scores(query, key, kept, pairs, rows, columns, scale)
+        keys, values = kept.key[:, :, columns], kept.value[:, :, columns]
+        key_self, value_self = (tensor[:, :, None, own][..., rows, :] for tensor in (key, value))  # [B, Hkv, 1, R, D]
+        q, gradient = (tensor[:, :, rows].unflatten(1, (key.shape[1], -1)) for tensor in (query, grad_output))
+        weights = ratio * gate
+        slope = torch.cat([(gradient * value_self).sum(dim=-1, keepdim=True), _product(gradient, values)], dim=-1)
+        slope -= (weights * slope).sum(dim=-1, keepdim=True)  # dO.V - D
+        if needs[3]:
+            if bounded_mask_grad:
+                ratio = torch.where(gate == 0, ratio / (1.0 + ratio), ratio)
+            by_mask = (slope * ratio)[..., 1:].sum(dim=(1, 2))  # [B, R, K]
+            # G_ii is a constant: by comparison, since a subtraction would leave rounding
+            is_other = kept.tokens[:, None, columns] != torch.arange(key.shape[2], device=key.device)[own][rows, None]
+            zero = torch.zeros_like(kept.mask[:, columns])
+            by_mask = by_mask.where(is_other & (pairs.bias(rows, kept.tokens[:, columns], zero) == 0), 0.0)
+            grad_mask[:, columns] += by_mask.sum(dim=1)
+        slope *= weights * scale
+        grad_query[:, :, rows] = (_product(slope[..., 1:], keys.transpose(2, 3)) + slope[..., :1] * key_self).flatten(
+            1, 2
+        )
+        grad_key[:, :, columns] += slope[..., 1:].flatten(2, 3).transpose(2, 3) @ q.flatten(2, 3)
+        grad_value[:, :, columns] += weights[..., 1:].flatten(2, 3).transpose(2, 3) @ gradient.flatten(2, 3)
+        grad_own[0][:, :, rows] = (slope[..., :1] * q).sum(dim=2)
+        grad_own[1][:, :, rows] = (weights[..., :1] * gradient).sum(dim=2)
+
+    grad_key, grad_value = (kept.scattered(tensor, key.shape[2]) for tensor in (grad_key, grad_value))
+    grad_key[:, :, own] += grad_own[0]
+    grad_value[:, :, own] += grad_own[1]
+    gradients = [
+        grad_query,
+        grad_key,
+        grad_value,
+        grad_mask.masked_fill(~pairs.is_token, 0.0) if needs[3] else grad_mask,
+    ]
     if is_nan is not None:
         reached = pairs.keys_reached(is_nan, dropped=False).unflatten(1, (key.shape[1], -1)).any(dim=2)[..., None]
         by_mask = pairs.keys_reached(is_nan, dropped=True).any(dim=1) & pairs.is_token
-        flags = (is_nan[..., None], reached, reached, by_mask)
+        flags = (is_nan[..., None], reached, reached, by_mask if needs[3] else torch.zeros_like(kept.mask) > 0)
         gradients = [gradient.masked_fill(flag, torch.nan) for gradient, flag in zip(gradients, flags, strict=True)]
-    dtypes = (query.dtype, key.dtype, value.dtype, keep_mask.dtype)
     return [
-        gradient.to(dtype).contiguous() if needed else None
-        for gradient, dtype, needed in zip(gradients, dtypes, needs, strict=True)
+        gradient.to(tensor.dtype) if needed else None
+        for gradient, tensor, needed in zip(gradients, inputs, needs, strict=True)
     ]
+
+
+def _tiles(query: Tensor, kept: Kept, pairs: Pairs) -> Iterator[tuple[slice, slice]]:
+    """Cut the queries into tiles, with the columns of ``kept`` that any row of a tile may see."""
+    size = query.shape[0] * query.shape[1] * kept.mask.shape[1] * pairs.mask.element_size()
+    for rows, first, last in pairs.blocks(kept.before, max(FEWEST_TILE_ROWS, TILE_BYTES // max(size, 1))):
+        yield rows, slice(first, last)
+
+
+def _product(left: Tensor, right: Tensor) -> Tensor:
+    """Multiply rows of all heads of a group, [B, Hkv, G, R, D], by [B, Hkv, K, D]: [B, Hkv, G, R, K]."""
+    return (left.flatten(2, 3) @ right.transpose(2, 3)).unflatten(2, left.shape[2:4])
+
+
+def _scores(
+    query: Tensor, key: Tensor, kept: Kept, pairs: Pairs, rows: slice, columns: slice, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Compute a tile by the definition, in at least float32: R = exp(s - lse), G and lse, the own key as column 0.
+
+    Shapes: R [B, Hkv, G, R, 1 + K], G [B, 1, 1, R, 1 + K], lse [B, Hkv, G, R, 1].
+    """
+    dtype, own = pairs.mask.dtype, slice(key.shape[2] - query.shape[2], None)
+    q = query[:, :, rows].to(dtype).unflatten(1, (key.shape[1], -1))
+    key_self = key[:, :, None, own][..., rows, :].to(dtype)
+    mask = kept.mask[:, columns]
+    gate = pairs.bias(rows, kept.tokens[:, columns], mask).clamp(min=0.0)  # -inf where not allowed
+    gate = torch.cat([1.0 - pairs.mask[:, own][:, rows, None], gate], dim=-1)[:, None, None]
+    scores = [(q * key_self).sum(dim=-1, keepdim=True), _product(q, kept.key[:, :, columns].to(dtype))]
+    total = torch.cat(scores, dim=-1) * scale
+    shift = total.masked_fill(gate == 0, -torch.inf).amax(dim=-1, keepdim=True)
+    lse = shift + ((total - shift).clamp(max=LARGEST_EXPONENT).exp() * gate).sum(dim=-1, keepdim=True).log()
+    return (total - lse).clamp(max=LARGEST_EXPONENT).exp(), gate, lse
 
 
 def _is_finite(tensor: Tensor) -> bool:
@@ -194,58 +305,41 @@ def _cleaned(query: Tensor, key: Tensor, value: Tensor, pairs: Pairs) -> tuple[T
 
 
 def _attend(query: Tensor, key: Tensor, value: Tensor, pairs: Pairs, scale: float) -> Tensor:
-    """Compute the output [B, H, Nq, Dv]; all numbers are finite."""
+    """Compute the output [B, H, Nq, Dv] of numbers that are all finite."""
     mask, num_queries, num_keys = pairs.mask, query.shape[2], key.shape[2]
-    is_kept = mask > 0
     if bool((mask == 1).all()) and (pairs.is_causal or bool((pairs.high - pairs.low == num_keys).all())):
         return _sdpa(query, key, value, None, scale, is_causal=pairs.is_causal)
-    tokens = torch.arange(num_keys, device=mask.device)[None]
     if num_queries * num_keys <= SMALL:
-        bias = pairs.bias(slice(None), tokens, mask.log())
-        bias = bias.masked_fill(tokens[0] == tokens[0, num_keys - num_queries :, None], 0.0)
+        tokens = torch.arange(num_keys, device=mask.device)
+        bias = pairs.bias(slice(None), tokens[None], mask.log())
+        bias = bias.masked_fill(tokens == tokens[num_keys - num_queries :, None], 0.0)
         return _sdpa(query, key, value, bias[:, None], scale)
 
-    before = F.pad(is_kept.cumsum(dim=1), (1, 0))  # kept tokens before a token [B, N + 1]
-    numbers = before[:, -1]
-    length, columns = int(numbers.max()), tokens
-    value_self, scores = value[:, :, num_keys - num_queries :], _self_scores(query, key)
-    if int(numbers.min()) < num_keys:
-        columns = torch.where(is_kept, tokens, num_keys).sort(dim=1).values[:, :length].clamp(max=num_keys - 1)
-        key, value = (
-            torch.stack([sample.index_select(1, rows) for sample, rows in zip(tensor, columns, strict=True)])
-            for tensor in (key, value)
-        )
-    is_tail = torch.arange(length, device=mask.device) >= numbers[:, None]  # of samples that keep fewer
-    log_mask = mask.gather(1, columns.expand(len(mask), -1)).masked_fill(is_tail, 0.0).log()
-
+    kept = gather(key, value, pairs, everything=False)
     # key 0 is the row's own: it meets the extra columns of the query alone, and has a 1 in the value's extra column
-    parts = _split(scores, query.dtype)
-    width = max(query.shape[3] + len(parts), value.shape[3] + 1)
-    query = F.pad(torch.cat([query, *(part for part, _ in parts)], dim=3), (0, width - query.shape[3] - len(parts)))
-    first_key = key.new_zeros(*key.shape[:2], 1, width)
-    for number, (_, factor) in enumerate(parts):
-        first_key[..., key.shape[3] + number] = factor
-    first_value = torch.zeros_like(first_key)
-    first_value[..., value.shape[3]] = 1.0
-    key = torch.cat([first_key, F.pad(key, (0, width - key.shape[3]))], dim=2)
-    size = value.shape[3]
-    value = torch.cat([first_value, F.pad(value, (0, width - size))], dim=2)
-    log_rest = torch.log1p(-mask[:, num_keys - num_queries :])  # log(1 - m_i) of the rows' own tokens
+    size, own = value.shape[3], slice(num_keys - num_queries, None)
+    parts = _split(_self_scores(query, key), query.dtype)
+    width = max(query.shape[3] + len(parts), size + 1)
+    first_key, first_value = (key.new_zeros(*key.shape[:2], 1, width) for _ in range(2))
+    first_key[..., key.shape[3] : key.shape[3] + len(parts)] = key.new_tensor([factor for _, factor in parts])
+    first_value[..., size] = 1.0
+    padded = torch.cat([query, *(part for part, _ in parts)], dim=3)
+    padded = F.pad(padded, (0, width - padded.shape[3]))
+    all_keys = torch.cat([first_key, F.pad(kept.key, (0, width - key.shape[3]))], dim=2)
+    all_values = torch.cat([first_value, F.pad(kept.value, (0, width - size))], dim=2)
+    log_mask, log_rest = kept.mask.log(), torch.log1p(-mask[:, own])  # log(1 - m_i) of the rows' own tokens
 
     outputs = []
-    for rows, first, last in pairs.blocks(before):
-        bias = pairs.bias(rows, columns[:, first:last], log_mask[:, first:last])
+    for rows, first, last in pairs.blocks(kept.before):
+        bias = pairs.bias(rows, kept.tokens[:, first:last], log_mask[:, first:last])
         bias = torch.cat([log_rest[:, rows, None], bias], dim=2)[:, None]
-        keys, values = (
-            tensor[:, :, : last + 1]
-            if first == 0
-            else torch.cat([tensor[:, :, :1], tensor[:, :, first + 1 : last + 1]], 2)
-            for tensor in (key, value)
-        )
-        outputs.append(_sdpa(query[:, :, rows], keys, values, bias, scale))
+        keys, values = all_keys[:, :, : last + 1], all_values[:, :, : last + 1]
+        if first:
+            keys, values = (torch.cat([part[:, :, :1], part[:, :, first + 1 :]], dim=2) for part in (keys, values))
+        outputs.append(_sdpa(padded[:, :, rows], keys, values, bias, scale))
     output = torch.cat(outputs, dim=2)
-    groups = query.shape[1] // key.shape[1]
-    return output[..., :size] + output[..., size : size + 1] * value_self.repeat_interleave(groups, dim=1)
+    value_self = value[:, :, own].repeat_interleave(query.shape[1] // key.shape[1], dim=1)
+    return output[..., :size] + output[..., size : size + 1] * value_self
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float, is_causal: bool = False) -> Tensor:
@@ -280,57 +374,6 @@ def _split(scores: Tensor, dtype: torch.dtype) -> list[tuple[Tensor, float]]:
         rest = rest - parts[-1].detach().to(rest.dtype) * previous
         parts.append((rest / factor).to(dtype))
     return list(zip(parts, factors, strict=True))
-
-
-def _tiles(query: Tensor, pairs: Pairs) -> Iterator[tuple[slice, slice]]:
-    """Cut the queries into tiles, with the keys that any row of a tile may see."""
-    size = query.shape[0] * query.shape[1] * pairs.mask.shape[1] * pairs.mask.element_size()
-    step = max(FEWEST_TILE_ROWS, TILE_BYTES // max(size, 1))
-    for start in range(0, query.shape[2], step):
-        stop = min(start + step, query.shape[2])
-        yield slice(start, stop), slice(int(pairs.low[:, start].min()), int(pairs.high[:, stop - 1].max()))
-
-
-def _by_definition(
-    query: Tensor, key: Tensor, value: Tensor, pairs: Pairs, rows: slice, columns: slice, scale: float
-) -> tuple[Tensor, Tensor]:
-    """Compute output and log-sum-exp of a tile, in at least float32."""
-    key, value, mask = key[:, :, columns], value[:, :, columns], pairs.mask[:, columns]
-    return _tile(query[:, :, rows], key, value, mask, pairs, rows, columns, scale, False)
-
-
-def _tile(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor, pairs: Pairs, rows: slice, columns: slice, scale: float,
-    bounded_mask_grad: bool,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    num_keys = pairs.mask.shape[1]
-    tokens = torch.arange(num_keys, device=mask.device)
-    is_self = tokens[columns] == tokens[num_keys - pairs.low.shape[1] :][rows, None]
-    low, high = pairs.low[:, None, rows, None], pairs.high[:, None, rows, None]
-    is_allowed = (low <= tokens[columns]) & (tokens[columns] < high)
-    is_allowed &= pairs.is_row[:, :, rows, None] & pairs.is_token[:, None, None, columns]
-    groups = query.shape[1] // key.shape[1]
-    key, value = (tensor.to(mask.dtype).repeat_interleave(groups, dim=1) for tensor in (key, value))
-    return attend(query.to(mask.dtype), key, value, mask, is_allowed, is_self, scale, bounded_mask_grad)
-
-
-def _dense_backward(
-    grad_output: Tensor, query: Tensor, key: Tensor, value: Tensor, pairs: Pairs, scale: float, bounded: bool
-) -> list[Tensor]:
-    """Compute all gradients through all pairs, a tile at a time: a dropped key has one with respect to its m_j."""
-    tensors = (query, key, value, pairs.mask)
-    gradients = [torch.zeros(tensor.shape, dtype=pairs.mask.dtype, device=query.device) for tensor in tensors]
-    for rows, columns in _tiles(query, pairs):
-        where = ((slice(None), slice(None), rows), *[(slice(None), slice(None), columns)] * 2, (slice(None), columns))
-
-        def tile(q: Tensor, k: Tensor, v: Tensor, m: Tensor, rows: slice = rows, columns: slice = columns) -> Tensor:
-            return _tile(q, k, v, m, pairs, rows, columns, scale, bounded)[0]
-
-        parts = (tensor[index] for tensor, index in zip(tensors, where, strict=True))
-        of_tile = torch.func.vjp(tile, *parts)[1](grad_output[:, :, rows].to(pairs.mask.dtype))
-        for total, index, part in zip(gradients, where, of_tile, strict=True):
-            total[index] += part
-    return gradients
 
 
 def empty_output(query: Tensor, value: Tensor) -> Tensor:
