@@ -88,16 +88,14 @@ _pin("masked_attention_bwd_dq", ALL, SINGLE, {64: C(32, 32, 8, 1), 256: C(16, 16
 # Sizes: none. block_n tokens.
 _pin("masked_attention_tokens", ALL, ANY, {NO_LIMIT: C(0, 2048, 4, 1)})
 
-# Sizes: number of tokens. block_n is the number of keys held in registers at once: all of them, or a chunk.
+# Sizes: number of tokens. block_n is the number of keys held in registers at once: all of them, or a chunk of 4,096.
 _pin("topk_select", ALL, ANY, {1024: C(1, 1024, 4, 1), 2048: C(1, 2048, 8, 1), 4096: C(1, 4096, 16, 1)})
-_pin("topk_select_chunked", ALL, ANY, {NO_LIMIT: C(1, 4096, 16, 1)})
 # Sizes: hidden size. block_m rows, block_n dimensions (at most; smaller hidden sizes take less).
 _pin("topk_gather", ALL, ANY, {NO_LIMIT: C(8, 1024, 8, 1)})
 _pin("topk_scatter", ALL, ANY, {NO_LIMIT: C(8, 1024, 8, 1)})
 # Sizes: none. block_n elements, rows times head dim, that a program moves.
 _pin("compact_cache", ALL, ANY, {NO_LIMIT: C(0, 8192, 8, 1)})
 _pin("compact_cache_bwd", ALL, ANY, {NO_LIMIT: C(0, 8192, 8, 1)})
-_pin("compact_cache_inplace", ALL, ANY, {NO_LIMIT: C(0, 4096, 4, 1)})
 
 # Sizes: tokens of all samples. block_m tokens; block_n is the block of the inner dimension d1 (layer 1), of fc2's
 # outputs (layers 2 and 3). Few tokens: two programs share a row block, which halves what a program reads of W1 and
@@ -105,7 +103,7 @@ _pin("compact_cache_inplace", ALL, ANY, {NO_LIMIT: C(0, 4096, 4, 1)})
 _pin("actor_layer1", LARGE, HALF, {8192: C(64, 64, 4, 3, splits=2), NO_LIMIT: C(64, 64, 8, 3)})
 _pin("actor_layer1", "sm_86", HALF, {8192: C(64, 64, 4, 3, splits=2), NO_LIMIT: C(64, 64, 8, 2)})
 _pin("actor_layer1", ALL, SINGLE, {NO_LIMIT: C(32, 32, 8, 2, splits=4)})
-_pin("actor_layers23", ALL, HALF, {NO_LIMIT: C(64, 32, 8, 2)})
+_pin("actor_layers23", ALL, HALF, {NO_LIMIT: C(64, 32, 4, 2)})
 _pin("actor_layers23", ALL, SINGLE, {NO_LIMIT: C(16, 16, 8, 1)})
 
 # Sizes: none. block_n tokens.

@@ -91,7 +91,7 @@ class Mask:
         alive = (keep.detach() > 0) & visual.valid
         # differentiable masks keep their gradient
         keep = alive if keep.dtype == torch.bool else keep * visual.valid
-        full = torch.ones(forward.ordinal.shape, dtype=keep.dtype, device=keep.device)
+        full = torch.ones(forward.prompts.is_visual.shape, dtype=keep.dtype, device=keep.device)
         full = put(full, visual.slots, visual.index >= 0, keep, None)
         if decision.states is not None and counts != visual.counts:
             hidden_states = put(hidden_states, visual.slots, visual.valid, decision.states, None)
