@@ -64,7 +64,7 @@ ROW_PLANES = 4
 def load_rows(base, rows, stride, dims, HEAD_DIM: tl.constexpr):
     """[len(rows), len(dims)] tile; columns from HEAD_DIM on are 0."""
     pointers = base + rows.to(tl.int64)[:, None] * stride + dims[None, :]
-    if HEAD_DIM == dims.shape[0]:
+    if dims.shape[0] == HEAD_DIM:
         return tl.load(pointers)
     return tl.load(pointers, mask=dims[None, :] < HEAD_DIM, other=0.0)
 
@@ -223,9 +223,7 @@ MAX_BLOCK_IN_KERNEL = tl.constexpr(MAX_BLOCK)
 
 
 @triton.jit
-def visible_pairs(
-    slots, columns, high, tokens, range_low, range_high, CAUSAL: tl.constexpr, RANGES: tl.constexpr
-):
+def visible_pairs(slots, columns, high, tokens, range_low, range_high, CAUSAL: tl.constexpr, RANGES: tl.constexpr):
     """Which rows [M] see which keys of an edge block [N]."""
     visible = (slots < high)[None, :]
     if CAUSAL:
@@ -294,7 +292,7 @@ def attend(
             HEAD_DIM, VALUE_DIM, BLOCK_M, BLOCK_N, CAUSAL, RANGES, SOFT, COMPACT, False,
         )  # fmt: skip
     edges = inner_low - low + tl.maximum(high - inner_high, 0)
-    for n in tl.range(0, host_int(edges), BLOCK_N, num_stages=1):
+    for n in range(0, host_int(edges), BLOCK_N):
         acc, row_max, row_sum = forward_step(
             q, k_base, v_base, lists, list_stride, edge_start(n, low, inner_low, inner_high, BLOCK_N), high, tokens,
             range_low, range_high, num_keys, stride_kn, stride_vn, scale_log2, dims, value_dims, acc, row_max, row_sum,
@@ -414,7 +412,9 @@ def masked_attention_decode_kernel(
     value_dims = tl.arange(0, BLOCK_DV)
     lists = list_ptr + batch * LIST_ROWS * list_stride
     bounds = range_ptr + batch * num_keys * 2
-    q_rows = q_ptr + batch * stride_qb + heads[:, None] * stride_qh + (tokens - offset).to(tl.int64)[:, None] * stride_qn
+    q_rows = (
+        q_ptr + batch * stride_qb + heads[:, None] * stride_qh + (tokens - offset).to(tl.int64)[:, None] * stride_qn
+    )
     q = tl.load(q_rows + dims[None, :], mask=dims[None, :] < HEAD_DIM, other=0.0)  # [M, D]
 
     first_token = num_keys - num_queries
@@ -587,7 +587,7 @@ def query_gradient(
             HEAD_DIM, VALUE_DIM, BLOCK_M, BLOCK_N, CAUSAL, RANGES, SOFT, COMPACT, False,
         )  # fmt: skip
     edges = inner_low - low + tl.maximum(high - inner_high, 0)
-    for n in tl.range(0, host_int(edges), BLOCK_N, num_stages=1):
+    for n in range(0, host_int(edges), BLOCK_N):
         dq = query_gradient_step(
             q, do, lse, delta, k_base, v_base, lists, list_stride, edge_start(n, low, inner_low, inner_high, BLOCK_N),
             high, tokens, range_low, range_high, num_keys, stride_kn, stride_vn, scale_log2, dims, value_dims, dq,
@@ -657,12 +657,28 @@ def masked_attention_bwd_dq_kernel(
 
 
 @triton.jit
+def rows_that_see(lists, list_stride, columns, offset, num_queries, CAUSAL: tl.constexpr, RANGES: tl.constexpr):
+    """The interval of rows that see each key; a later one for a later key."""
+    if RANGES:
+        seen_from = tl.load(lists + FIRST_SEEN_BY * list_stride + columns) - offset
+        seen_to = tl.load(lists + LAST_SEEN_BY * list_stride + columns) - offset
+    elif CAUSAL:
+        seen_from = columns - offset
+        seen_to = columns * 0 + num_queries
+    else:
+        seen_from = columns * 0
+        seen_to = seen_from + num_queries
+    return seen_from, seen_to
+
+
+@triton.jit
 def key_gradient_step(
-    qc_base, doc_base, vector, k, v, m, bias, columns, is_kept, seen_from, seen_to, start_m, offset, plane_stride,
-    scale_log2, dims, value_dims, dk, dv, dm,
+    qc_base, doc_base, vector, k, v, m, bias, lists, list_stride, start_n, num_kept, start_m, num_queries, num_keys,
+    plane_stride, scale_log2, dims, value_dims, dk, dv, dm,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    SOFT: tl.constexpr, NEED_DK: tl.constexpr, NEED_DV: tl.constexpr, NEED_DM: tl.constexpr, BOUNDED: tl.constexpr,
-    EDGE: tl.constexpr, EXCLUDE_SELF: tl.constexpr, PRODUCTS: tl.constexpr,
+    CAUSAL: tl.constexpr, RANGES: tl.constexpr, SOFT: tl.constexpr,
+    NEED_DK: tl.constexpr, NEED_DV: tl.constexpr, NEED_DM: tl.constexpr, BOUNDED: tl.constexpr,
+    EDGE: tl.constexpr, PRODUCTS: tl.constexpr,
 ):  # fmt: skip
     """One block of queries for one block of keys.
 
@@ -682,17 +698,26 @@ def key_gradient_step(
     elif SOFT:
         exponent += bias[:, None]
     p = tl.exp2(exponent)
+    # what only comparisons need is read again rather than held in registers through all loops
+    offset = num_keys - num_queries
+    slots = start_n + tl.arange(0, BLOCK_N)
+    is_kept = (slots < num_kept)[:, None]
+    if EDGE or (NEED_DM and not CAUSAL):
+        columns = tl.load(lists + ORDER * list_stride + slots)
+        is_self = columns[:, None] == (rows + offset)[None, :]
     if EDGE:
+        columns = tl.minimum(columns, num_keys - 1)
+        seen_from, seen_to = rows_that_see(lists, list_stride, columns, offset, num_queries, CAUSAL, RANGES)
         visible = (rows[None, :] >= seen_from[:, None]) & (rows[None, :] < seen_to[:, None])
         if not NEED_DM:
-            visible = visible & is_kept[:, None]
+            visible = visible & is_kept
         p = tl.where(visible, p, 0.0)
     if NEED_DV and PRODUCTS:
         p_seen = p
         if NEED_DM:
             p_seen = p * m[:, None]
             if EDGE:  # R may be NaN where m = 0
-                p_seen = tl.where(is_kept[:, None], p_seen, 0.0)
+                p_seen = tl.where(is_kept, p_seen, 0.0)
         dv = dot(p_seen.to(do.dtype), do, dv)
     if NEED_DK or NEED_DM:
         delta = tl.load(vector + DELTA * plane_stride + rows)
@@ -703,14 +728,15 @@ def key_gradient_step(
             if BOUNDED and not PRODUCTS:
                 by_mask = p / (1.0 + p) * slope
             elif BOUNDED and EDGE:
-                by_mask = tl.where(is_kept[:, None], x, p / (1.0 + p) * slope)
-            if EXCLUDE_SELF:  # by comparison: subtracting the self term afterwards leaves rounding where the truth is 0
-                by_mask = tl.where(columns[:, None] == (rows + offset)[None, :], 0.0, by_mask)
+                by_mask = tl.where(is_kept, x, p / (1.0 + p) * slope)
+            if EDGE or not CAUSAL:
+                # by comparison: subtracting the self term afterwards leaves rounding where the truth is 0
+                by_mask = tl.where(is_self, 0.0, by_mask)
             dm += tl.sum(by_mask, 1)
             if PRODUCTS:
                 x = x * m[:, None]
                 if EDGE:
-                    x = tl.where(is_kept[:, None], x, 0.0)
+                    x = tl.where(is_kept, x, 0.0)
         if NEED_DK and PRODUCTS:
             dk = dot(x.to(q.dtype), q, dk)
     return dk, dv, dm
@@ -784,6 +810,8 @@ def masked_attention_bwd_dkdv_kernel(
     With SPLIT, as many programs share a key block as there are for one (see ``split_of``): each takes a contiguous part
     of the row blocks of all heads. Parts are added by the finish kernel, in their order.
     """
+    # comparisons and the mask gradient need registers, which half as many rows have
+    EDGE_M: tl.constexpr = BLOCK_M // 2 if NEED_DM and BLOCK_M > 16 else BLOCK_M
     place = tl.program_id(0) % num_places
     batch_kv = (tl.program_id(0) // num_places).to(tl.int64)
     num_kv_heads = num_heads // GROUPS
@@ -821,21 +849,10 @@ def masked_attention_bwd_dkdv_kernel(
     v = load_rows(v_ptr + batch * stride_vb + kv_head * stride_vh, safe_columns, stride_vn, value_dims, VALUE_DIM)
     m = load_float(lists + MASK * list_stride + safe_columns)  # [N]
     bias = load_float(lists + BIAS * list_stride + slots)  # [N]
-    is_kept = slots < num_kept
     is_wanted = columns < num_keys
     if not NEED_DM:
-        is_wanted = is_kept
-
-    # rows that see a key: an interval, and a later one for a later key
-    if CAUSAL:
-        seen_from = safe_columns - offset
-        seen_to = safe_columns * 0 + num_queries
-    elif RANGES:
-        seen_from = tl.load(lists + FIRST_SEEN_BY * list_stride + safe_columns) - offset
-        seen_to = tl.load(lists + LAST_SEEN_BY * list_stride + safe_columns) - offset
-    else:
-        seen_from = safe_columns * 0
-        seen_to = seen_from + num_queries
+        is_wanted = slots < num_kept
+    seen_from, seen_to = rows_that_see(lists, list_stride, safe_columns, offset, num_queries, CAUSAL, RANGES)
     low = tl.maximum(tl.min(tl.where(is_wanted, seen_from, num_queries), 0), 0) // BLOCK_M * BLOCK_M
     high = tl.max(tl.where(is_wanted, seen_to, 0), 0)
     # one row more than sees all: the last key's row itself must be at an edge, for dm
@@ -871,23 +888,23 @@ def masked_attention_bwd_dkdv_kernel(
             products_end = tl.where(start_n < num_kept, inner_end, inner_begin)
         for start_m in range(host_int(inner_begin), host_int(products_end), BLOCK_M):
             dk, dv, dm = key_gradient_step(
-                qc_base, doc_base, vector, k, v, m, bias, columns, is_kept, seen_from, seen_to, start_m, offset,
-                plane_stride, scale_log2, dims, value_dims, dk, dv, dm, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N,
-                SOFT, NEED_DK, NEED_DV, NEED_DM, BOUNDED, False, not CAUSAL, True,
+                qc_base, doc_base, vector, k, v, m, bias, lists, list_stride, start_n, num_kept, start_m, num_queries,
+                num_keys, plane_stride, scale_log2, dims, value_dims, dk, dv, dm, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N,
+                CAUSAL, RANGES, SOFT, NEED_DK, NEED_DV, NEED_DM, BOUNDED, False, True,
             )  # fmt: skip
         if NEED_DM:
             for start_m in range(host_int(products_end), host_int(inner_end), BLOCK_M):
                 dk, dv, dm = key_gradient_step(
-                    qc_base, doc_base, vector, k, v, m, bias, columns, is_kept, seen_from, seen_to, start_m, offset,
-                    plane_stride, scale_log2, dims, value_dims, dk, dv, dm, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N,
-                    SOFT, NEED_DK, NEED_DV, NEED_DM, BOUNDED, False, not CAUSAL, False,
+                    qc_base, doc_base, vector, k, v, m, bias, lists, list_stride, start_n, num_kept, start_m,
+                    num_queries, num_keys, plane_stride, scale_log2, dims, value_dims, dk, dv, dm, BLOCK_D, BLOCK_DV,
+                    BLOCK_M, BLOCK_N, CAUSAL, RANGES, SOFT, NEED_DK, NEED_DV, NEED_DM, BOUNDED, False, False,
                 )  # fmt: skip
-        for n in tl.range(0, host_int(inner_begin - begin + end - inner_end), BLOCK_M, num_stages=1):
+        for n in range(0, host_int(inner_begin - begin + end - inner_end), EDGE_M):
+            start_m = edge_start(n, begin, inner_begin, inner_end, EDGE_M)
             dk, dv, dm = key_gradient_step(
-                qc_base, doc_base, vector, k, v, m, bias, columns, is_kept, seen_from, seen_to,
-                edge_start(n, begin, inner_begin, inner_end, BLOCK_M), offset,
-                plane_stride, scale_log2, dims, value_dims, dk, dv, dm, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N,
-                SOFT, NEED_DK, NEED_DV, NEED_DM, BOUNDED, True, True, True,
+                qc_base, doc_base, vector, k, v, m, bias, lists, list_stride, start_n, num_kept, start_m, num_queries,
+                num_keys, plane_stride, scale_log2, dims, value_dims, dk, dv, dm, BLOCK_D, BLOCK_DV, EDGE_M, BLOCK_N,
+                CAUSAL, RANGES, SOFT, NEED_DK, NEED_DV, NEED_DM, BOUNDED, True, True,
             )  # fmt: skip
 
     if NEED_DM:
@@ -1170,22 +1187,29 @@ def masked_attention_backward_triton(
                     rows.new_empty(batch * num_kv_heads, places, config.block_n, sizes[name]) if needed else rows
                     for name, needed in (("BLOCK_D", needs_key), ("BLOCK_DV", needs_value))
                 ]
-            gradients = [
-                rows if gradient is None else gradient for gradient in (grad_key, grad_value)
-            ]
-            wanted = dict(NEED_DK=needs_key, NEED_DV=needs_value, NEED_DM=needs_mask)
+            gradients = [rows if gradient is None else gradient for gradient in (grad_key, grad_value)]
             counts = (num_heads, num_queries, num_keys, places)
-            masked_attention_bwd_dkdv_kernel[(batch * num_kv_heads * places,)](
-                key, value, *clean, *gradients, by_head, *parts, rows, lists, *key_strides, *counts, *buffers,
-                scale, scale_log2, BLOCK_M=config.block_m, BLOCK_N=config.block_n, SPLIT=is_split,
-                BOUNDED=bounded_mask_grad and needs_mask, **modes, **wanted, **sizes, **_options(config),
-            )  # fmt: skip
-            if is_split:
-                finish = _select("bwd_finish", query, value)
-                masked_attention_bwd_finish_kernel[(batch * num_kv_heads * blocks * (config.block_n // finish.block_n),)](
-                    *clean, *gradients, *parts, rows, lists, *counts, *buffers, scale,
-                    BLOCK_N=config.block_n, ROWS=finish.block_n, **wanted, **sizes, **_options(finish),
+            # two wide accumulators do not fit into the registers: dV first, then dK, with dm where that fits too
+            passes = [(needs_key, needs_value, needs_mask)]
+            if max(sizes["BLOCK_D"], sizes["BLOCK_DV"]) > 256:
+                passes = [(False, needs_value, False), (needs_key, False, False), (False, False, needs_mask)]
+            elif max(sizes["BLOCK_D"], sizes["BLOCK_DV"]) > 128:
+                passes = [(False, needs_value, False), (needs_key, False, needs_mask)]
+            for with_key, with_value, with_mask in filter(any, passes):
+                wanted = dict(NEED_DK=with_key, NEED_DV=with_value)
+                masked_attention_bwd_dkdv_kernel[(batch * num_kv_heads * places,)](
+                    key, value, *clean, *gradients, by_head, *parts, rows, lists, *key_strides, *counts, *buffers,
+                    scale, scale_log2, BLOCK_M=config.block_m, BLOCK_N=config.block_n, SPLIT=is_split,
+                    NEED_DM=with_mask, BOUNDED=bounded_mask_grad and with_mask,
+                    **modes, **wanted, **sizes, **_options(config),
                 )  # fmt: skip
+                if is_split and (with_key or with_value):
+                    finish = _select("bwd_finish", query, value)
+                    pieces = blocks * (config.block_n // finish.block_n)
+                    masked_attention_bwd_finish_kernel[(batch * num_kv_heads * pieces,)](
+                        *clean, *gradients, *parts, rows, lists, *counts, *buffers, scale, NEED_DM=with_mask,
+                        BLOCK_N=config.block_n, ROWS=finish.block_n, **wanted, **sizes, **_options(finish),
+                    )  # fmt: skip
             if needs_mask:
                 grad_mask = by_head.sum(dim=(1, 2)).to(keep_mask.dtype)
         if needs_query:
