@@ -302,7 +302,7 @@ def _lists(keep_mask: Tensor, key_padding_mask: Tensor | None, ranges: Tensor | 
 def _lists_fake(keep_mask: Tensor, key_padding_mask: Tensor | None, ranges: Tensor | None) -> Tensor:
     from toprl_kernels.attention.triton import lists_shape
 
-    return keep_mask.new_empty(lists_shape(*keep_mask.shape, ranges is not None), dtype=torch.int32)
+    return keep_mask.new_empty(lists_shape(*keep_mask.shape), dtype=torch.int32)
 
 
 def _forward(
