@@ -66,27 +66,109 @@ ALL = " ".join(ARCHITECTURES)
 LARGE = "sm_80 sm_90 sm_100"
 
 # Sizes: head dim D (a bucket is the power of two it is padded to). block_m queries, block_n keys.
-_pin("masked_attention_fwd", "sm_90 sm_100", HALF, {128: C(128, 64, 8, 3), 256: C(64, 64, 8, 2)})
-_pin("masked_attention_fwd", "sm_80", HALF, {128: C(128, 64, 8, 3), 256: C(64, 32, 8, 2)})
-_pin("masked_attention_fwd", "sm_86", HALF, {64: C(64, 64, 4, 2), 128: C(128, 32, 8, 2), 256: C(64, 32, 8, 1)})
-_pin("masked_attention_bwd_prepare", ALL, HALF, {256: C(32, 0, 8, 1)})
-_pin("masked_attention_bwd_dkdv", "sm_90", HALF, {64: C(64, 64, 8, 2), 128: C(32, 64, 8, 2), 256: C(64, 32, 8, 1)})
-_pin("masked_attention_bwd_dkdv", "sm_100", HALF, {64: C(32, 64, 8, 2), 128: C(32, 64, 8, 1), 256: C(64, 32, 8, 1)})
-_pin("masked_attention_bwd_dkdv", "sm_80", HALF, {64: C(32, 64, 4, 2), 128: C(32, 64, 8, 2), 256: C(32, 32, 8, 1)})
-_pin("masked_attention_bwd_dkdv", "sm_86", HALF, {64: C(32, 32, 4, 2), 128: C(32, 64, 8, 2), 256: C(32, 32, 8, 1)})
-_pin("masked_attention_bwd_dq", "sm_90 sm_100", HALF, {128: C(128, 64, 8, 3), 256: C(64, 32, 8, 2)})
-_pin("masked_attention_bwd_dq", "sm_80", HALF, {128: C(128, 32, 8, 3), 256: C(64, 32, 8, 2)})
-_pin("masked_attention_bwd_dq", "sm_86", HALF, {64: C(128, 64, 8, 2), 128: C(128, 32, 8, 2), 256: C(32, 32, 8, 1)})
+_pin("masked_attention_fwd", "sm_90 sm_100", HALF, {128: C(128, 64, 8, 5), 256: C(128, 64, 8, 2), 512: C(32, 64, 8, 1)})
+_pin("masked_attention_fwd", "sm_80", HALF, {128: C(128, 64, 8, 3), 256: C(64, 32, 8, 2), 512: C(32, 64, 8, 1)})
+_pin(
+    "masked_attention_fwd",
+    "sm_86",
+    HALF,
+    {64: C(64, 64, 4, 2), 128: C(128, 32, 8, 2), 256: C(64, 32, 8, 1), 512: C(16, 32, 8, 1)},
+)
+_pin(
+    "masked_attention_fwd_compact",
+    "sm_90 sm_100",
+    HALF,
+    {128: C(128, 128, 8, 3), 256: C(128, 64, 8, 2), 512: C(32, 64, 8, 1)},
+)
+_pin("masked_attention_fwd_compact", "sm_80", HALF, {128: C(128, 64, 8, 3), 256: C(64, 32, 8, 2), 512: C(32, 64, 8, 1)})
+_pin(
+    "masked_attention_fwd_compact",
+    "sm_86",
+    HALF,
+    {64: C(64, 64, 4, 2), 128: C(128, 32, 8, 2), 256: C(64, 32, 8, 1), 512: C(16, 32, 8, 1)},
+)
+_pin("masked_attention_decode", LARGE, HALF, {128: C(16, 64, 4, 4), 256: C(16, 64, 4, 3), 512: C(16, 32, 4, 2)})
+_pin("masked_attention_decode", "sm_86", HALF, {128: C(16, 64, 4, 3), 256: C(16, 32, 4, 2), 512: C(16, 32, 4, 1)})
+_pin("masked_attention_bwd_prepare", ALL, HALF, {256: C(32, 0, 8, 1), 512: C(16, 0, 8, 1)})
+_pin(
+    "masked_attention_bwd_dkdv",
+    "sm_90",
+    HALF,
+    {64: C(64, 128, 8, 2), 128: C(64, 128, 8, 2), 256: C(64, 32, 8, 1), 512: C(16, 16, 8, 1)},
+)
+_pin(
+    "masked_attention_bwd_dkdv",
+    "sm_100",
+    HALF,
+    {64: C(32, 64, 8, 2), 128: C(32, 64, 8, 1), 256: C(64, 32, 8, 1), 512: C(16, 16, 8, 1)},
+)
+_pin(
+    "masked_attention_bwd_dkdv",
+    "sm_80",
+    HALF,
+    {64: C(32, 64, 4, 2), 128: C(32, 64, 8, 2), 256: C(32, 32, 8, 1), 512: C(16, 16, 8, 1)},
+)
+_pin(
+    "masked_attention_bwd_dkdv",
+    "sm_86",
+    HALF,
+    {64: C(32, 32, 4, 2), 128: C(32, 64, 8, 2), 256: C(32, 32, 8, 1), 512: C(16, 16, 8, 1)},
+)
+_pin(
+    "masked_attention_bwd_dq",
+    "sm_90 sm_100",
+    HALF,
+    {128: C(128, 64, 8, 5), 256: C(128, 32, 8, 2), 512: C(32, 32, 8, 1)},
+)
+_pin("masked_attention_bwd_dq", "sm_80", HALF, {128: C(128, 32, 8, 3), 256: C(64, 32, 8, 2), 512: C(32, 32, 8, 1)})
+_pin(
+    "masked_attention_bwd_dq",
+    "sm_86",
+    HALF,
+    {64: C(128, 64, 8, 2), 128: C(128, 32, 8, 2), 256: C(32, 32, 8, 1), 512: C(16, 16, 8, 1)},
+)
+_pin(
+    "masked_attention_bwd_dq_compact",
+    "sm_90 sm_100",
+    HALF,
+    {128: C(128, 64, 8, 3), 256: C(128, 32, 8, 2), 512: C(32, 32, 8, 1)},
+)
+_pin(
+    "masked_attention_bwd_dq_compact",
+    "sm_80",
+    HALF,
+    {128: C(128, 32, 8, 3), 256: C(64, 32, 8, 2), 512: C(32, 32, 8, 1)},
+)
+_pin(
+    "masked_attention_bwd_dq_compact",
+    "sm_86",
+    HALF,
+    {64: C(128, 64, 8, 2), 128: C(128, 32, 8, 2), 256: C(32, 32, 8, 1), 512: C(16, 16, 8, 1)},
+)
 # Full float32 products run on the FMA units and hold rows of both operands in registers: small tiles. From D = 128 on
 # two stages, not for the overlap: without, the loop-invariant operand is moved to registers as a whole, and spills.
-_pin("masked_attention_fwd", LARGE, SINGLE, {64: C(32, 32, 8, 1), 256: C(16, 16, 8, 2)})
-_pin("masked_attention_fwd", "sm_86", SINGLE, {64: C(32, 32, 8, 1), 128: C(16, 16, 8, 2), 256: C(16, 16, 4, 2)})
-_pin("masked_attention_bwd_prepare", ALL, SINGLE, {256: C(32, 0, 8, 1)})
-_pin("masked_attention_bwd_dkdv", LARGE, SINGLE, {64: C(32, 32, 8, 2), 128: C(32, 32, 8, 1), 256: C(16, 16, 4, 1)})
-_pin("masked_attention_bwd_dkdv", "sm_86", SINGLE, {64: C(16, 32, 8, 1), 128: C(32, 32, 8, 1), 256: C(16, 16, 4, 1)})
-_pin("masked_attention_bwd_dq", ALL, SINGLE, {64: C(32, 32, 8, 1), 256: C(16, 16, 8, 2)})
+for kernel in ("fwd", "fwd_compact"):
+    _pin(f"masked_attention_{kernel}", LARGE, SINGLE, {64: C(32, 32, 8, 1), 512: C(16, 16, 8, 2)})
+    _pin(
+        f"masked_attention_{kernel}",
+        "sm_86",
+        SINGLE,
+        {64: C(32, 32, 8, 1), 128: C(16, 16, 8, 2), 256: C(16, 16, 4, 2), 512: C(16, 16, 8, 1)},
+    )
+_pin("masked_attention_decode", ALL, SINGLE, {64: C(16, 32, 8, 1), 512: C(16, 16, 8, 2)})
+_pin("masked_attention_bwd_prepare", ALL, SINGLE, {256: C(32, 0, 8, 1), 512: C(16, 0, 8, 1)})
+_pin("masked_attention_bwd_dkdv", LARGE, SINGLE, {64: C(32, 32, 8, 2), 128: C(32, 32, 8, 1), 512: C(16, 16, 4, 1)})
+_pin("masked_attention_bwd_dkdv", "sm_86", SINGLE, {64: C(16, 32, 8, 1), 128: C(32, 32, 8, 1), 512: C(16, 16, 4, 1)})
+for kernel in ("bwd_dq", "bwd_dq_compact"):
+    _pin(f"masked_attention_{kernel}", ALL, SINGLE, {64: C(32, 32, 8, 1), 512: C(16, 16, 8, 2)})
+for kind in (HALF, SINGLE):
+    _pin("masked_attention_merge", ALL, kind, {512: C(0, 0, 4, 1)})
+    _pin("masked_attention_bwd_finish", ALL, kind, {512: C(0, 16, 4, 1)})
 # Sizes: none. block_n tokens.
-_pin("masked_attention_tokens", ALL, ANY, {NO_LIMIT: C(0, 2048, 4, 1)})
+_pin("masked_attention_lists", ALL, ANY, {NO_LIMIT: C(0, 2048, 4, 1)})
+# Sizes: rows per key/value head, Nq * H / Hkv. block_n keys. splits=1: the loops read gathered keys and values; 0: they
+# read through the list. A gather moves 8 D bytes per kept key, which this many rows win back.
+_pin("masked_attention_compact", ALL, ANY, {4095: C(0, 32, 4, 1, splits=0), NO_LIMIT: C(0, 32, 4, 1, splits=1)})
 
 # Sizes: number of tokens. block_n is the number of keys held in registers at once: all of them, or a chunk of 4,096.
 _pin("topk_select", ALL, ANY, {1024: C(1, 1024, 4, 1), 2048: C(1, 2048, 8, 1), 4096: C(1, 4096, 16, 1)})
@@ -195,6 +277,16 @@ def override(replacements: Mapping[str, LaunchConfig]) -> Iterator[None]:
     finally:
         _overrides.clear()
         _overrides.update(previous)
+
+
+INTERPRETED_MULTIPROCESSORS = 4  # what kernels on CPU tensors are divided for
+
+
+def multiprocessors(device: torch.device) -> int:
+    """Number of multiprocessors of a device. Asks the driver, not the device: no synchronisation."""
+    if device.type != "cuda":
+        return INTERPRETED_MULTIPROCESSORS
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
 def capability_of(device: torch.device) -> tuple[int, int]:
