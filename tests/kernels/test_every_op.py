@@ -16,12 +16,18 @@ from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from toprl_kernels import (
+    ActorWeights,
+    actor_score,
     attention_plan,
+    compact_cache,
+    fold_actor_weights,
     keep_mask_log_prob,
     masked_attention,
+    prune_stage,
     sample_keep_mask,
+    topk_compact,
 )
-from toprl_kernels.testing import make_attention_inputs
+from toprl_kernels.testing import make_actor_weights, make_attention_inputs
 
 Call = tuple[Callable[..., Any], list[Tensor]]  # a function of tensors with a gradient, and those
 BACKENDS = ["eager", "triton"]
@@ -88,6 +94,74 @@ def log_probability(backend: str) -> Call:
     return lambda logits: keep_mask_log_prob(logits, given, backend=backend), [torch.randn(2, 7, 2)]
 
 
+@call
+def top_k(backend: str) -> Call:
+    scores, k = torch.randn(2, 9), torch.tensor([2, 4])
+    positions = torch.arange(54).view(3, 2, 9)
+
+    def run(hidden: Tensor) -> tuple[Tensor | None, ...]:
+        first = topk_compact(hidden, scores, 6, position_ids=positions, backend=backend)
+        second = topk_compact(
+            first.hidden_states, scores[:, :6], k, valid_mask=scores[:, 3:] < 1, position_ids=first.position_ids,
+            threshold=-1.0, max_length=4, padding_side="left", return_inverse=True, backend=backend,
+        )  # fmt: skip
+        return tuple(second[:-1])
+
+    return run, [torch.randn(2, 9, 6)]
+
+
+@call
+def top_k_of_segments_and_sequences(backend: str) -> Call:
+    scores, segments = torch.randn(2, 9), torch.arange(18).view(2, 9) % 3
+    k, bounds = torch.tensor([[2, 1, 0], [1, 1, 1]]), torch.tensor([0, 2, 2, 5], dtype=torch.int32)
+
+    def run(hidden: Tensor) -> tuple[Tensor | None, ...]:
+        kept = topk_compact(hidden, scores, k, segments=segments, max_length=5, backend=backend).hidden_states[0]
+        out = topk_compact(kept, scores[0, :5], 1, cu_seqlens=bounds, backend=backend)
+        return tuple(part for part in out if part is not None)
+
+    return run, [torch.randn(2, 9, 6)]
+
+
+@call
+def pruning(backend: str) -> Call:
+    scores, columns = torch.randn(2, 4, 2), torch.tensor([[-1, 0, 1, 2, 3, -1], [0, 1, -1, 2, 3, -1]])
+    tables, positions = [torch.randn(1, 6, 3)], torch.arange(6)[None]
+
+    def run(hidden: Tensor) -> tuple[Any, ...]:
+        first = prune_stage(hidden, scores, columns, 3, position_ids=positions, tables=tables, backend=backend)
+        options = dict(origins=first.origins, raster=first.raster, position_ids=positions, tables=tables)
+        second = prune_stage(first.hidden_states, scores[:, :3, 0], first.columns, 2, **options, backend=backend)
+        return *second[:-1], *second.tables
+
+    return run, [torch.randn(2, 6, 4)]
+
+
+@call
+def cache(backend: str) -> Call:
+    indices = torch.tensor([[0, 2, 5], [1, 4, -1]])
+    return lambda keys, values: compact_cache(keys, values, indices, backend=backend), [
+        torch.randn(2, 6, 3, 4).transpose(1, 2),
+        torch.randn(2, 3, 6, 5),
+    ]
+
+
+@call
+def scoring(backend: str) -> Call:
+    """With a gradient eager is recorded operation by operation, so that the op alone runs without."""
+    valid, indices = torch.rand(2, 7) < 0.7, torch.tensor([[0, 3, 4], [1, 6, -1]])
+    folded, bounds = fold_actor_weights(make_actor_weights(6, 4)), torch.tensor([0, 5, 7])
+
+    def run(hidden: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
+        return (
+            actor_score(hidden, 1, ActorWeights(*weights), valid_mask=valid, backend=backend),
+            actor_score(hidden, 0, folded, indices=indices, backend=backend),
+            actor_score(hidden[0], 2, ActorWeights(*weights), cu_seqlens=bounds, backend=backend),
+        )
+
+    return run, [torch.randn(2, 7, 6), *make_actor_weights(6, 4)]
+
+
 @pytest.fixture(params=CALLS)
 def name(request: pytest.FixtureRequest) -> str:
     return request.param
@@ -134,6 +208,8 @@ def test_opcheck(made: Call) -> None:
     run, leaves = made
     with Recorder() as recorder:
         torch.autograd.grad(differentiable(outputs(run, leaves)), leaves, allow_unused=True)
+        with torch.no_grad():
+            run(*leaves)
     assert len(recorder.calls) >= 2
     memory = {leaf.data_ptr() for leaf in leaves}
     for function, arguments in recorder.calls:
@@ -223,6 +299,10 @@ def test_without_grad_mode_there_is_no_graph(made: Call) -> None:
         assert not any(result.requires_grad for result in outputs(run, leaves))
 
 
+class Token:
+    """Something that lives as long as a node of autograd's graph."""
+
+
 def test_a_graph_goes_with_its_last_result(made: Call) -> None:
     """No reference cycle: activations would stay until the garbage collector comes by."""
     run, leaves = made
@@ -230,7 +310,10 @@ def test_a_graph_goes_with_its_last_result(made: Call) -> None:
     gc.disable()
     try:
         results = outputs(run, leaves)
-        node = weakref.ref(next(result.grad_fn for result in results if result.requires_grad))
+        token = Token()
+        next(result.grad_fn for result in results if result.requires_grad).metadata["token"] = token
+        node = weakref.ref(token)
+        del token
         assert node() is not None
         del results
         assert node() is None

@@ -91,8 +91,8 @@ def actor_score_reference(
         for start, end in itertools.pairwise(ends):
             tokens = z[sample, start:end, half:]
             kept = tokens if valid_mask is None else tokens[valid_mask[sample, start:end]]
-            summary = kept.mean(dim=0) if len(kept) else kept.sum(dim=0)
-            parts.append(summary.expand(end - start, -1))
+            mean_of_sequence = kept.mean(dim=0) if len(kept) else kept.sum(dim=0)
+            parts.append(mean_of_sequence.expand(end - start, -1))
         samples.append(torch.cat(parts))
     summary = torch.stack(samples) if samples else z[..., half:]
     z = torch.cat([z[..., :half], summary], dim=-1)
