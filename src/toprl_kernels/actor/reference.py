@@ -86,11 +86,11 @@ def actor_score_reference(
     # the mean of the second half over the valid tokens of a sequence, for each of its tokens
     ends = [0, z.shape[1]] if bounds is None else bounds.tolist()
     samples = []
-    for sample in range(z.shape[0]):
+    for row in range(z.shape[0]):
         parts = []
         for start, end in itertools.pairwise(ends):
-            tokens = z[sample, start:end, half:]
-            kept = tokens if valid_mask is None else tokens[valid_mask[sample, start:end]]
+            tokens = z[row, start:end, half:]
+            kept = tokens if valid_mask is None else tokens[valid_mask[row, start:end]]
             mean_of_sequence = kept.mean(dim=0) if len(kept) else kept.sum(dim=0)
             parts.append(mean_of_sequence.expand(end - start, -1))
         samples.append(torch.cat(parts))

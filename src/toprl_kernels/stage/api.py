@@ -131,7 +131,7 @@ def prune_stage(
         taken = [limit] * batch if counts is None else counts.tolist()
         return prune_stage_reference(hidden_states, scores, columns, taken, *options)
     *results, positions, gathered = _op(hidden_states, scores.detach(), columns, counts, limit, *options, choice.name)
-    return PruneStageOutput(*results, None if position_ids is None else positions, tuple(gathered))
+    return PruneStageOutput._make([*results, None if position_ids is None else positions, tuple(gathered)])
 
 
 def _forward(*arguments: Any) -> Outputs:

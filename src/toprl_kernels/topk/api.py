@@ -143,7 +143,7 @@ def topk_compact(
         out = _reference(hidden_states, scores, *arguments)
     else:
         results = _forward_op(hidden_states, scores.detach(), *arguments, return_inverse, choice.name)
-        out = TopkCompactOutput(*results)
+        out = TopkCompactOutput._make(results)
     out = out._replace(
         position_ids=None if position_ids is None else out.position_ids,
         inverse=out.inverse if return_inverse else None,
@@ -152,7 +152,8 @@ def topk_compact(
     if not packed:
         return out
     parts = [part if part is None else part.squeeze(-2) for part in out[3:5]]
-    return TopkCompactOutput(out.hidden_states[0], out.indices[0], out.valid_mask[0], *parts, out.cu_seqlens)
+    first = out.hidden_states[0], out.indices[0], out.valid_mask[0]
+    return TopkCompactOutput._make([*first, *parts, out.cu_seqlens])
 
 
 def _reference(

@@ -221,8 +221,9 @@ def carried_arguments(kwargs: Mapping[str, Any], hidden_states: Tensor) -> dict[
     parts = (tables,) if isinstance(tables, Tensor) else tables if isinstance(tables, tuple | list) else ()
 
     def fits(part: object, ndims: tuple[int, ...], rows: int) -> bool:
-        has_form = isinstance(part, Tensor) and part.ndim in ndims and part.device == device
-        return has_form and part.shape[rows] in (1, batch)
+        if not isinstance(part, Tensor) or part.ndim not in ndims or part.device != device:
+            return False
+        return part.shape[rows] in (1, batch)
 
     if fits(positions, (2, 3), -2) and positions.dtype in (torch.int64, torch.int32):  # type: ignore[union-attr]
         found["position_ids"] = positions

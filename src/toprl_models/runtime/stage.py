@@ -129,10 +129,11 @@ class _Context(StageContext):
         vars(self).update(known, _later=later or {})
 
     def __getattr__(self, name: str) -> Tensor:
-        if name not in vars(self).get("_later", {}):
+        later = vars(self).get("_later", {})
+        if name not in later:
             raise AttributeError(f"StageContext has no attribute {name!r}")
-        vars(self)[name] = value = self._later[name]()
-        return value
+        vars(self)[name] = later[name]()
+        return vars(self)[name]
 
 
 def refuse_without_question(forward: ForwardPass, counts: tuple[int, ...] | None = None) -> None:
