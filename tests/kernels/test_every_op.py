@@ -149,14 +149,14 @@ def cache(backend: str) -> Call:
 @call
 def scoring(backend: str) -> Call:
     """With a gradient eager is recorded operation by operation, so that the op alone runs without."""
-    valid, indices = torch.rand(2, 7) < 0.7, torch.tensor([[0, 3, 4], [1, 6, -1]])
-    folded, bounds = fold_actor_weights(make_actor_weights(6, 4)), torch.tensor([0, 5, 7])
+    valid, indices = torch.rand(14) < 0.7, torch.tensor([[0, 3, 4], [1, 6, -1]])
+    folded, bounds = fold_actor_weights(make_actor_weights(6, 4)), torch.tensor([0, 5, 14])
 
     def run(hidden: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
+        packed = dict(valid_mask=valid, cu_seqlens=bounds)
         return (
-            actor_score(hidden, 1, ActorWeights(*weights), valid_mask=valid, backend=backend),
+            actor_score(hidden.flatten(0, 1), 1, ActorWeights(*weights), **packed, backend=backend),
             actor_score(hidden, 0, folded, indices=indices, backend=backend),
-            actor_score(hidden[0], 2, ActorWeights(*weights), cu_seqlens=bounds, backend=backend),
         )
 
     return run, [torch.randn(2, 7, 6), *make_actor_weights(6, 4)]

@@ -11,8 +11,7 @@ from tests.models.conftest import HashPolicy
 from tests.models.test_packed import ROWS, alone, packed
 from tests.models.tiny_families import FAMILY_NAMES, build_inputs, visual_mask
 from toprl_models import Decision, Policy, Schedule, attach
-from toprl_models.runtime.stage import shared_by_image
-from toprl_models.runtime.state import Prompts, Visual
+from toprl_models.runtime.state import image_shares
 
 BATCH = (("image", "image"), ("image",), ("image", "image", "image"))
 
@@ -90,22 +89,13 @@ def test_shares_never_grow_when_the_budget_shrinks() -> None:
     generator = torch.Generator().manual_seed(0)
     for _ in range(50):
         sizes = torch.randint(1, 12, (4,), generator=generator).tolist()
-        total = sum(sizes)
-        run = torch.cat([torch.full((size,), i) for i, size in enumerate(sizes)])[None]
-        valid, index = torch.ones_like(run, dtype=torch.bool), torch.arange(total)[None]
-        visual = Visual(index, valid, index, (total,))
-        nothing = torch.zeros(1, 1)
-        prompts = Prompts(nothing, nothing, nothing, nothing, visual, (1,), "", run, {})
-        scores = torch.rand(1, total, generator=generator)
-        order = shared_by_image(scores, visual, prompts).argsort(dim=1, descending=True, stable=True)[0]
-        for keep in range(total + 1):
-            shares = torch.bincount(run[0][order[:keep]], minlength=4).tolist()
+        before = [0] * 4
+        for keep in range(sum(sizes) + 1):
+            shares = image_shares(sizes, keep)
             assert shares == by_hand(sizes, keep)
-            kept = set(order[:keep].tolist())
-            for image in range(4):  # the best of each image
-                members = (run[0] == image).nonzero()[:, 0]
-                best = members[scores[0, members].argsort(descending=True)][: shares[image]]
-                assert set(best.tolist()) == kept & set(members.tolist())
+            assert sum(shares) == keep
+            assert all(was <= share <= size for was, share, size in zip(before, shares, sizes, strict=True))
+            before = shares
 
 
 def test_a_policy_with_a_keep_mask_is_refused() -> None:

@@ -18,7 +18,7 @@ from toprl_models.runtime.cache import enter_cache, layer_keys, remove_before_fi
 from toprl_models.runtime.guards import first_attention, recurrent_layers, refuse_padding_after_state
 from toprl_models.runtime.outputs import Survivors, scatter_all, scatter_back, slots_of
 from toprl_models.runtime.shortened import shortened_arguments
-from toprl_models.runtime.stage import Stage, shared_by_image, trace_of
+from toprl_models.runtime.stage import Stage, trace_of
 from toprl_models.runtime.state import ForwardPass, Packing, Segment, Visual, on_device, put, visual_of
 
 if TYPE_CHECKING:
@@ -243,20 +243,23 @@ def selection(forward: ForwardPass, stage: Stage, decision: Decision, counts: tu
             )
         return torch.where(decision.keep_mask > 0, 1.0, -1.0)
     scores = decision.scores.detach()
-    if prompts.run is not None:
-        scores = shared_by_image(decision.differences.detach(), visual, prompts)
-    if forward.segment.packing is not None:
-        scores = score_difference(scores)
-        return torch.where(top_mask(scores, visual.valid, counts), 1.0, -1.0)
+    if prompts.run is not None or forward.segment.packing is not None:
+        return torch.where(top_mask(scores, visual.valid, counts, forward), 1.0, -1.0)
     return scores if scores.is_floating_point() else scores.float()
 
 
-def top_mask(scores: Tensor, valid: Tensor, counts: tuple[int, ...]) -> Tensor:
-    """Mark the ``counts`` best of each prompt: bool [P, V]; ties go to the lower slot."""
+def top_mask(scores: Tensor, valid: Tensor, counts: tuple[int, ...], shared: ForwardPass | None = None) -> Tensor:
+    """Mark the ``counts`` best of each prompt: bool [P, V]; ties go to the lower slot.
+
+    ``shared`` is a pass whose images may have shares of the counts.
+    """
     scores = score_difference(scores).float()
-    best = topk_compact(
-        scores[..., None], scores, on_device(counts, scores.device), valid_mask=valid, max_length=max(counts)
-    )
+    if shared is None or shared.prompts.run is None:
+        segments, k = None, on_device(counts, scores.device)
+    else:
+        segments = shared.prompts.run.gather(1, shared.visual.index.clamp(min=0))
+        k = shared.shares(counts, scores.device)
+    best = topk_compact(scores[..., None], scores, k, valid_mask=valid, segments=segments, max_length=max(counts))
     width = valid.shape[1]
     keep = torch.zeros(len(valid), width + 1, dtype=torch.bool, device=scores.device)
     return keep.scatter(1, best.indices.masked_fill(~best.valid_mask, width), True)[:, :width]

@@ -353,7 +353,9 @@ def begin(
         columns=columns if packing is None else None,
         visual=listed,
         segments={0: Segment(valid=None if min(facts.row_tokens) == call.shape[1] else call.valid, packing=packing)},
-        prompts=Prompts(embeddings, visual, text, last, listed, facts.num_text, facts.end_from, run, inputs),
+        prompts=Prompts(
+            embeddings, visual, text, last, listed, facts.num_text, facts.end_from, run, facts.image_sizes, inputs
+        ),
     )
 
 
@@ -365,6 +367,7 @@ class PromptFacts(NamedTuple):
     row_tokens: tuple[int, ...]
     settled: int
     end_from: str
+    image_sizes: tuple[tuple[int, ...], ...]
 
 
 def read_prompt(
@@ -401,14 +404,15 @@ def read_prompt(
         rank = rank - on_device(packing.before(num_visual), rank.device)[packing.number]
     columns = torch.where(visual, rank, -1)
     listed = visual_of(columns, num_visual, packing)
-    run = None
+    run, sizes = None, ()
     if numbers_images:
         begins = visual & ~pad(visual, (1, 0))[:, :-1]
         runs = (begins if frames is None else begins | (visual & frames)).cumsum(1)
         run = take(runs[..., None], listed.slots, packing)[..., 0]
         run = run - run[:, :1]
+        sizes = tuple(tuple(row[:number].bincount().tolist()) for row, number in zip(run, num_visual, strict=True))
     tensors = visual, text, last.clamp(min=0), listed, columns, run, packing
-    return PromptFacts(tensors, num_text, row_tokens, call.past + int(last_visual.max()), end_from)
+    return PromptFacts(tensors, num_text, row_tokens, call.past + int(last_visual.max()), end_from, sizes)
 
 
 @dataclass

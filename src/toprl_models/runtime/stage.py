@@ -185,28 +185,6 @@ def check_decision(policy: Policy, decision: Decision, context: StageContext) ->
             )
 
 
-def shared_by_image(scores: Tensor, visual: Visual, prompts: Prompts) -> Tensor:
-    """Replace scores [P, V] by scores whose top-k gives each image its share of the k tokens.
-
-    Sainte-Lague's method: the token ranked s-th within its image of n tokens (s = 0, 1, ...) gets n / (2 s + 1). The
-    shares are proportional to the images' sizes, add up to k, and never grow when k shrinks from stage to stage.
-    """
-    run, valid = prompts.run, prompts.visual.valid
-    assert run is not None
-    width = int(run.shape[1])
-    sizes = torch.zeros(len(run), width + 1, device=scores.device)
-    sizes = sizes.scatter_add(1, run.masked_fill(~valid, 0).clamp(max=width), valid.float())
-    run = run.gather(1, visual.index.clamp(min=0)).masked_fill(~visual.valid, width + 1)
-    by_score = scores.float().nan_to_num(nan=-torch.inf).argsort(dim=1, descending=True, stable=True)
-    order = by_score.gather(1, run.gather(1, by_score).argsort(dim=1, stable=True))
-    sorted_run, place = run.gather(1, order), torch.arange(run.shape[1], device=run.device).expand_as(run)
-    begins = torch.ones_like(sorted_run, dtype=torch.bool)
-    begins[:, 1:] = sorted_run[:, 1:] != sorted_run[:, :-1]
-    rank = place - torch.where(begins, place, 0).cummax(1).values
-    rank = torch.zeros_like(rank).scatter(1, order, rank)
-    return sizes.gather(1, run.clamp(max=width)) / (2 * rank + 1)
-
-
 def trace_of(
     stage: Stage, forward: ForwardPass, before: Visual, decision: Decision, indices: Tensor, counts: tuple[int, ...]
 ) -> StageTrace:

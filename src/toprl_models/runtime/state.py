@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from itertools import accumulate
@@ -85,6 +86,7 @@ class Prompts:
     num_text: tuple[int, ...]  # question tokens of each prompt
     end_from: str  # what told the prompt's end, for messages
     run: Tensor | None  # int64 [P, V0], number of the image each visual token belongs to; None: not asked for
+    image_sizes: tuple[tuple[int, ...], ...]  # visual tokens of each image of each prompt; empty: not asked for
     inputs: Mapping[str, Any]  # keyword arguments of the model
 
 
@@ -128,7 +130,7 @@ class ForwardPass:
     # int64 [B, n] of the current segment: the column of each token in ``visual``, -1 for text; None for packed rows
     columns: Tensor | None = None
     visual: Visual = _UNPRUNED  # of the current segment
-    uploaded: dict[tuple[int, ...], Tensor] = field(default_factory=dict)  # host numbers that are on the device
+    uploaded: dict[tuple[Any, ...], Tensor] = field(default_factory=dict)  # host numbers that are on the device
     segments: dict[int, Segment] = field(default_factory=dict)
     current: int = 0
     sent: dict[int, KeepArgument] = field(default_factory=dict)  # mask mode: what each layer was given
@@ -152,6 +154,16 @@ class ForwardPass:
             self.uploaded[counts] = on_device(counts, device)
         return self.uploaded[counts]
 
+    def shares(self, counts: tuple[int, ...], device: torch.device) -> Tensor:
+        """Return the share of each image in ``counts``, int64 [P, images]; uploaded once."""
+        key = ("shares", *counts)
+        if key not in self.uploaded:
+            rows = [image_shares(sizes, count) for sizes, count in zip(self.prompts.image_sizes, counts, strict=True)]
+            width = max(map(len, rows))
+            flat = [share for row in rows for share in row + [0] * (width - len(row))]
+            self.uploaded[key] = on_device(flat, device).view(len(rows), width)
+        return self.uploaded[key]
+
     def upload(self, stages: Sequence[tuple[int, ...]], device: torch.device) -> None:
         """Make what ``numbers`` will return for the counts of all stages, by one copy."""
         ragged = [counts for counts in stages if len(set(counts)) > 1]
@@ -166,6 +178,22 @@ class ForwardPass:
             self.uploaded = {}
             self.prompts = _moved(self.prompts, device)
             self.segments |= {0: _moved(self.segments[0], device), self.current: _moved(self.segment, device)}
+
+
+def image_shares(sizes: Sequence[int], count: int) -> list[int]:
+    """Share ``count`` kept tokens among images of these sizes, by Sainte-Lague's method.
+
+    The next token goes to the image with the largest n / (2 s + 1), where it has n tokens and s of the count so far.
+    The shares are proportional to the images' sizes, add up to the count, and never grow when it shrinks.
+    """
+    shares = [0] * len(sizes)
+    queue = [(-size, image) for image, size in enumerate(sizes)]
+    heapq.heapify(queue)
+    for _ in range(min(count, sum(sizes))):
+        _, image = queue[0]
+        shares[image] += 1
+        heapq.heapreplace(queue, (-sizes[image] / (2 * shares[image] + 1), image))
+    return shares
 
 
 def _moved(value: Any, device: torch.device) -> Any:
