@@ -155,8 +155,8 @@ def scoring(backend: str) -> Call:
     def run(hidden: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
         packed = dict(valid_mask=valid, cu_seqlens=bounds)
         return (
-            actor_score(hidden.flatten(0, 1), 1, ActorWeights(*weights), **packed, backend=backend),
             actor_score(hidden, 0, folded, indices=indices, backend=backend),
+            actor_score(hidden.flatten(0, 1), 1, ActorWeights(*weights), **packed, backend=backend),
         )
 
     return run, [torch.randn(2, 7, 6), *make_actor_weights(6, 4)]
