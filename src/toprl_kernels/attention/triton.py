@@ -119,8 +119,11 @@ def masked_attention_lists_kernel(
             # the first row that sees key j is the first whose end is above j; the last, before the first that starts so
             first = first_above(bounds + 1, tokens, num_tokens, search_steps)
             last = first_above(bounds, tokens, num_tokens, search_steps)
-            tl.store(out + FIRST_SEEN_BY * list_stride + tokens, first, mask=in_buffer)
-            tl.store(out + LAST_SEEN_BY * list_stride + tokens, last, mask=in_buffer)
+        else:
+            first = tokens * 0
+            last = first
+        tl.store(out + FIRST_SEEN_BY * list_stride + tokens, first, mask=in_buffer)
+        tl.store(out + LAST_SEEN_BY * list_stride + tokens, last, mask=in_buffer)
 
 
 @triton.jit
