@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -20,6 +20,7 @@ from toprl_kernels import (
     actor_score,
     attention_plan,
     compact_cache,
+    configs,
     keep_mask_log_prob,
     masked_attention,
     prune_stage,
@@ -164,6 +165,15 @@ def actor(backend: str) -> Call:
         return actor_score(hidden, 1, ActorWeights(*weights), valid_mask=valid, backend=backend)
 
     return run, [torch.randn(2, 8, 16), *make_actor_weights(16, 8)]
+
+
+@pytest.fixture(autouse=True)
+def _small_blocks() -> Iterator[None]:
+    """Blocks that suit a dozen tokens: the interpreter computes whole blocks."""
+    names = [kernel for kernel in configs.KERNELS if kernel.startswith("masked_attention")]
+    small = dict.fromkeys(names, configs.LaunchConfig(16, 16, 4, 1))
+    with configs.override(small | {"masked_attention_lists": configs.LaunchConfig(0, 256, 4, 1)}):
+        yield
 
 
 @pytest.fixture(params=CALLS)

@@ -190,7 +190,8 @@ def _backward(ctx: Any, grad_logits: Tensor | None) -> tuple[Tensor | None, ...]
     needs = ctx.needs_input_grad[:number]
     if grad_logits is None or not any(needs):
         return tuple(gradients)
-    inputs, (folded, _, _, *options) = ctx.saved_tensors[:number], ctx.saved_tensors[number:]
+    saved = ctx.saved_tensors  # once: checkpointing recomputes a tensor for one reading
+    inputs, (folded, _, _, *options) = saved[:number], saved[number:]
     leaves = [tensor.detach().requires_grad_(needed) for tensor, needed in zip(inputs, needs, strict=True)]
     with torch.enable_grad(), torch.autocast(grad_logits.device.type, enabled=False):
         logits = actor_score_eager(leaves[0], ActorWeights(*leaves[1:]), *options, ctx.stage, folded is not None)
