@@ -501,8 +501,8 @@ def masked_attention_bwd_prepare_kernel(
     """The row buffer, padding included, and clean q and dO for dK/dV. Grid (B * H * row_stride / BLOCK_M,).
 
     Padding rows, rows whose dO is 0 and rows past the end are dead: lse +inf. A live row with something that is not
-    finite gets lse NaN, which every key that it sees receives. Both are 0 in the copies [B * H, row_stride, BLOCK_D], so
-    that no product of tiles meets anything that is not finite, and those loops load whole aligned blocks.
+    finite gets lse NaN, which every key that it sees receives. Both are 0 in the copies [B * H, row_stride, BLOCK_D]:
+    no product of tiles meets anything that is not finite, and the loops of dK/dV load whole aligned blocks.
     """
     num_blocks = row_stride // BLOCK_M
     rows = tl.program_id(0) % num_blocks * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -930,7 +930,7 @@ def masked_attention_bwd_finish_kernel(
     BLOCK_DV: tl.constexpr, BLOCK_N: tl.constexpr, ROWS: tl.constexpr, NEED_DK: tl.constexpr, NEED_DV: tl.constexpr,
     NEED_DM: tl.constexpr,
 ):  # fmt: skip
-    """What SPLIT left over: sums of parts, and blocks of dropped keys. Grid (B * Hkv * key blocks * BLOCK_N / ROWS,)."""
+    """What SPLIT left over: sums of parts, and blocks of dropped keys. Grid (programs of ROWS keys,)."""
     num_blocks = (num_keys + BLOCK_N - 1) // BLOCK_N
     pieces = num_blocks * (BLOCK_N // ROWS)
     block = tl.program_id(0) % pieces // (BLOCK_N // ROWS)
