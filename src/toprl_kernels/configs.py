@@ -68,7 +68,12 @@ LARGE = "sm_80 sm_90 sm_100"
 
 def _pin_attention(kernel: str, architectures: str, kind: str, *rows: LaunchConfig) -> None:
     """The last four buckets, or the last ones of them, of the larger head dim padded to a power of two."""
-    _pin(f"masked_attention_{kernel}", architectures, kind, dict(zip((64, 128, 256, 512)[-len(rows) :], rows)))
+    _pin(
+        f"masked_attention_{kernel}",
+        architectures,
+        kind,
+        dict(zip((64, 128, 256, 512)[-len(rows) :], rows, strict=True)),
+    )
 
 
 # block_m queries, block_n keys. Chosen by what the loops became: no spill inside, no warp that repeats another's
