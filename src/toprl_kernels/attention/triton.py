@@ -36,8 +36,8 @@ MAX_BLOCK = 128  # every block size divides it; the padding of the vectors relie
 # exp2(s - lse) is cut at 2^96; mask values under 2^-96 were flushed to 0 (see eager.py)
 MAX_EXPONENT = tl.constexpr(96.0)
 SMALLEST_MASK = tl.constexpr(2.0**-96)
-LN_2 = tl.constexpr(math.log(2))
-LOG2_E_IN_KERNEL = tl.constexpr(LOG2_E)
+# the same for kernels, which read constants of this type only
+LN_2, KERNEL_LOG2_E, KERNEL_MAX_BLOCK = tl.constexpr(math.log(2)), tl.constexpr(LOG2_E), tl.constexpr(MAX_BLOCK)
 
 # rows of the lists, int32 (floats by their bits), padded so that whole blocks can be loaded unmasked
 MASK = tl.constexpr(0)  # float32 m, by token
@@ -203,7 +203,7 @@ def masked_attention_compact_kernel(
     lists = list_ptr + batch * LIST_ROWS * list_stride
     num_kept = tl.load(lists + BEFORE * list_stride + num_keys)
     is_kept = (slots < num_kept)[:, None]
-    needed = (slots < num_kept + MAX_BLOCK_IN_KERNEL)[:, None]  # zeros up to the end of the last block
+    needed = (slots < num_kept + KERNEL_MAX_BLOCK)[:, None]  # zeros up to the end of the last block
     rows = tl.load(lists + ORDER * list_stride + slots).to(tl.int64)[:, None]
     dims = tl.arange(0, BLOCK_D)[None, :]
     value_dims = tl.arange(0, BLOCK_DV)[None, :]
@@ -214,9 +214,6 @@ def masked_attention_compact_kernel(
     v = tl.load(v_base + rows * stride_vn + value_dims, mask=is_kept & (value_dims < VALUE_DIM), other=0.0)
     tl.store(kc_ptr + out * BLOCK_D + dims, k, mask=needed & (dims < BLOCK_D))
     tl.store(vc_ptr + out * BLOCK_DV + value_dims, v, mask=needed & (value_dims < BLOCK_DV))
-
-
-MAX_BLOCK_IN_KERNEL = tl.constexpr(MAX_BLOCK)
 
 
 # --- forward ---
@@ -527,7 +524,7 @@ def masked_attention_bwd_prepare_kernel(
     is_live = in_range & is_valid & (tl.sum((do != 0.0).to(tl.int32), 1) > 0)
     delta = tl.sum(do.to(tl.float32) * out.to(tl.float32), 1)  # D_i [M]
     poison = tl.sum(q.to(tl.float32) * 0.0, 1) + tl.sum(do.to(tl.float32) * 0.0, 1) + delta * 0.0
-    lse = tl.load(lse_ptr + batch_head * num_queries + safe_rows) * LOG2_E_IN_KERNEL + poison
+    lse = tl.load(lse_ptr + batch_head * num_queries + safe_rows) * KERNEL_LOG2_E + poison
     is_clean = is_live & (poison == 0.0)
     delta = tl.where(is_clean, delta, 0.0)
     s_self = tl.sum(q.to(tl.float32) * k.to(tl.float32), 1) * scale_log2
