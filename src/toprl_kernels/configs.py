@@ -65,105 +65,55 @@ def _pin(kernel: str, architectures: str, kind: str, rows: Rows) -> None:
 ALL = " ".join(ARCHITECTURES)
 LARGE = "sm_80 sm_90 sm_100"
 
-# Sizes: head dim D (a bucket is the power of two it is padded to). block_m queries, block_n keys.
-_pin("masked_attention_fwd", "sm_90 sm_100", HALF, {128: C(128, 64, 8, 5), 256: C(128, 64, 8, 2), 512: C(32, 64, 8, 1)})
-_pin("masked_attention_fwd", "sm_80", HALF, {128: C(128, 64, 8, 3), 256: C(64, 32, 8, 2), 512: C(32, 64, 8, 1)})
-_pin(
-    "masked_attention_fwd",
-    "sm_86",
-    HALF,
-    {64: C(64, 64, 4, 2), 128: C(128, 32, 8, 2), 256: C(64, 32, 8, 1), 512: C(16, 32, 8, 1)},
-)
-_pin(
-    "masked_attention_fwd_compact",
-    "sm_90 sm_100",
-    HALF,
-    {128: C(128, 128, 8, 3), 256: C(128, 64, 8, 2), 512: C(32, 64, 8, 1)},
-)
-_pin("masked_attention_fwd_compact", "sm_80", HALF, {128: C(128, 64, 8, 3), 256: C(64, 32, 8, 2), 512: C(32, 64, 8, 1)})
-_pin(
-    "masked_attention_fwd_compact",
-    "sm_86",
-    HALF,
-    {64: C(64, 64, 4, 2), 128: C(128, 32, 8, 2), 256: C(64, 32, 8, 1), 512: C(16, 32, 8, 1)},
-)
-_pin("masked_attention_decode", LARGE, HALF, {128: C(16, 64, 4, 4), 256: C(16, 64, 4, 3), 512: C(16, 32, 4, 2)})
-_pin("masked_attention_decode", "sm_86", HALF, {128: C(16, 64, 4, 3), 256: C(16, 32, 4, 2), 512: C(16, 32, 4, 1)})
-_pin("masked_attention_bwd_prepare", ALL, HALF, {256: C(32, 0, 8, 1), 512: C(16, 0, 8, 1)})
-_pin(
-    "masked_attention_bwd_dkdv",
-    "sm_90",
-    HALF,
-    {64: C(64, 128, 8, 2), 128: C(64, 128, 8, 2), 256: C(64, 32, 8, 1), 512: C(16, 16, 8, 1)},
-)
-_pin(
-    "masked_attention_bwd_dkdv",
-    "sm_100",
-    HALF,
-    {64: C(32, 64, 8, 2), 128: C(32, 64, 8, 1), 256: C(64, 32, 8, 1), 512: C(16, 16, 8, 1)},
-)
-_pin(
-    "masked_attention_bwd_dkdv",
-    "sm_80",
-    HALF,
-    {64: C(32, 64, 4, 2), 128: C(32, 64, 8, 2), 256: C(32, 32, 8, 1), 512: C(16, 16, 8, 1)},
-)
-_pin(
-    "masked_attention_bwd_dkdv",
-    "sm_86",
-    HALF,
-    {64: C(32, 32, 4, 2), 128: C(32, 64, 8, 2), 256: C(32, 32, 8, 1), 512: C(16, 16, 8, 1)},
-)
-_pin(
-    "masked_attention_bwd_dq",
-    "sm_90 sm_100",
-    HALF,
-    {128: C(128, 64, 8, 5), 256: C(128, 32, 8, 2), 512: C(32, 32, 8, 1)},
-)
-_pin("masked_attention_bwd_dq", "sm_80", HALF, {128: C(128, 32, 8, 3), 256: C(64, 32, 8, 2), 512: C(32, 32, 8, 1)})
-_pin(
-    "masked_attention_bwd_dq",
-    "sm_86",
-    HALF,
-    {64: C(128, 64, 8, 2), 128: C(128, 32, 8, 2), 256: C(32, 32, 8, 1), 512: C(16, 16, 8, 1)},
-)
-_pin(
-    "masked_attention_bwd_dq_compact",
-    "sm_90 sm_100",
-    HALF,
-    {128: C(128, 64, 8, 3), 256: C(128, 32, 8, 2), 512: C(32, 32, 8, 1)},
-)
-_pin(
-    "masked_attention_bwd_dq_compact",
-    "sm_80",
-    HALF,
-    {128: C(128, 32, 8, 3), 256: C(64, 32, 8, 2), 512: C(32, 32, 8, 1)},
-)
-_pin(
-    "masked_attention_bwd_dq_compact",
-    "sm_86",
-    HALF,
-    {64: C(128, 64, 8, 2), 128: C(128, 32, 8, 2), 256: C(32, 32, 8, 1), 512: C(16, 16, 8, 1)},
-)
-# Full float32 products run on the FMA units and hold rows of both operands in registers: small tiles. From D = 128 on
-# two stages, not for the overlap: without, the loop-invariant operand is moved to registers as a whole, and spills.
-for kernel in ("fwd", "fwd_compact"):
-    _pin(f"masked_attention_{kernel}", LARGE, SINGLE, {64: C(32, 32, 8, 1), 512: C(16, 16, 8, 2)})
+
+def _pin_attention(kernel: str, architectures: str, kind: str, *rows: LaunchConfig) -> None:
+    """The last four buckets, or the last ones of them, of the larger head dim padded to a power of two."""
     _pin(
         f"masked_attention_{kernel}",
-        "sm_86",
-        SINGLE,
-        {64: C(32, 32, 8, 1), 128: C(16, 16, 8, 2), 256: C(16, 16, 4, 2), 512: C(16, 16, 8, 1)},
+        architectures,
+        kind,
+        dict(zip((64, 128, 256, 512)[-len(rows) :], rows, strict=True)),
     )
-_pin("masked_attention_decode", ALL, SINGLE, {64: C(16, 32, 8, 1), 512: C(16, 16, 8, 2)})
-_pin("masked_attention_bwd_prepare", ALL, SINGLE, {256: C(32, 0, 8, 1), 512: C(16, 0, 8, 1)})
-_pin("masked_attention_bwd_dkdv", LARGE, SINGLE, {64: C(32, 32, 8, 2), 128: C(32, 32, 8, 1), 512: C(16, 16, 4, 1)})
-_pin("masked_attention_bwd_dkdv", "sm_86", SINGLE, {64: C(16, 32, 8, 1), 128: C(32, 32, 8, 1), 512: C(16, 16, 4, 1)})
-for kernel in ("bwd_dq", "bwd_dq_compact"):
-    _pin(f"masked_attention_{kernel}", ALL, SINGLE, {64: C(32, 32, 8, 1), 512: C(16, 16, 8, 2)})
-for kind in (HALF, SINGLE):
-    _pin("masked_attention_merge", ALL, kind, {512: C(0, 0, 4, 1)})
-    _pin("masked_attention_bwd_finish", ALL, kind, {512: C(0, 16, 4, 1)})
+
+
+# block_m queries, block_n keys. Chosen by what the loops became: no spill inside, no warp that repeats another's
+# product, three buffers of keys and values in flight where they fit (the load of the list takes one of num_stages).
+# D = 512 is there to run.
+_pin_attention("fwd", "sm_90 sm_100", HALF, C(128, 64, 8, 5), C(128, 64, 8, 5), C(128, 64, 8, 2), C(16, 64, 8, 1))
+_pin_attention("fwd", "sm_80", HALF, C(128, 64, 8, 5), C(128, 32, 8, 5), C(64, 64, 8, 2), C(16, 64, 8, 1))
+_pin_attention("fwd", "sm_86", HALF, C(128, 64, 8, 5), C(128, 32, 8, 5), C(32, 64, 8, 1), C(16, 64, 8, 1))
+_pin_attention("fwd_compact", "sm_90", HALF, C(128, 128, 8, 3), C(128, 128, 8, 3), C(128, 64, 8, 2), C(16, 64, 8, 1))
+_pin_attention("fwd_compact", "sm_100", HALF, C(128, 64, 8, 3), C(128, 64, 8, 3), C(128, 64, 8, 2), C(16, 64, 8, 1))
+_pin_attention("fwd_compact", "sm_80", HALF, C(128, 64, 8, 3), C(128, 64, 8, 3), C(64, 64, 8, 2), C(16, 64, 8, 1))
+_pin_attention("fwd_compact", "sm_86", HALF, C(128, 64, 8, 3), C(128, 32, 8, 3), C(32, 64, 8, 1), C(16, 64, 8, 1))
+_pin_attention("decode", LARGE, HALF, C(16, 64, 4, 5), C(16, 64, 4, 5), C(16, 64, 4, 3), C(16, 32, 8, 3))
+_pin_attention("decode", "sm_86", HALF, C(16, 64, 4, 5), C(16, 64, 4, 5), C(16, 32, 4, 3), C(16, 32, 8, 1))
+_pin_attention("bwd_prepare", ALL, HALF, C(32, 0, 8, 1), C(16, 0, 8, 1))
+_pin_attention("bwd_dkdv", "sm_90", HALF, C(64, 128, 8, 3), C(64, 128, 8, 2), C(32, 128, 8, 2), C(32, 32, 8, 1))
+_pin_attention("bwd_dkdv", "sm_100", HALF, C(64, 128, 8, 2), C(64, 128, 8, 2), C(32, 128, 8, 2), C(32, 32, 8, 1))
+_pin_attention("bwd_dkdv", "sm_80", HALF, C(64, 128, 8, 3), C(32, 128, 8, 3), C(32, 64, 8, 2), C(32, 32, 8, 1))
+_pin_attention("bwd_dkdv", "sm_86", HALF, C(64, 128, 8, 3), C(32, 128, 8, 3), C(16, 64, 8, 1), C(16, 32, 4, 1))
+_pin_attention("bwd_dq", "sm_90", HALF, C(128, 64, 8, 5), C(128, 64, 8, 5), C(128, 32, 8, 2), C(16, 64, 8, 1))
+_pin_attention("bwd_dq", "sm_100", HALF, C(128, 32, 8, 5), C(128, 32, 8, 5), C(64, 64, 8, 2), C(16, 64, 8, 1))
+_pin_attention("bwd_dq", "sm_80", HALF, C(128, 64, 8, 5), C(128, 32, 8, 5), C(32, 64, 8, 1), C(16, 64, 8, 1))
+_pin_attention("bwd_dq", "sm_86", HALF, C(128, 64, 8, 5), C(128, 32, 8, 2), C(32, 64, 8, 1), C(16, 32, 4, 1))
+_pin_attention("bwd_dq_compact", "sm_90", HALF, C(128, 64, 8, 3), C(128, 64, 8, 3), C(128, 32, 8, 3), C(16, 64, 8, 1))
+_pin_attention("bwd_dq_compact", "sm_100", HALF, C(128, 32, 8, 3), C(128, 32, 8, 3), C(64, 64, 8, 2), C(16, 64, 8, 1))
+_pin_attention("bwd_dq_compact", "sm_80", HALF, C(128, 64, 8, 3), C(128, 32, 8, 3), C(32, 64, 8, 1), C(16, 64, 8, 1))
+_pin_attention("bwd_dq_compact", "sm_86", HALF, C(128, 64, 8, 3), C(128, 32, 8, 2), C(32, 64, 8, 1), C(16, 32, 4, 1))
+# Full float32 products run on the FMA units and hold rows of both operands in registers: small tiles. From D = 128 on
+# two stages, not for the overlap: without, the loop-invariant operand is moved to registers as a whole, and spills.
+_pin_attention("fwd", ALL, SINGLE, C(32, 32, 8, 1), C(16, 16, 8, 2), C(16, 16, 8, 2), C(16, 16, 8, 2))
+_pin_attention("fwd_compact", ALL, SINGLE, C(32, 32, 8, 1), C(16, 16, 8, 2), C(16, 16, 8, 2), C(16, 16, 8, 2))
+_pin_attention("decode", ALL, SINGLE, C(16, 32, 8, 1), C(16, 16, 8, 2), C(16, 16, 8, 2), C(16, 16, 8, 2))
+_pin_attention("bwd_prepare", ALL, SINGLE, C(32, 0, 8, 1), C(16, 0, 8, 1))
+_pin_attention("bwd_dkdv", LARGE, SINGLE, C(32, 32, 8, 2), C(16, 32, 8, 1), C(16, 16, 4, 1), C(16, 16, 4, 1))
+_pin_attention("bwd_dkdv", "sm_86", SINGLE, C(16, 32, 8, 1), C(16, 32, 8, 1), C(16, 16, 4, 1), C(16, 16, 4, 1))
+_pin_attention("bwd_dq", ALL, SINGLE, C(32, 32, 8, 1), C(16, 16, 8, 2), C(16, 16, 8, 2), C(16, 16, 8, 2))
+_pin_attention("bwd_dq_compact", ALL, SINGLE, C(32, 32, 8, 1), C(16, 16, 8, 2), C(16, 16, 8, 2), C(16, 16, 8, 2))
+# block_n rows of one program
+_pin_attention("merge", ALL, ANY, C(0, 0, 4, 1))
+_pin_attention("bwd_finish", ALL, ANY, C(0, 16, 4, 1))
 # Sizes: none. block_n tokens.
 _pin("masked_attention_lists", ALL, ANY, {NO_LIMIT: C(0, 2048, 4, 1)})
 # Sizes: rows per key/value head, Nq * H / Hkv. block_n keys. splits=1: the loops read gathered keys and values; 0: they
