@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import os
+
 import pytest
 import torch
 
@@ -24,3 +26,12 @@ def poisoned_memory() -> Iterator[None]:
 def device() -> str:
     """Where Triton kernels run in this process: a GPU, or the CPU under the interpreter."""
     return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.fixture(autouse=os.environ.get("TOPRL_TESTS_COMPILED") == "1", scope="session")
+def compiled() -> Iterator[None]:
+    """Run kernels compiled, without a GPU; see test_compiled_lane.py."""
+    from tests.kernels.ptx_simulator import simulated
+
+    with simulated():
+        yield

@@ -18,6 +18,9 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib
+import os
+import pkgutil
 import random
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -27,6 +30,8 @@ import numpy as np
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
+
+import toprl_kernels
 
 LANES = np.arange(32)
 CELLS = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64, 16: np.complex128}  # one access of so many bytes
@@ -191,8 +196,11 @@ class Warp:
         values = np.zeros((32, size), np.uint8)
         for count in set(used[lanes].tolist()) - {0}:
             part = lanes & (used == count)
-            values[part, :count] = np.stack(self.load("global", source, 1, count, part), 1)[part] if count not in CELLS \
+            values[part, :count] = (
+                np.stack(self.load("global", source, 1, count, part), 1)[part]
+                if count not in CELLS
                 else self.load("global", source, count, 1, part)[0][part].copy().view(np.uint8).reshape(-1, count)
+            )
         cells = self.shared.cells(target[lanes], size)
         self.shared.write(self, cells, size, None, PENDING)
         self.issued.append(Copy(cells, size, np.ascontiguousarray(values[lanes]).view(CELLS[size])[:, 0]))
@@ -262,10 +270,19 @@ def divide(a: Array, b: Array) -> Array:
     return np.where(b == 0, np.array(-1).astype(a.dtype), np.where((a < 0) != (b < 0), -quotient, quotient))
 
 
+def permute(a: Array, b: Array, selector: Array) -> Array:
+    """prmt: each byte of the result is one of the eight of b:a, or its sign."""
+    source = np.stack([a, b], 1).view(np.uint8)
+    nibbles = selector[:, None] >> np.arange(0, 16, 4, dtype=np.uint32) & 15
+    chosen = np.take_along_axis(source, (nibbles & 7).astype(int), 1)
+    return np.where(nibbles & 8, np.where(chosen >> 7, 255, 0), chosen).astype(np.uint8).view(np.uint32)[:, 0]
+
+
 # operation -> numpy expression; the types of operands and result are the instruction's last part
 UNSIGNED = {  # that mean the same for signed operands
     "add": "{0}+{1}", "sub": "{0}-{1}", "mul.lo": "{0}*{1}", "mad.lo": "{0}*{1}+{2}", "and": "{0}&{1}",
     "or": "{0}|{1}", "xor": "{0}^{1}", "not": "~{0}", "mov": "{0}", "shl": "{0}<<{1}",
+    "prmt": "permute({0},{1},{2})",
 }  # fmt: skip
 INTEGER = {
     "shr": "{0}>>{1}", "min": "minimum({0},{1})", "max": "maximum({0},{1})", "neg": "-{0}", "abs": "abs({0})",
@@ -280,7 +297,7 @@ FLOAT = {
 COMPARE = {"eq": "==", "lt": "<", "le": "<=", "gt": ">", "ge": ">=", "lo": "<", "ls": "<=", "hi": ">", "hs": ">="}
 REDUCE = {"add": "sum", "min": "min", "max": "max", "and": "bitwise_and.reduce", "or": "bitwise_or.reduce"}
 NAMESPACE: dict[str, Any] = {
-    "divide": divide, "shuffle": shuffle, "multiply_matrices": multiply_matrices, "to_bfloat16": to_bfloat16,
+    "divide": divide, "permute": permute, "shuffle": shuffle, "multiply_matrices": multiply_matrices, "to_bfloat16": to_bfloat16,
     "from_bfloat16": from_bfloat16, "from_float16": from_float16, "np": np, "bool_": np.bool_,
     **{f"{kind}{size}": np.dtype(f"{kind}{size}").type for kind in "iuf" for size in (1, 2, 4, 8) if kind + str(size) != "f1"},
     **{name: getattr(np, name) for name in "where minimum maximum abs fmin fmax sqrt exp2 log2 tanh sin cos isnan full trunc".split()},
@@ -358,9 +375,7 @@ class Kernel:
         place = self._reverse_postorder(ends, end)
         ordered = sorted(place, key=place.__getitem__)
         place[end] = len(ordered)
-        return [
-            Block(self._function(pieces[i]), ends[i][0], place[ends[i][1]], place[ends[i][2]]) for i in ordered
-        ]
+        return [Block(self._function(pieces[i]), ends[i][0], place[ends[i][1]], place[ends[i][2]]) for i in ordered]
 
     @staticmethod
     def _reverse_postorder(ends: list[tuple[str, int, int]], end: int) -> dict[int, int]:
@@ -423,7 +438,7 @@ class Kernel:
         if token.startswith(("0f", "0d")):
             bits = int(token[2:], 16)
         else:
-            bits = 0 if token == "global_smem" else int(token, 0)
+            bits = 0 if token == "global_smem" else int(token.rstrip("U"), 0)
         name = f"c_{bits & (1 << 64) - 1:x}_{kind}"
         if dtype.kind == "b":
             self.namespace[name] = np.full(32, bool(bits))
@@ -498,10 +513,14 @@ class Kernel:
             kind = last.replace("s", "i").replace("b", "u")
             kind = kind[0] + str(int(kind[1:]) // 8)
             function = f"np.{REDUCE[parts[2]]}"
-            return self._together(guard, f"L=[full(32,{function}({self._value(operands[1], kind)}),{kind}).view(u4)]", operands[:1])
+            return self._together(
+                guard, f"L=[full(32,{function}({self._value(operands[1], kind)}),{kind}).view(u4)]", operands[:1]
+            )
         if base == "vote" and parts[2] == "ballot":
             return self._together(
-                guard, f"L=[full(32,np.packbits({self._value(operands[1], 'bool_')},bitorder='little').view(u4)[0],u4)]", operands[:1]
+                guard,
+                f"L=[full(32,np.packbits({self._value(operands[1], 'bool_')},bitorder='little').view(u4)[0],u4)]",
+                operands[:1],
             )
         if base in ("atom", "red") and parts[-2] == "add":
             kind = self._kind(last)
@@ -630,7 +649,9 @@ class Kernel:
         kind = self._kind(result)
         value = self._value(sources[0], self._kind(source))
         if source[0] == "f" and result[0] != "f":
-            value = {"rzi": "trunc({})", "rni": "np.rint({})", "rmi": "np.floor({})", "rpi": "np.ceil({})"}[parts[1]].format(value)
+            value = {"rzi": "trunc({})", "rni": "np.rint({})", "rmi": "np.floor({})", "rpi": "np.ceil({})"}[
+                parts[1]
+            ].format(value)
         return self._assign(target, f"{value}.astype({kind})", kind, guard)
 
     @staticmethod
@@ -777,8 +798,11 @@ def simulated(
     Raises:
         NotImplementedError: an instruction that the simulator does not know; names it.
     """
-    if not isinstance(triton.JITFunction.run, type(simulated)) or triton.knobs.runtime.interpret:
+    if os.environ.get("TRITON_INTERPRET"):
         raise RuntimeError("simulated: TRITON_INTERPRET is set; kernels are compiled only in a process without it")
+    for module in pkgutil.walk_packages(toprl_kernels.__path__, "toprl_kernels."):
+        if module.name.endswith(".triton"):
+            importlib.import_module(module.name)
     compile_launch = triton.JITFunction.run
     names: list[str] = []
 
@@ -802,7 +826,10 @@ def simulated(
 
     triton.runtime.driver.set_active(Driver(capability))
     triton.JITFunction.run = run
+    # read again at each call by who decides whether kernels take CPU tensors; triton reads it when a kernel is defined
+    os.environ["TRITON_INTERPRET"] = "1"
     try:
         yield names
     finally:
         triton.JITFunction.run = compile_launch
+        del os.environ["TRITON_INTERPRET"]
