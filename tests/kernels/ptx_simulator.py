@@ -56,7 +56,8 @@ class Memory:
     def __init__(self, data: Array, name: str) -> None:
         self.data, self.name = data, name
         self.writer, self.reader, self.program = (np.zeros(len(data), np.uint8) for _ in range(3))
-        self.accessed = self.written = False
+        self.written = False
+        self.first, self.end = len(data), 0  # the bytes accessed since the last barrier
         self._views: dict[tuple[str, int], Array] = {}
 
     def view(self, field: str, size: int) -> Array:
@@ -84,7 +85,7 @@ class Memory:
         seen = readers[cells].view(np.uint8)
         seen = np.where((seen == 0) | (seen == warp.mark), warp.mark, SEVERAL).astype(np.uint8)
         readers[cells] = seen.view(CELLS[size])
-        self.accessed = True
+        self._accessed(cells, size)
         result: Array = self.view("data", size)[cells]
         return result
 
@@ -99,7 +100,12 @@ class Memory:
             data[cells] = values
         self.view("writer", size)[cells] = np.full(size, mark or warp.mark, np.uint8).view(CELLS[size])[0]
         self.view("program", size)[cells] = np.full(size, warp.program, np.uint8).view(CELLS[size])[0]
-        self.accessed = self.written = True
+        self.written = True
+        self._accessed(cells, size)
+
+    def _accessed(self, cells: Array, size: int) -> None:
+        self.first = min(self.first, int(cells.min()) * size)
+        self.end = max(self.end, int(cells.max() + 1) * size)
 
     def _check(self, field: str, mine: int, cells: Array, size: int, what: str) -> None:
         marks = self.view(field, size)[cells].view(np.uint8)
@@ -109,10 +115,11 @@ class Memory:
             raise RaceError(f"a warp {what} since the last barrier, at offset {offset} of {self.name}")
 
     def barrier(self) -> None:
-        if self.accessed:
-            self.writer *= self.writer == PENDING
-            self.reader[:] = 0
-            self.accessed = False
+        if self.end:
+            writer = self.writer[self.first : self.end]
+            writer *= writer == PENDING
+            self.reader[self.first : self.end] = 0
+            self.first, self.end = len(self.data), 0
 
 
 class Copy(NamedTuple):
@@ -165,7 +172,7 @@ class Warp:
                 part = memory.read(self, memory.cells(offsets, size * count), size * count)
                 values[slice(None) if lanes is None else lanes] = part.view(np.uint8).reshape(-1, size * count)
             result[slice(None) if mask is None else mask] = values
-        return list(result.view(CELLS[size]).T)
+        return list(result.view(CELLS[size]).T.copy())
 
     def store(self, space: str, addresses: Array, values: Sequence[Array], mask: Mask) -> None:
         bits = np.stack(values, 1)
@@ -287,6 +294,7 @@ UNSIGNED = {  # that mean the same for signed operands
 INTEGER = {
     "shr": "{0}>>{1}", "min": "minimum({0},{1})", "max": "maximum({0},{1})", "neg": "-{0}", "abs": "abs({0})",
     "div": "divide({0},{1})", "rem": "{0}-divide({0},{1})*{1}",
+    "popc": "np.unpackbits({0}.view(u1).reshape(32,-1),axis=1).sum(1)",
 }  # fmt: skip
 FLOAT = {
     "add": "{0}+{1}", "sub": "{0}-{1}", "mul": "{0}*{1}", "fma": "({0}.astype(f8)*{1}+{2})", "neg": "-{0}",
@@ -591,7 +599,7 @@ class Kernel:
             text = f"{a}*{b}" + (f"+{self._value(sources[2], wide)}" if base == "mad" else "")
             return self._assign(target, text, wide, guard)
         if parts[:2] == ["mul", "hi"]:
-            wide = {4: f"{letter}8"}[size]
+            wide = {2: f"{letter}4", 4: f"{letter}8"}[size]
             a, b = (f"{self._value(source, kind)}.astype({wide})" for source in sources)
             return self._assign(target, f"({a}*{b}>>{wide}({8 * size})).astype({kind})", kind, guard)
         if base == "bfe":
@@ -632,8 +640,8 @@ class Kernel:
         tokens = [token.strip() for token in target.strip("{} ").split(",")]
         wide = np.dtype(self.registers[self._slot(source)]).itemsize
         narrow = f"u{wide // len(tokens)}"
-        split = f"L={self._value(source, f'u{wide}')}.view({narrow}).reshape(32,-1)"
-        return "; ".join([split, *(self._assign(token, f"L[:,{i}]", narrow, guard) for i, token in enumerate(tokens))])
+        split = f"L={self._value(source, f'u{wide}')}.view({narrow}).reshape(32,-1).T.copy()"
+        return "; ".join([split, *(self._assign(token, f"L[{i}]", narrow, guard) for i, token in enumerate(tokens))])
 
     def _convert(self, parts: list[str], target: str, sources: list[str], guard: str) -> str:
         kinds = [part for part in parts[1:] if re.fullmatch(r"(bf16|f16)(x2)?|[fsu](8|16|32|64)", part)]
@@ -758,6 +766,7 @@ class Driver:
         return 0
 
 
+launched_kernels: set[str] = set()
 _kernels: dict[tuple[str, int], Kernel] = {}
 
 
@@ -772,28 +781,24 @@ class Launched(NamedTuple):
     """A launch as it was made, to be repeated with other code."""
 
     name: str
-    ptx: str
     num_warps: int
     shared_bytes: int
     arguments: list[tuple[Any, str]]
     grid: tuple[int, int, int]
 
-    def run(self, seed: int, ptx: str | None = None) -> None:
-        kernel = parsed(self.name, ptx or self.ptx, self.num_warps)
+    def run(self, ptx: str, seed: int) -> None:
+        kernel = parsed(self.name, ptx, self.num_warps)
         with np.errstate(all="ignore"):
             Launch(kernel, self.arguments, self.grid).run(kernel, self.shared_bytes, random.Random(seed))
 
 
 @contextlib.contextmanager
-def simulated(
-    capability: int = 80, *, seed: int = 0, launch: Callable[[Launched], None] | None = None
-) -> Iterator[list[str]]:
-    """Run every launch of a Triton kernel on CPU tensors from its PTX; gives the names of the kernels launched.
+def simulated(capability: int = 80, *, seed: int = 0) -> Iterator[None]:
+    """Run every launch of a Triton kernel on CPU tensors from its PTX.
 
     Args:
         capability: of the GPU to compile for; its configurations are those that ``configs.select`` gives CPU tensors.
         seed: of the order of warps and programs.
-        launch: what to do with a launch, instead of running it once.
 
     Raises:
         NotImplementedError: an instruction that the simulator does not know; names it.
@@ -804,7 +809,6 @@ def simulated(
         if module.name.endswith(".triton"):
             importlib.import_module(module.name)
     compile_launch = triton.JITFunction.run
-    names: list[str] = []
 
     @functools.wraps(compile_launch)
     def run(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
@@ -815,13 +819,10 @@ def simulated(
                 raise NotImplementedError(f"{metadata.name}: {scratch}")
         values = dict(zip(self.arg_names, args, strict=False)) | kwargs
         arguments = [(values[name], kind) for name, kind in compiled.src.signature.items() if kind != "constexpr"]
-        names.append(metadata.name)
+        launched_kernels.add(metadata.name)
         shape = (*grid, 1, 1)[:3]
-        launched = Launched(metadata.name, compiled.asm["ptx"], metadata.num_warps, metadata.shared, arguments, shape)
-        if launch is None:
-            launched.run(seed)
-        else:
-            launch(launched)
+        ptx = compiled.asm["ptx"]
+        Launched(metadata.name, metadata.num_warps, metadata.shared, arguments, shape).run(ptx, seed)
         return compiled
 
     triton.runtime.driver.set_active(Driver(capability))
@@ -829,7 +830,7 @@ def simulated(
     # read again at each call by who decides whether kernels take CPU tensors; triton reads it when a kernel is defined
     os.environ["TRITON_INTERPRET"] = "1"
     try:
-        yield names
+        yield
     finally:
         triton.JITFunction.run = compile_launch
         del os.environ["TRITON_INTERPRET"]

@@ -34,18 +34,21 @@ def compact_cache_kernel(
     rows = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
     in_range = rows < length
     index = tl.load(indices_ptr + sample * length + rows, mask=in_range, other=-1)  # [R]
+    # names differ between the branches: the compiler merges equal ones, and their blocks may differ
     if tl.program_id(2) == 0:
-        dims = tl.arange(0, BLOCK_KD)
-        source = keys_ptr + sample * stride_kb + head * stride_kh
-        tile = load_rows(source, index, dims, key_size, stride_kn, stride_kd)
-        target = out_keys_ptr + (matrix * length + rows)[:, None] * key_size + dims[None, :]
-        tl.store(target, tile, mask=in_range[:, None] & (dims < key_size)[None, :])
+        key_dims = tl.arange(0, BLOCK_KD)
+        keys = load_rows(
+            keys_ptr + sample * stride_kb + head * stride_kh, index, key_dims, key_size, stride_kn, stride_kd
+        )
+        target_keys = out_keys_ptr + (matrix * length + rows)[:, None] * key_size + key_dims[None, :]
+        tl.store(target_keys, keys, mask=in_range[:, None] & (key_dims < key_size)[None, :])
     else:
-        dims = tl.arange(0, BLOCK_VD)
-        source = values_ptr + sample * stride_vb + head * stride_vh
-        tile = load_rows(source, index, dims, value_size, stride_vn, stride_vd)
-        target = out_values_ptr + (matrix * length + rows)[:, None] * value_size + dims[None, :]
-        tl.store(target, tile, mask=in_range[:, None] & (dims < value_size)[None, :])
+        value_dims = tl.arange(0, BLOCK_VD)
+        values = load_rows(
+            values_ptr + sample * stride_vb + head * stride_vh, index, value_dims, value_size, stride_vn, stride_vd
+        )
+        target_values = out_values_ptr + (matrix * length + rows)[:, None] * value_size + value_dims[None, :]
+        tl.store(target_values, values, mask=in_range[:, None] & (value_dims < value_size)[None, :])
 
 
 @triton.jit
