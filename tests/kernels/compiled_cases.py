@@ -18,6 +18,7 @@ from torch import Tensor
 
 from tests.kernels.ptx_simulator import Launched, launched_kernels
 from toprl_kernels import (
+    ActorWeights,
     actor_score,
     compact_cache,
     configs,
@@ -26,7 +27,6 @@ from toprl_kernels import (
     sample_keep_mask,
     topk_compact,
 )
-from toprl_kernels.actor.weights import ActorWeights
 from toprl_kernels.configs import LaunchConfig
 from toprl_kernels.testing import assert_within_budget, make_actor_weights, make_attention_inputs
 
@@ -37,7 +37,7 @@ SMALL = {
     "masked_attention_fwd": LaunchConfig(32, 16, 2, 3),
     "masked_attention_bwd_prepare": LaunchConfig(32, 0, 2, 1),
     "masked_attention_bwd_dkdv": LaunchConfig(16, 32, 2, 2),
-    "masked_attention_bwd_dq": LaunchConfig(16, 16, 1, 3),
+    "masked_attention_bwd_dq": LaunchConfig(32, 16, 2, 3),
     "masked_attention_tokens": LaunchConfig(0, 64, 2, 1),
     "topk_select_chunked": LaunchConfig(1, 1024, 4, 1),
     "topk_gather": LaunchConfig(8, 64, 2, 1),

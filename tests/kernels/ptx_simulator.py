@@ -36,7 +36,7 @@ import toprl_kernels
 LANES = np.arange(32)
 CELLS = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64, 16: np.complex128}  # one access of so many bytes
 REGION_BITS = 40  # of an address: a tensor each
-PENDING, SEVERAL = 254, 255  # marks of bytes beside the warps' 1..32
+ATOMIC, PENDING, SEVERAL = 253, 254, 255  # marks of bytes beside the warps' 1..32
 
 Array = np.ndarray[Any, Any]
 Mask = Array | None  # None: all lanes
@@ -101,6 +101,19 @@ class Memory:
         self.view("writer", size)[cells] = np.full(size, mark or warp.mark, np.uint8).view(CELLS[size])[0]
         self.view("program", size)[cells] = np.full(size, warp.program, np.uint8).view(CELLS[size])[0]
         self.written = True
+        self._accessed(cells, size)
+
+    def add(self, warp: Warp, cells: Array, value: Any, old: Array) -> None:
+        size = value.itemsize
+        writers = self.view("writer", size)
+        atomic = np.full(size, ATOMIC, np.uint8).view(CELLS[size])
+        if (writers[cells] != atomic).any():
+            self._check("writer", warp.mark, cells, size, "adds atomically to what was written")
+        self._check("reader", warp.mark, cells, size, "adds atomically to what was read")
+        writers[cells] = atomic
+        data = self.view("data", size).view(value.dtype)
+        old[:] = data[cells]
+        data[cells] += value
         self._accessed(cells, size)
 
     def _accessed(self, cells: Array, size: int) -> None:
@@ -184,15 +197,13 @@ class Warp:
             for lanes, memory, offsets in self.at(space, addresses):
                 memory.write(self, memory.cells(offsets, size), size, cells if lanes is None else cells[lanes])
 
-    def add_atomically(self, addresses: Array, value: Array, mask: Mask) -> Array:
-        """Only the sum is meaningful, not the order: the bytes are unmarked."""
+    def add_atomically(self, space: str, addresses: Array, value: Array, mask: Mask) -> Array:
+        """The values before. Nothing else may touch the bytes before the next barrier."""
         old = value.copy()
         for lane in LANES if mask is None else LANES[mask]:
-            ((_, memory, offsets),) = self.at("global", addresses[lane : lane + 1])
-            data = memory.view("data", value.itemsize).view(value.dtype)
-            (cell,) = memory.cells(offsets, value.itemsize)
-            old[lane] = data[cell]
-            data[cell] += value[lane]
+            ((_, memory, offsets),) = self.at(space, addresses[lane : lane + 1])
+            cells = memory.cells(offsets, value.itemsize)
+            memory.add(self, cells, value[lane], old[lane : lane + 1])
         return old
 
     def copy(self, target: Array, source: Array, size: int, used: Array, mask: Mask) -> None:
@@ -294,7 +305,7 @@ UNSIGNED = {  # that mean the same for signed operands
 INTEGER = {
     "shr": "{0}>>{1}", "min": "minimum({0},{1})", "max": "maximum({0},{1})", "neg": "-{0}", "abs": "abs({0})",
     "div": "divide({0},{1})", "rem": "{0}-divide({0},{1})*{1}",
-    "popc": "np.unpackbits({0}.view(u1).reshape(32,-1),axis=1).sum(1)",
+    "popc": "np.unpackbits({0}.view(u1).reshape(32,-1),axis=1).sum(1).astype(u4)",
 }  # fmt: skip
 FLOAT = {
     "add": "{0}+{1}", "sub": "{0}-{1}", "mul": "{0}*{1}", "fma": "({0}.astype(f8)*{1}+{2})", "neg": "-{0}",
@@ -531,9 +542,10 @@ class Kernel:
                 operands[:1],
             )
         if base in ("atom", "red") and parts[-2] == "add":
-            kind = self._kind(last)
-            call = f"warp.add_atomically({self._address(operands[-2], 'u8')},{self._value(operands[-1], kind)},{guard})"
-            return f"L={call}" + (f"; {self._assign(operands[0], 'L', kind, guard)}" if base == "atom" else "")
+            kind, space = self._kind(last), next(part for part in parts if part in ("global", "shared"))
+            pointer = self._address(operands[-2], "u4" if space == "shared" else "u8")
+            call = f"L=warp.add_atomically({space!r},{pointer},{self._value(operands[-1], kind)},{guard})"
+            return call + (f"; {self._assign(operands[0], 'L', kind, guard)}" if base == "atom" else "")
         return self._arithmetic(parts, operands, guard)
 
     @staticmethod
