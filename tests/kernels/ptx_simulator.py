@@ -309,7 +309,7 @@ INTEGER = {
 }  # fmt: skip
 FLOAT = {
     "add": "{0}+{1}", "sub": "{0}-{1}", "mul": "{0}*{1}", "fma": "({0}.astype(f8)*{1}+{2})", "neg": "-{0}",
-    "abs": "abs({0})", "min": "fmin({0},{1})", "max": "fmax({0},{1})", "div": "{0}/{1}", "rcp": "1/{0}",
+    "abs": "abs({0})", "min": "fmin({0},{1})", "max": "fmax({0},{1})", "min.NaN": "minimum({0},{1})", "max.NaN": "maximum({0},{1})", "div": "{0}/{1}", "rcp": "1/{0}",
     "sqrt": "sqrt({0})", "rsqrt": "1/sqrt({0})", "ex2": "exp2({0})", "lg2": "log2({0})", "mov": "{0}",
     "tanh": "tanh({0})", "sin": "sin({0})", "cos": "cos({0})",
 }  # fmt: skip
