@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import os
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -28,10 +27,10 @@ def device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-@pytest.fixture(autouse=os.environ.get("TOPRL_TESTS_COMPILED") == "1", scope="session")
+@pytest.fixture(autouse="TOPRL_TESTS_COMPILED" in os.environ, scope="session")
 def compiled() -> Iterator[None]:
-    """Run kernels compiled, without a GPU; see test_compiled_lane.py."""
+    """Run kernels compiled for a GPU that is not there: test_compiled_lane.py."""
     from tests.kernels.ptx_simulator import simulated
 
-    with simulated():
+    with simulated(int(os.environ["TOPRL_TESTS_COMPILED"])):
         yield
