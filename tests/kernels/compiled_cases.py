@@ -15,8 +15,10 @@ from typing import Any
 import pytest
 import torch
 import triton
+import triton.language as tl
 from torch import Tensor
 
+from tests.kernels.ptx_machine import AddressError, RaceError
 from tests.kernels.ptx_simulator import Launched, launched_kernels
 from toprl_kernels import (
     ActorWeights,
@@ -166,6 +168,28 @@ def test_keep_mask(dtype: torch.dtype, source: str) -> None:
         return tuple(x for x in sample if isinstance(x, Tensor))
 
     agrees(op, (logits,), dtype)
+
+
+@triton.jit
+def exchange_kernel(buffer_ptr, first, BARRIER: tl.constexpr):
+    """Each of 128 numbers written by one thread and read by a thread of another warp."""
+    lanes = tl.arange(0, 128)
+    tl.store(buffer_ptr + lanes, lanes + tl.program_id(0))
+    if BARRIER:
+        tl.debug_barrier()
+    tl.store(buffer_ptr + 128 + lanes, tl.load(buffer_ptr + first + 127 - lanes))
+
+
+def test_errors_name_the_instruction() -> None:
+    buffer = torch.zeros(256, dtype=torch.int32)
+    exchange_kernel[(1,)](buffer, 0, BARRIER=True)
+    assert buffer[128:].tolist() == list(range(127, -1, -1))
+    with pytest.raises(RaceError, match=r"exchange_kernel, PTX line \d+ .*global.* since the last barrier"):
+        exchange_kernel[(1,)](buffer, 0, BARRIER=False)
+    with pytest.raises(RaceError, match="another program"):
+        exchange_kernel[(2,)](buffer, 0, BARRIER=True)
+    with pytest.raises(AddressError, match=r"exchange_kernel, PTX line \d+ \(compiled_cases.py:\d+.*which has 1024"):
+        exchange_kernel[(1,)](buffer, 160, BARRIER=True)
 
 
 @pytest.mark.parametrize("op", ["attention", "topk", "cache", "actor", "keep_mask"])

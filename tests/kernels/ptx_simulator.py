@@ -51,14 +51,7 @@ class Driver:
 
 
 launched_kernels: set[str] = set()
-_kernels: dict[tuple[str, int], Kernel] = {}
-
-
-def parsed(name: str, ptx: str, num_warps: int) -> Kernel:
-    key = (ptx, num_warps)
-    if key not in _kernels:
-        _kernels[key] = Kernel(name, ptx, num_warps)
-    return _kernels[key]
+parsed = functools.cache(Kernel)
 
 
 class Launched(NamedTuple):
