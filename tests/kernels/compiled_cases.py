@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from tests.kernels.ptx_machine import AddressError, RaceError
-from tests.kernels.ptx_simulator import Launched, launched_kernels
+from tests.kernels.ptx_simulator import Launched, launched_kernels, parsed
 from toprl_kernels import (
     ActorWeights,
     actor_score,
@@ -206,7 +206,7 @@ def test_every_kernel_ran(op: str) -> None:
 
 @pytest.mark.exhaustive
 def test_deleted_barriers_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each barrier and each wait for asynchronous work deleted in turn; some guard paths that no case takes."""
+    """Each barrier and each wait for asynchronous work that the cases reach, deleted in turn."""
     counts: dict[str, list[bool]] = {}
     codes: set[str] = set()
     run = Launched.run
@@ -217,7 +217,9 @@ def test_deleted_barriers_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
         run(launched, ptx, seed)
         expected = [storage.clone() for storage in tensors]
         lines = ptx.splitlines()
-        places = [i for i, line in enumerate(lines) if re.search(r"\bbar\.sync|\.wait_group", line)]
+        kernel = parsed(launched.name, ptx, launched.num_warps)
+        reached = {number - 1 for block in kernel.ran for number in kernel.blocks[block].lines}
+        places = [i for i in sorted(reached) if re.search(r"\bbar\.sync|\.wait_group", lines[i])]
         for place in places if ptx not in codes else ():
             for storage, content in zip(tensors, before, strict=True):
                 storage.copy_(content)

@@ -36,11 +36,21 @@ def multiply(left: Array, right: Array, registers: Sequence[Array], widen: Calla
 
 
 def multiply_tiles(
-    warp: Warp, a: Any, b: Array, registers: Sequence[Array], widen: Callable[..., Array], transposed: tuple[bool, bool]
-) -> list[Array]:
+    warp: Warp,
+    a: Any,
+    b: Array,
+    slots: list[int],
+    keep: Array,
+    widen: Callable[..., Array],
+    transposed: tuple[bool, ...],
+) -> None:
     """wgmma: 16 of the 64 rows of a group of four warps. ``a``: registers, or a descriptor as ``b``."""
     left = left_operand(a) if isinstance(a, list) else warp.load_tile(a, (warp.mark - 1) % 4 * 16, 16, transposed[0])
-    return multiply(left, warp.load_tile(b, 0, 2 * len(registers), transposed[1]), registers, widen)
+    right = warp.load_tile(b, 0, 2 * len(slots), transposed[1])
+    registers = [np.where(keep, warp.accumulator(slot), np.uint32(0)) for slot in slots]
+    warp.tiles.results.update(zip(slots, multiply(left, right, registers, widen), strict=True))
+    for slot in slots:
+        warp.registers[slot] = np.full(32, 0xFFFFFFFF, np.uint32)
 
 
 def shuffle(mode: str, value: Array, by: Array, clamp: Array) -> tuple[Array, Array]:
@@ -105,7 +115,7 @@ NAMESPACE: dict[str, Any] = {
     "from_bfloat16": from_bfloat16, "from_float16": from_float16, "np": np, "bool_": np.bool_, "abs": np.abs,
     "where": np.where, "minimum": np.minimum, "maximum": np.maximum, "isnan": np.isnan, "full": np.full,
     **{f"{kind}{size}": np.dtype(f"{kind}{size}").type for kind in "iu" for size in (1, 2, 4, 8)},
-    "f4": np.float32, "f8": np.float64,
+    "f2": np.float16, "f4": np.float32, "f8": np.float64,
 }  # fmt: skip
 
 
@@ -113,6 +123,7 @@ class Block(NamedTuple):
     """A basic block, cut at barriers. ``run(warp, registers, mask)`` returns the lanes that take the branch."""
 
     run: Callable[[Warp, list[Array], Mask], Array | None]
+    lines: list[int]
     kind: str  # "next", "branch", "barrier" or "exit"
     target: int
     next: int
@@ -146,6 +157,7 @@ class Kernel:
         ]
         self.namespace = dict(NAMESPACE)
         self.blocks = self._blocks()
+        self.ran: set[int] = set()  # blocks
 
     def _blocks(self) -> list[Block]:
         pieces: list[list[Line]] = [[]]
@@ -180,7 +192,11 @@ class Kernel:
         place = self._reverse_postorder(ends, end)
         ordered = sorted(place, key=place.__getitem__)
         place[end] = len(ordered)
-        return [Block(self._function(pieces[i]), ends[i][0], place[ends[i][1]], place[ends[i][2]]) for i in ordered]
+        numbers = [[line.number for line in lines] for lines in pieces]
+        return [
+            Block(self._function(pieces[i]), numbers[i], ends[i][0], place[ends[i][1]], place[ends[i][2]])
+            for i in ordered
+        ]
 
     @staticmethod
     def _reverse_postorder(ends: list[tuple[str, int, int]], end: int) -> dict[int, int]:
@@ -343,7 +359,7 @@ class Kernel:
         return "[" + ",".join(self._value(token, "u4") for token in operand.strip("{} ").split(",")) + "]"
 
     def _tiles(self, parts: list[str], operands: list[str], guard: str) -> str:
-        """wgmma. Results are there at once; shared memory is read until the group is waited for."""
+        """wgmma. Shared memory is read, and results are NaN, until the group is waited for."""
         if parts[1] != "mma_async":
             wait = f"warp.wait_tiles({''.join(operands)})"
             return {"fence": "pass", "commit_group": "warp.commit_tiles()", "wait_group": wait}[parts[1]]
@@ -354,9 +370,10 @@ class Kernel:
         left = self._list(a) if "{" in a else self._value(a, "u8")
         pair = (False, *transposed) if "{" in a else transposed
         widen = {"bf16": "from_bfloat16", "f16": "from_float16"}[parts[-1]]
-        keep = f"[where({self._value(accumulate, 'bool_')},r,u4(0)) for r in {self._list(d)}]"
-        call = f"L=multiply_tiles(warp,{left},{self._value(b, 'u8')},{keep},{widen},{pair})"
-        return self._together(guard, call, d.strip("{} ").split(","))
+        slots = [self._slot(register.strip()) for register in d.strip("{} ").split(",")]
+        keep = f"{self._value(accumulate, 'bool_')}"
+        call = f"multiply_tiles(warp,{left},{self._value(b, 'u8')},{slots},{keep},{widen},{pair})"
+        return f"warp.together({guard}); {call}"
 
     def _together(self, guard: str, call: str, results: list[str]) -> str:
         """An instruction of the whole warp."""

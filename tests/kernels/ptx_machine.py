@@ -135,6 +135,13 @@ class Copy(NamedTuple):
     values: Array
 
 
+class Tiles(NamedTuple):
+    """Asynchronous matrix products of one group."""
+
+    cells: list[Array]  # of shared memory, that are read
+    results: dict[int, Array]  # by register
+
+
 class Warp:
     """Registers, place in the code, and copies under way."""
 
@@ -153,8 +160,8 @@ class Warp:
         self.parameters = launch.parameters
         self.issued: list[Copy] = []
         self.groups: list[list[Copy]] = []
-        self.tiles: list[Array] = []  # cells of shared memory that matrix products under way read
-        self.tile_groups: list[list[Array]] = []
+        self.tiles = Tiles([], {})
+        self.tile_groups: list[Tiles] = []
 
     def at(self, space: str, addresses: Array) -> Iterator[tuple[Mask, Memory, Array]]:
         """Which lanes access which memory, and at which offsets."""
@@ -261,18 +268,27 @@ class Warp:
         address = start + across // 8 * stride + across % 8 * width + along // width * leading + along % width
         address ^= (address >> 7 & width // 16 - 1) << 4
         cells = self.shared.cells(address.reshape(-1), 2)
-        self.tiles.append(cells)
+        self.tiles.cells.append(cells)
         return self.shared.read(self, cells, 2, is_pending=True).reshape(rows, 16)
+
+    def accumulator(self, slot: int) -> Array:
+        """A register, or what products under way will put there."""
+        groups = (self.tiles, *reversed(self.tile_groups))
+        return next((group.results[slot] for group in groups if slot in group.results), self.registers[slot])
 
     def commit_tiles(self) -> None:
         self.tile_groups.append(self.tiles)
-        self.tiles = []
+        self.tiles = Tiles([], {})
 
     def wait_tiles(self, pending: int) -> None:
         while len(self.tile_groups) > pending:
-            for cells in self.tile_groups.pop(0):
+            done = self.tile_groups.pop(0)
+            for cells in done.cells:
                 self.shared.view("reader", 2)[cells] = self.mark * 0x101  # both bytes
                 self.shared.touch(cells, 2)
+            for slot, value in done.results.items():
+                if not any(slot in group.results for group in self.tile_groups):
+                    self.registers[slot] = value
 
 
 class Launch:
@@ -332,6 +348,7 @@ def advance(kernel: Kernel, warp: Warp) -> bool:
         if place == end:
             return False
         block = kernel.blocks[place]
+        kernel.ran.add(place)
         try:
             taken = block.run(warp, warp.registers, mask)
         except (AssertionError, NotImplementedError, ValueError, IndexError) as error:
