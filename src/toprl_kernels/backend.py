@@ -21,12 +21,11 @@ from typing import NamedTuple
 
 import torch
 
-from toprl_kernels.configs import describe, describe_choice
+from toprl_kernels.configs import describe
 
 BACKENDS = ("auto", "eager", "triton", "reference")
 ENVIRONMENT_VARIABLE = "TOPRL_KERNELS_BACKEND"
 OPS = ("masked_attention", "topk_compact", "compact_cache", "actor_score", "sample_keep_mask")
-MEASURED_OPS = ("actor_score",)  # Triton only where a measurement says that it is faster
 # os.environ.get of a variable that is not set raises and catches a KeyError: 0.7 us of every call, against 0.05
 _ENVIRON = getattr(os.environ, "_data", os.environ)
 _KEY = os.environ.encodekey(ENVIRONMENT_VARIABLE)
@@ -160,8 +159,6 @@ def explain(device: torch.device | str | None = None) -> str:
     for op in OPS:
         try:
             choice = choose(op, None, where)
-            if op in MEASURED_OPS and choice.name == "triton" and choice.is_automatic and is_here:
-                choice = Choice(*describe_choice(op, where))
             lines.append(f"{op}: {choice.name} ({choice.reason})")
         except (RuntimeError, ValueError) as error:
             lines.append(f"{op}: error ({error})")

@@ -114,11 +114,11 @@ MUTATIONS = [
         "test_library.py",
     ),
     Mutation(
-        "spilled configuration",
+        "configuration that computes products twice",
         "configs.py",
-        '_pin("masked_attention_fwd", "sm_90 sm_100", HALF, {128: C(128, 64, 8, 3)',
-        '_pin("masked_attention_fwd", "sm_90 sm_100", HALF, {128: C(128, 64, 4, 3)',
-        "test_ahead_of_time.py",
+        '_pin("actor_layers23", "sm_90 sm_100", HALF, {NO_LIMIT: C(64, 32, 4, 2)})',
+        '_pin("actor_layers23", "sm_90 sm_100", HALF, {NO_LIMIT: C(64, 32, 8, 2)})',
+        "test_compile_report.py",
     ),
 ]
 

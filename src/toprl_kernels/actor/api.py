@@ -34,7 +34,7 @@ def actor_score(
         z = GELU(fc2 z);  z = GELU(fc3 z);  logits = head z
 
     On CUDA the automatic choice takes the fused kernels only where they were measured to be faster on this kind of
-    GPU for this size (:func:`toprl_kernels.configs.faster`; ``python -m toprl_kernels.tune`` measures), else eager.
+    GPU for this size (:func:`toprl_kernels.configs.faster`; ``python bench/tune.py`` measures), else eager.
     When a gradient is needed it is always eager, recorded by autograd operation by operation; after a forward by the
     kernels the backward recomputes the activations. The kernels fold LayerNorm into fc1 once per version of the
     weights.

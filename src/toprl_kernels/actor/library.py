@@ -27,7 +27,9 @@ def _logits(hidden_states: Tensor, *arguments: Any) -> Tensor:
     if backend == MEASURED:
         batch, num_tokens, d1 = hidden_states.shape
         like = weights.fc1_weight
-        backend = configs.faster("actor_score", (batch * num_tokens, d1, like.shape[0]), like.dtype, like.device).name
+        sizes = (batch * num_tokens, d1, like.shape[0])
+        preference = configs.faster("actor_score", sizes, like.dtype, like.device)
+        backend = "eager" if preference is None else preference.name
     if backend == "triton":
         from toprl_kernels.actor.triton import actor_score_triton
 

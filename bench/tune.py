@@ -1,23 +1,24 @@
 """Time launch configurations on the GPU at hand and remember the best: opt-in, nothing runs it for you.
 
-    python -m toprl_kernels.tune                       # everything, some minutes
-    python -m toprl_kernels.tune --kernel actor_score  # one kernel or op; the other rows of the file stay
+    python bench/tune.py                       # everything, some minutes
+    python bench/tune.py --kernel actor_score  # one kernel or op; the other rows of the file stay
 
 Two things are measured: candidates for the block sizes of the matrix kernels, and actor_score's fused kernels against
-its eager path, which decides what the automatic choice runs there. The result is a JSON file that
-:func:`toprl_kernels.configs.select` reads from then on (~/.cache/toprl_kernels/<architecture>-<triton version>.json;
-the environment variable TOPRL_KERNELS_CONFIGS names another). Delete it to go back to the pinned table.
+its eager path. The result is a JSON file that :func:`toprl_kernels.configs.select` reads from then on
+(~/.cache/toprl_kernels/<architecture>-<triton version>.json; the environment variable TOPRL_KERNELS_CONFIGS names
+another). Delete it to go back to the pinned table.
 
-A candidate that does not fit the GPU is passed over. One that computes something else than the pinned configuration
-aborts the run: it must not be hidden by being slow.
+A candidate that does not fit the GPU is passed over. A candidate that computes something else than the pinned
+configuration aborts the run: being slow must not hide it.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,30 +32,34 @@ from toprl_kernels.testing import AttentionInputs, make_actor_weights, make_atte
 C = LaunchConfig
 Timer = Callable[[Callable[[], object]], float]  # milliseconds of one call
 
+# Two stages more than tiles in flight: the load of the list of keys takes one. Eight warps need 128 rows, four 64: with
+# fewer both halves of the warps compute the same rows (bench/compile_report.py). Small blocks are for float32.
 CANDIDATES: dict[str, list[LaunchConfig]] = {
     "masked_attention_fwd": [
-        C(128, 128, 8, 2), C(128, 64, 8, 2), C(128, 64, 8, 3), C(128, 64, 4, 3), C(128, 32, 8, 3), C(64, 64, 4, 3),
-        C(64, 64, 8, 2), C(64, 32, 4, 2), C(32, 32, 8, 1), C(16, 16, 8, 1),
+        C(128, 64, 8, 3), C(128, 64, 8, 5), C(128, 64, 8, 6), C(128, 128, 8, 5), C(128, 128, 8, 2), C(128, 64, 8, 2),
+        C(128, 32, 8, 3), C(128, 32, 8, 5), C(64, 64, 4, 3), C(64, 64, 4, 5), C(64, 64, 8, 2), C(64, 32, 4, 2),
+        C(32, 32, 8, 1), C(16, 16, 8, 1),
     ],
     "masked_attention_bwd_prepare": [C(16, 0, 4, 1), C(32, 0, 4, 1), C(32, 0, 8, 1), C(64, 0, 8, 1)],
     "masked_attention_bwd_dkdv": [
-        C(32, 128, 8, 2), C(64, 128, 8, 2), C(32, 64, 8, 2), C(64, 64, 8, 2), C(64, 64, 4, 2), C(64, 32, 8, 1),
-        C(32, 32, 8, 1), C(32, 32, 4, 2), C(16, 16, 8, 1),
+        C(32, 64, 8, 2), C(32, 128, 8, 2), C(64, 128, 8, 2), C(64, 128, 8, 1), C(32, 64, 4, 2), C(64, 64, 4, 2),
+        C(64, 64, 8, 2), C(32, 128, 8, 3), C(64, 32, 8, 1), C(32, 32, 8, 1), C(32, 32, 4, 2), C(16, 16, 8, 1),
     ],
     "masked_attention_bwd_dq": [
-        C(128, 64, 8, 3), C(128, 64, 8, 2), C(128, 32, 8, 3), C(64, 64, 4, 3), C(64, 64, 8, 2), C(64, 32, 8, 2),
-        C(64, 32, 4, 2), C(32, 32, 8, 1), C(16, 16, 8, 1),
+        C(128, 64, 8, 3), C(128, 64, 8, 5), C(128, 64, 8, 2), C(128, 32, 8, 2), C(128, 32, 8, 3), C(128, 32, 8, 5),
+        C(64, 64, 4, 3), C(64, 64, 4, 5), C(64, 32, 8, 2), C(64, 32, 4, 2), C(32, 32, 8, 1), C(16, 16, 8, 1),
     ],
     "actor_layer1": [
-        C(64, 64, 4, 3, 2), C(64, 64, 4, 3, 4), C(32, 64, 4, 3, 2), C(64, 128, 8, 2, 2), C(64, 64, 8, 3),
-        C(64, 64, 8, 2), C(32, 32, 8, 2, 4), C(64, 32, 8, 2, 4),
+        C(64, 64, 4, 3, 2), C(64, 64, 4, 3, 4), C(32, 64, 4, 3, 2), C(64, 128, 8, 2, 2), C(128, 64, 8, 3, 2),
+        C(64, 64, 8, 3), C(64, 64, 8, 2), C(32, 32, 8, 2, 4), C(64, 32, 8, 2, 4),
     ],
-    "actor_layers23": [C(64, 32, 8, 2), C(64, 64, 8, 2), C(32, 32, 4, 2), C(16, 16, 8, 1)],
+    "actor_layers23": [C(64, 32, 8, 2), C(64, 32, 4, 2), C(64, 16, 4, 2), C(32, 32, 4, 2), C(16, 16, 8, 1)],
 }  # fmt: skip
 DTYPES = (torch.bfloat16, torch.float32)
 HEAD_DIMS = (64, 128, 256)
 ACTOR_TOKENS = (576, 1024, 2048, 2880, 8 * 576, 8 * 2880)
 ACTOR_WIDTHS = ((1024, 256), (2048, 256), (4096, 256))  # (d1, d2)
+MAX_SINGLE_BLOCK = 64 * 64  # float32 products are unrolled: larger blocks take minutes to compile, and spill
 MARGIN = 0.98  # a candidate replaces the pinned configuration if it takes less than this share of its time
 
 
@@ -144,9 +149,11 @@ def best_config(problem: Problem, device: torch.device, timer: Timer) -> tuple[L
     """
     from triton.errors import TritonError
 
-    pinned = configs.pinned(problem.kernel, configs.architecture_of(device), size=problem.size, dtype=problem.dtype)
+    pinned = pinned_row(problem, device).config
     best, best_ms, pinned_ms, expected = pinned, float("inf"), float("inf"), None
-    for config in dict.fromkeys([pinned, *CANDIDATES[problem.kernel]]):
+    largest = MAX_SINGLE_BLOCK if problem.dtype == torch.float32 else 1 << 30
+    possible = [config for config in CANDIDATES[problem.kernel] if config.block_m * config.block_n <= largest]
+    for config in dict.fromkeys([pinned, *possible]):
         with configs.override({problem.kernel: config}):
             try:
                 results = problem.run()
@@ -164,6 +171,11 @@ def best_config(problem: Problem, device: torch.device, timer: Timer) -> tuple[L
         elif milliseconds < min(best_ms, pinned_ms * MARGIN):
             best, best_ms = config, milliseconds
     return best, best_ms, pinned_ms
+
+
+def pinned_row(problem: Problem, device: torch.device) -> configs.Row:
+    """The row of the pinned table that the problem is about."""
+    return configs.row(problem.kernel, configs.architecture_of(device), size=problem.size, dtype=problem.dtype)
 
 
 def _require_equal(
@@ -210,24 +222,20 @@ def _score(hidden: Tensor, weights: ActorWeights, backend: str) -> list[Tensor]:
         return [actor_score(hidden, 0, weights, backend=backend)]
 
 
-def tune(
-    problems: Sequence[Problem] | Iterator[Problem], device: torch.device, timer: Timer
-) -> dict[tuple[str, str, int], LaunchConfig]:
+def tune(problems: Iterable[Problem], device: torch.device, timer: Timer) -> dict[tuple[str, str, int], LaunchConfig]:
     """The rows to write: the best configuration of every problem, also where it is the pinned one."""
     rows: dict[tuple[str, str, int], LaunchConfig] = {}
-    architecture = configs.architecture_of(device)
     for problem in problems:
         best, best_ms, pinned_ms = best_config(problem, device, timer)
         print(f"{problem.kernel} {problem.label}: {_text(best)} {best_ms:.4f} ms (pinned {pinned_ms:.4f} ms)")
-        kind = configs.kind_of(problem.kernel, architecture, problem.dtype)
-        largest = configs.bucket(problem.kernel, architecture, size=problem.size, dtype=problem.dtype)
+        kind, largest, _ = pinned_row(problem, device)
         rows[problem.kernel, kind, largest] = best
     return rows
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status."""
-    parser = argparse.ArgumentParser("python -m toprl_kernels.tune", description=(__doc__ or "").split("\n")[0])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kernel", default="", help="only kernels or ops whose name contains this")
     parser.add_argument(
         "--output", type=Path, help=f"the file; default: {configs.ENVIRONMENT_VARIABLE}, else the cache"
@@ -240,7 +248,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not torch.cuda.is_available():
         print(
             "tune: this needs a CUDA device, and torch.cuda.is_available() is False here. Without one the pinned "
-            "configurations apply; python -m toprl_kernels.report shows what the compiler makes of them.",
+            "configurations apply; python bench/compile_report.py shows what the compiler makes of them.",
             file=sys.stderr,
         )
         return 2
@@ -262,14 +270,12 @@ def run(device: torch.device, only: str, output: Path | None, timer: Timer) -> P
     path = output or configs.measurements_path(capability)
     found = Measurements(torch.cuda.get_device_name(device), {}, {})
     if only and path.exists():
-        found = configs.read(path, capability, configs.architecture_of(device))
+        with contextlib.suppress(configs.OtherVersionError):  # nothing in it to keep
+            found = configs.read(path, capability, configs.architecture_of(device))
     wanted = [name for name in CANDIDATES if only in name]
-    if any(name.startswith("masked_attention") for name in wanted):
-        problems = (problem for problem in attention_problems(device) if problem.kernel in wanted)
-        found.configs.update(tune(problems, device, timer))
-    if any(name.startswith("actor") for name in wanted):
-        problems = (problem for problem in actor_problems(device) if problem.kernel in wanted)
-        found.configs.update(tune(problems, device, timer))
+    for op, problems in (("masked_attention", attention_problems), ("actor", actor_problems)):
+        if any(name.startswith(op) for name in wanted):
+            found.configs.update(tune((each for each in problems(device) if each.kernel in wanted), device, timer))
     configs.write(path, capability, found)
     if only in "actor_score":
         with configs.using(path):  # with the configurations just found
