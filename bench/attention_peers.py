@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
 ROW_BLOCK = 512  # query rows that share one prefix of the kept keys
@@ -152,7 +151,7 @@ def gather_rows(x: Tensor, indices: Tensor) -> Tensor:
 
 
 def compacted_attention(query: Tensor, key: Tensor, value: Tensor, kept: Compaction) -> Tensor:
-    """Attention over the gathered kept keys, and each dropped row's own key added by log-sum-exp."""
+    """Attention over the gathered kept keys, and each dropped row's own key added by log-sum-exp. Forward only."""
     groups = query.shape[1] // key.shape[1]
     kept_key, kept_value = (
         gather_rows(x, kept.indices).repeat_interleave(groups, dim=1) for x in (key, value)
@@ -160,69 +159,20 @@ def compacted_attention(query: Tensor, key: Tensor, value: Tensor, kept: Compact
     own_key, own_value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
     own_score = (query.float() * own_key.float()).sum(dim=-1) / math.sqrt(query.shape[3])  # [B, H, N]
     own_score = own_score.masked_fill(kept.is_kept[:, None], -math.inf)  # a kept row has its own key already
-    output: Tensor = _CompactedAttention.apply(query, kept_key, kept_value, own_score, own_value, kept.blocks)
-    return output
-
-
-class _CompactedAttention(torch.autograd.Function):
-    """Flash attention over the kept keys and the merge. aten's backward takes the merged output and log-sum-exp."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        own_score: Tensor,
-        own_value: Tensor,
-        blocks: list[RowBlock],
-    ) -> Tensor:
-        outputs, sums = [], []
-        for first, last, keys, bias, empty in blocks:
-            own = own_score[:, :, first:last]
-            rows = own_value[:, :, first:last]
-            if keys == 0:
-                outputs.append(rows)
-                sums.append(own)
-                continue
-            part, part_sum = _forward(query[:, :, first:last], key[:, :, :keys], value[:, :, :keys], bias)
-            if empty is not None:  # aten reports a log-sum-exp of 0 for a row without keys
-                part_sum = part_sum.masked_fill(empty, -math.inf)
-                part = part.masked_fill(empty[..., None], 0.0)
-            total = torch.logaddexp(part_sum, own)
-            weight = (own - total).exp()[..., None]
-            outputs.append((part * (part_sum - total).exp()[..., None] + weight * rows).to(query.dtype))
-            sums.append(total)
-        output, log_sum = torch.cat(outputs, dim=2), torch.cat(sums, dim=2)
-        ctx.save_for_backward(query, key, value, own_score, own_value, output, log_sum)
-        ctx.blocks = blocks
-        return output
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        query, key, value, own_score, own_value, output, log_sum = ctx.saved_tensors
-        own_weight = (own_score - log_sum).exp()  # [B, H, N]
-        delta = (grad_output.float() * (own_value.float() - output.float())).sum(dim=-1)
-        grad_own_value = (own_weight[..., None] * grad_output).to(value.dtype)
-        grad_query, grad_key, grad_value = (torch.zeros_like(x) for x in (query, key, value))
-        for first, last, keys, bias, _ in ctx.blocks:
-            if keys == 0:
-                continue
-            rows = slice(first, last)
-            parts = _backward(
-                grad_output[:, :, rows],
-                query[:, :, rows],
-                key[:, :, :keys],
-                value[:, :, :keys],
-                bias,
-                output[:, :, rows],
-                log_sum[:, :, rows],
-            )
-            grad_query[:, :, rows] = parts[0]
-            grad_key[:, :, :keys] += parts[1]
-            grad_value[:, :, :keys] += parts[2]
-        return grad_query, grad_key, grad_value, own_weight * delta, grad_own_value, None
+    outputs = []
+    for first, last, keys, bias, empty in kept.blocks:
+        own, rows = own_score[:, :, first:last], own_value[:, :, first:last]
+        if keys == 0:
+            outputs.append(rows)
+            continue
+        part, part_sum = _forward(query[:, :, first:last], kept_key[:, :, :keys], kept_value[:, :, :keys], bias)
+        if empty is not None:  # aten reports a log-sum-exp of 0 for a row without keys
+            part_sum = part_sum.masked_fill(empty, -math.inf)
+            part = part.masked_fill(empty[..., None], 0.0)
+        total = torch.logaddexp(part_sum, own)
+        weight = (own - total).exp()[..., None]
+        outputs.append((part * (part_sum - total).exp()[..., None] + weight * rows).to(query.dtype))
+    return torch.cat(outputs, dim=2)
 
 
 def _forward(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -234,29 +184,6 @@ def _forward(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> 
     bias = bias.expand(-1, query.shape[1], -1, -1)
     output, log_sum = torch.ops.aten._scaled_dot_product_efficient_attention(query, key, value, bias, True)[:2]
     return output, log_sum[:, :, : query.shape[2]]
-
-
-def _backward(
-    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, output: Tensor, log_sum: Tensor
-) -> tuple[Tensor, ...]:
-    aten = torch.ops.aten
-    if query.device.type == "cpu":
-        return aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            grad, query, key, value, output, log_sum, 0.0, False, attn_mask=bias
-        )
-    seed = torch.zeros(2, dtype=torch.uint64, device=query.device)  # of the dropout that is not there
-    if bias is None:
-        return aten._scaled_dot_product_flash_attention_backward(
-            grad, query, key, value, output.contiguous(), log_sum.contiguous(), None, None, query.shape[2],
-            key.shape[2], 0.0, False, seed, seed,
-        )  # fmt: skip
-    bias = bias.expand(-1, query.shape[1], -1, -1)
-    padded = F.pad(log_sum, (0, -log_sum.shape[2] % 32), value=math.inf)  # the kernel reads whole tiles of 32
-    seed, offset = (torch.zeros((), dtype=torch.int64, device=query.device) for _ in range(2))
-    wanted = [True, True, True, False]
-    return aten._scaled_dot_product_efficient_attention_backward(
-        grad, query, key, value, bias, output, padded, seed, offset, 0.0, wanted
-    )[:3]
 
 
 def flex_compacted_mask(kept: Compaction, length: int, causal: bool) -> BlockMask:

@@ -8,9 +8,8 @@ from dataclasses import dataclass
 
 import torch
 
-from bench.kernel_cases import BASE_KEEP, BASE_SIZE
-from bench.kernel_dispatch import BAR_US
-from bench.kernel_measure import MIB, Row, our_name
+from bench.attention import BASE_KEEP, BASE_SIZE
+from bench.common import MIB, Row, our_name
 
 SOFT_BACKWARD = "soft fwd+bwd+mask"
 LINEAR = 1.15  # exponent of memory over N that still counts as linear: fixed costs bend it, N^2 would be near 2
@@ -117,16 +116,6 @@ def compaction_ratio(provider: str) -> Callable[[list[Row]], float | str]:
     return measure
 
 
-def slowest_dispatch(column: str) -> Callable[[list[Row]], float | str]:
-    """Of all ops; their rows are those of kernel_dispatch.py."""
-
-    def measure(rows: list[Row]) -> float | str:
-        costs = [row[column] for row in rows if column in row]
-        return max(costs) if costs else "no dispatch table in this run"
-
-    return measure
-
-
 def mask_gradient_cost(rows: list[Row]) -> float | str:
     """Backward with the mask's gradient over backward without it, worst case; the forward is subtracted from both."""
     costs = []
@@ -214,11 +203,6 @@ TARGETS = (
             device, 1.0, True, "x", lambda rows: worst_ratio(rows, ("nn.Sequential",), op="actor_score"),
         )
         for device in ("cpu", "cuda")
-    ),
-    *(
-        Target(f"a call before its kernel, {words}, slowest op", device, BAR_US, False, " us", slowest_dispatch(column))
-        for device in ("cpu", "cuda")
-        for words, column in (("no gradient", "no_grad_us"), ("with a gradient", "grad_us"))
     ),
     Target(
         "masked_attention, all-ones mask, D=128, N >= 2048, against the flash backend of SDPA",
