@@ -325,7 +325,7 @@ def bench_decode(case: DecodeCase, settings: Settings) -> list[Row]:
         Provider("sdpa all keys (bound)", lambda: sdpa(None), role="bound"),
     ]
     with torch.no_grad():
-        truth = ours(*(tensor.double() for tensor in (query, x.key, x.value)), backend="reference")
+        truth = ours(query.double(), x.key.double(), x.value.double(), "reference")
         eager = sdpa(visible).call()
         return compare(
             labels, case.dtype, providers, lambda got: checked(got, eager, truth, case.dtype), work, settings

@@ -5,9 +5,9 @@
 
 Suites: kernels (every op against its peers), decode (attention of one query over a cache), stage (what one pruning
 stage costs), prefill, generate, overhead (a pruner that removes nothing), trainer. The rows of a suite go to
-DIR/<suite>.csv together with a description of the machine, further tables to DIR/<suite>_<table>.csv; kernels and decode
-write after every case, so that ``--resume`` can go on where a run was cut off. The last line of standard output is one
-line of JSON.
+DIR/<suite>.csv together with a description of the machine, further tables to DIR/<suite>_<table>.csv; kernels and
+decode write after every case, so that ``--resume`` can go on where a run was cut off. The last line of standard output
+is one line of JSON.
 
 CPU threads are bound to cores (OMP_PROC_BIND=spread, OMP_PLACES=threads, unless the environment says otherwise), and
 every provider runs before it is timed: threads that share a core for the first seconds of a process make an op with

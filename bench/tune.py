@@ -18,9 +18,11 @@ import argparse
 import contextlib
 import functools
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -141,8 +143,10 @@ def actor_problems(
                 yield Problem(kernel, number, dtype, label, functools.partial(_score, hidden, weights, "triton"))
 
 
-def best_config(problem: Problem, device: torch.device, timer: Timer) -> tuple[LaunchConfig, float, float]:
-    """The fastest configuration, its milliseconds and those of the pinned one.
+def best_config(
+    problem: Problem, device: torch.device, timer: Timer, at_most: int | None = None
+) -> tuple[LaunchConfig, float, float]:
+    """The fastest of the pinned configuration and (at most so many) candidates, its milliseconds and the pinned one's.
 
     Raises:
         WrongResultError: a candidate's results differ from the pinned configuration's.
@@ -153,7 +157,7 @@ def best_config(problem: Problem, device: torch.device, timer: Timer) -> tuple[L
     best, best_ms, pinned_ms, expected = pinned, float("inf"), float("inf"), None
     largest = MAX_SINGLE_BLOCK if problem.dtype == torch.float32 else 1 << 30
     possible = [config for config in CANDIDATES[problem.kernel] if config.block_m * config.block_n <= largest]
-    for config in dict.fromkeys([pinned, *possible]):
+    for config in dict.fromkeys([pinned, *possible[:at_most]]):
         with configs.override({problem.kernel: config}):
             try:
                 results = problem.run()
@@ -222,11 +226,13 @@ def _score(hidden: Tensor, weights: ActorWeights, backend: str) -> list[Tensor]:
         return [actor_score(hidden, 0, weights, backend=backend)]
 
 
-def tune(problems: Iterable[Problem], device: torch.device, timer: Timer) -> dict[tuple[str, str, int], LaunchConfig]:
+def tune(
+    problems: Iterable[Problem], device: torch.device, timer: Timer, at_most: int | None = None
+) -> dict[tuple[str, str, int], LaunchConfig]:
     """The rows to write: the best configuration of every problem, also where it is the pinned one."""
     rows: dict[tuple[str, str, int], LaunchConfig] = {}
     for problem in problems:
-        best, best_ms, pinned_ms = best_config(problem, device, timer)
+        best, best_ms, pinned_ms = best_config(problem, device, timer, at_most)
         print(f"{problem.kernel} {problem.label}: {_text(best)} {best_ms:.4f} ms (pinned {pinned_ms:.4f} ms)")
         kind, largest, _ = pinned_row(problem, device)
         rows[problem.kernel, kind, largest] = best
@@ -240,21 +246,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--output", type=Path, help=f"the file; default: {configs.ENVIRONMENT_VARIABLE}, else the cache"
     )
+    parser.add_argument("--dry-run", action="store_true", help="tiny sizes in Triton's interpreter, to rehearse")
     options = parser.parse_args(arguments)
     names = [*CANDIDATES, "actor_score"]
     if not any(options.kernel in name for name in names):
         print(f"tune: --kernel {options.kernel} is in none of {', '.join(names)}", file=sys.stderr)
         return 2
-    if not torch.cuda.is_available():
+    if not options.dry_run and not torch.cuda.is_available():
         print(
             "tune: this needs a CUDA device, and torch.cuda.is_available() is False here. Without one the pinned "
             "configurations apply; python bench/compile_report.py shows what the compiler makes of them.",
             file=sys.stderr,
         )
         return 2
-    device = torch.device("cuda", torch.cuda.current_device())
+    device = torch.device("cpu") if options.dry_run else torch.device("cuda", torch.cuda.current_device())
     try:
-        path = run(device, options.kernel, options.output, cuda_timer)
+        path = run(device, options.kernel, options.output, wall_timer if options.dry_run else cuda_timer)
     except RuntimeError as error:
         print(f"tune: {error}", file=sys.stderr)
         return 1
@@ -265,23 +272,42 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def run(device: torch.device, only: str, output: Path | None, timer: Timer) -> Path:
-    """Measure and write the file; returns its path."""
-    capability = configs.capability_name(device)
+    """Measure and write the file; returns its path. CPU tensors rehearse: tiny sizes, two candidates per kernel."""
+    rehearse = device.type == "cpu"
+    capability = "sm_90" if rehearse else configs.capability_name(device)
     path = output or configs.measurements_path(capability)
-    found = Measurements(torch.cuda.get_device_name(device), {}, {})
+    found = Measurements("rehearsal" if rehearse else torch.cuda.get_device_name(device), {}, {})
     if only and path.exists():
         with contextlib.suppress(configs.OtherVersionError):  # nothing in it to keep
             found = configs.read(path, capability, configs.architecture_of(device))
+    attention: dict[str, Any] = {}
+    actor: dict[str, Any] = {}
+    widths: tuple[dict[str, Any], dict[str, Any]] = ({}, {})
+    if rehearse:
+        attention = dict(tokens=20, heads=(1, 1), head_dims=(16,), dtypes=(torch.float32,))
+        actor = dict(tokens=(20,), dtypes=(torch.float32,))
+        widths = (dict(widths=(32, 16)), dict(widths=((32, 16),)))
     wanted = [name for name in CANDIDATES if only in name]
-    for op, problems in (("masked_attention", attention_problems), ("actor", actor_problems)):
-        if any(name.startswith(op) for name in wanted):
-            found.configs.update(tune((each for each in problems(device) if each.kernel in wanted), device, timer))
+    problems: list[Iterator[Problem]] = []
+    if any(name.startswith("masked_attention") for name in wanted):
+        problems.append(attention_problems(device, **attention))
+    if any(name.startswith("actor") for name in wanted):
+        problems.append(actor_problems(device, **actor, **widths[0]))
+    chosen = (problem for each in problems for problem in each if problem.kernel in wanted)
+    found.configs.update(tune(chosen, device, timer, at_most=2 if rehearse else None))
     configs.write(path, capability, found)
     if only in "actor_score":
-        with configs.using(path):  # with the configurations just found
-            found.times.update(actor_times(device, timer))
+        with configs.using(path):  # with the configurations just measured
+            found.times.update(actor_times(device, timer, **actor, **widths[1]))
         configs.write(path, capability, found)
     return path
+
+
+def wall_timer(call: Callable[[], object]) -> float:
+    """Milliseconds of a single call, for rehearsals."""
+    begin = time.perf_counter()
+    call()
+    return (time.perf_counter() - begin) * 1e3
 
 
 def cuda_timer(call: Callable[[], object]) -> float:
