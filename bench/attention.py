@@ -8,7 +8,7 @@ Bytes: each of query, key, value and output moved once forward; all of them and 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -225,59 +225,6 @@ def bench_attention(case: AttentionCase, settings: Settings) -> list[Row]:
     return compare(labels, case.dtype, providers_of(case, x), make_check(case, x), work_of(case, x.keep), settings)
 
 
-def bench_compaction(case: AttentionCase, settings: Settings) -> list[Row]:
-    """Attention after real compaction: among the kept tokens, against its floor, with and without their gathering.
-
-    A later decoder layer attends over the kept tokens only; their hidden states were gathered once, by topk_compact. To
-    gather query, key and value in front of each call is what a model without compaction would have to do. The
-    definition is masked_attention over all tokens, of which the kept rows are looked at.
-    """
-    x = make_inputs(case, settings.device)
-    indices = x.keep.nonzero()[:, 1].view(case.batch, -1)
-    small = compacted_inputs(case, x)
-    work = floor_provider(case, x).work
-    assert work is not None
-
-    def gather_and_attend() -> list[Tensor]:
-        query, key, value = (peers.gather_rows(tensor, indices) for tensor in (x.query, x.key, x.value))
-        return [peers.sdpa(query, key, value, causal=True)]
-
-    def attend() -> list[Tensor]:
-        return [peers.sdpa(small.query, small.key, small.value, causal=True)]
-
-    def masked_all_kept() -> list[Tensor]:
-        return [masked_attention(small.query, small.key, small.value, small.keep, is_causal=True)]
-
-    def check(results: list[Tensor]) -> Check:
-        return checked(results, eager, truth, case.dtype)
-
-    def kept_rows(results: Sequence[Tensor]) -> list[Tensor]:
-        return [peers.gather_rows(result, indices) for result in results]
-
-    plain = functools.partial(peers.eager_attention, causal=True)
-    with torch.no_grad():
-        eager = kept_rows(call_of(plain, x, backward=False, mask_gradient=False)())
-        truth = kept_rows(oracle(case, x))
-    labels = shared_labels(
-        "compacted_attention",
-        "fwd",
-        f"{case.shape} K{case.num_kept}",
-        case.dtype,
-        f"compaction of {case.label()}",
-        batch=case.batch,
-        num_tokens=case.num_tokens,
-        keep=case.keep,
-        pattern=case.pattern,
-    )
-    providers = [
-        Provider("masked_attention, all kept", lambda: Built(masked_all_kept), role="ours"),
-        Provider("gather q, k, v + sdpa", lambda: Built(gather_and_attend), role="ours"),
-        Provider("sdpa over kept tokens (floor)", lambda: Built(attend), role="bound"),
-    ]
-    with torch.no_grad():
-        return compare(labels, case.dtype, providers, check, work, settings)
-
-
 @dataclass(frozen=True)
 class DecodeCase:
     """One query per sample over ``num_tokens`` cached keys, of which the share ``keep`` is visible."""
@@ -375,17 +322,6 @@ def _hard_peers(case: AttentionCase, x: Inputs, run: Callable[[Attention], Call]
         mask = make()
         return Built(run(lambda q, k, v, _: peers.sdpa(q, k, v, mask)), mask.numel() * mask.element_size())
 
-    def compacted_given() -> Built:
-        kept = peers.compaction_of(keep, causal, dtype)
-        tensors = [kept.indices, *(block.bias for block in kept.blocks if block.bias is not None)]
-        return Built(
-            run(lambda q, k, v, _: peers.compacted_attention(q, k, v, kept)),
-            sum(tensor.numel() * tensor.element_size() for tensor in tensors),
-        )
-
-    def compacted_built(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
-        return peers.compacted_attention(query, key, value, peers.compaction_of(mask, causal, dtype))
-
     def flex_given() -> Built:
         block_mask, flex = peers.hard_block_mask(keep, causal), _compile(flex_attention)
         grouped = case.num_heads != case.num_kv_heads
@@ -403,15 +339,9 @@ def _hard_peers(case: AttentionCase, x: Inputs, run: Callable[[Attention], Call]
         )
 
     def flex_compacted() -> Built:
-        kept = peers.compaction_of(keep, causal, dtype)
+        kept = keep.nonzero()[:, 1].view(case.batch, -1)
         block_mask, flex = peers.flex_compacted_mask(kept, case.num_tokens, causal), _compile(flex_attention)
         return Built(run(lambda q, k, v, _: peers.flex_compacted(flex, q, k, v, kept, block_mask)))
-
-    def forward_only(build: Callable[[], Built]) -> Callable[[], Built]:
-        def refuse() -> Built:
-            raise NotAvailableError("no backward: torch has no public attention with a differentiable log-sum-exp")
-
-        return refuse if case.backward else build
 
     return [
         Provider("sdpa bool mask", lambda: sdpa_given(lambda: peers.bool_mask(keep, causal))),
@@ -420,8 +350,6 @@ def _hard_peers(case: AttentionCase, x: Inputs, run: Callable[[Attention], Call]
             lambda: Built(run(lambda q, k, v, mask: peers.sdpa(q, k, v, peers.bool_mask(mask, causal)))),
         ),
         Provider("sdpa float mask", lambda: sdpa_given(lambda: peers.float_mask(keep, causal, dtype))),
-        Provider("sdpa compacted + lse", forward_only(compacted_given)),
-        Provider("sdpa compacted + lse + build", forward_only(lambda: Built(run(compacted_built)))),
         _compiled("flex mask_mod", case, flex_given),
         _compiled("flex mask_mod + BlockMask", case, flex_built),
         _compiled("flex compacted + lse", case, flex_compacted),

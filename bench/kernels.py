@@ -34,7 +34,6 @@ from bench.attention import (
     AttentionCase,
     DecodeCase,
     bench_attention,
-    bench_compaction,
     bench_decode,
 )
 from bench.cache import CacheCase, bench_cache
@@ -84,9 +83,9 @@ def run(size: str, device: torch.device, report: Report, plan: Plan | None = Non
         report.add_table("targets", targets_table(report.rows, device))
 
 
-def by_label(measure: Callable[[Any, Settings], list[Row]], cases: list[Any], prefix: str = "") -> dict[str, Measure]:
+def by_label(measure: Callable[[Any, Settings], list[Row]], cases: list[Any]) -> dict[str, Measure]:
     """Name and measurement of each case, in order; lists of sizes may overlap."""
-    return {prefix + case.label(): partial(measure, case) for case in cases}
+    return {case.label(): partial(measure, case) for case in cases}
 
 
 def decode_plan(size: str, device: torch.device) -> Plan:
@@ -114,12 +113,10 @@ def plan_of(size: str, device: torch.device) -> Plan:
         base = replace(base, num_heads=32, num_kv_heads=8, head_dim=128, dtype=torch.bfloat16)
         width = 4096
     attention = _quick_attention(base) if quick else _full_attention(base)
-    compaction = [replace(base, num_tokens=n) for n in PAPER_SIZES if not quick or n <= base.num_tokens]
     masks = [KeepMaskCase(2880, batch) for batch in ((1,) if quick else (1, 8, 32))]
     return Plan(
         {
             **by_label(bench_attention, attention),
-            **by_label(bench_compaction, compaction, "compaction of "),
             **by_label(bench_topk, _topk(quick, on_cuda, base.dtype, width)),
             **by_label(bench_cache, _cache(quick, on_cuda, base.dtype)),
             **by_label(bench_actor, _actor(quick, on_cuda, base.dtype)),
@@ -136,7 +133,6 @@ def tiny_plan() -> Plan:
     small = AttentionCase(20, num_heads=2, num_kv_heads=1, head_dim=16)
     cases = {
         **by_label(bench_attention, [replace(small, mode="fwd+bwd"), replace(small, mask="soft", mode="fwd+bwd+mask")]),
-        **by_label(bench_compaction, [small], "compaction of "),
         **by_label(bench_topk, [TopkCase(20, 5, 16, mode="fwd+bwd")]),
         **by_label(bench_cache, [CacheCase(20, 5, num_kv_heads=1, head_dim=16)]),
         **by_label(bench_actor, [ActorCase(20, 32, 16)]),

@@ -103,19 +103,6 @@ def our_exponent(*modes: str) -> Callable[[list[Row]], float | str]:
     return measure
 
 
-def compaction_ratio(provider: str) -> Callable[[list[Row]], float | str]:
-    """Median time of ``provider`` over that of SDPA on as many tokens, the slowest case."""
-
-    def measure(rows: list[Row]) -> float | str:
-        ratios = []
-        for floor in select(rows, op="compacted_attention", provider="sdpa over kept tokens (floor)"):
-            for row in select(rows, op="compacted_attention", case=floor["case"], provider=provider):
-                ratios.append(row["p50_ms"] / floor["p50_ms"])
-        return max(ratios) if ratios else "no row of compacted_attention in this run"
-
-    return measure
-
-
 def mask_gradient_cost(rows: list[Row]) -> float | str:
     """Backward with the mask's gradient over backward without it, worst case; the forward is subtracted from both."""
     costs = []
@@ -188,14 +175,6 @@ TARGETS = (
     Target(
         "the same with index_select, which copies whole rows, in place of gather",
         "cpu", 1.0, True, "x", topk_ratio("torch.topk + sort + index_select"),
-    ),
-    Target(
-        "masked_attention over the tokens that compaction left, over SDPA of that size, slowest size",
-        "cpu", 1.1, False, "x", compaction_ratio("masked_attention, all kept"),
-    ),
-    Target(
-        "SDPA with query, key and value gathered before it, over SDPA of that size, slowest size",
-        "cpu", 1.1, False, "x", compaction_ratio("gather q, k, v + sdpa"),
     ),
     *(
         Target(
