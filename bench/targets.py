@@ -44,7 +44,7 @@ def worst_ratio(rows: list[Row], providers: tuple[str, ...], **wanted: object) -
     timed = [row["ratio_to_ours"] for row in found if row["ratio_to_ours"] is not None]
     if timed:
         return min(timed)
-    notes = {row["note"] for row in found} - {""}
+    notes = {row["note"] for row in found} - {"", None}
     return "; ".join(sorted(notes)) or f"no row of {' or '.join(providers)} in this run"
 
 

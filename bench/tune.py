@@ -17,12 +17,15 @@ from __future__ import annotations
 import argparse
 import contextlib
 import functools
+import json
+import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -266,7 +269,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"tune: {error}", file=sys.stderr)
         return 1
     print(f"written: {path}")
-    with configs.using(path):
+    with using(path):
         print(configs.describe(device))
     return 0
 
@@ -295,12 +298,45 @@ def run(device: torch.device, only: str, output: Path | None, timer: Timer) -> P
         problems.append(actor_problems(device, **actor, **widths[0]))
     chosen = (problem for each in problems for problem in each if problem.kernel in wanted)
     found.configs.update(tune(chosen, device, timer, at_most=2 if rehearse else None))
-    configs.write(path, capability, found)
+    write(path, capability, found)
     if only in "actor_score":
-        with configs.using(path):  # with the configurations just measured
+        with using(path):  # with the configurations just measured
             found.times.update(actor_times(device, timer, **actor, **widths[1]))
-        configs.write(path, capability, found)
+        write(path, capability, found)
     return path
+
+
+def write(path: Path, capability: str, measurements: Measurements) -> None:
+    """Write a file that ``configs.read`` takes. Atomic: a reader sees the old content or the new one."""
+    content = {
+        "format": configs.FORMAT, "architecture": capability, "triton": configs.triton_version(),
+        "torch": torch.__version__, "device": measurements.device,
+        "configs": [
+            {"kernel": kernel, "dtype": kind, "size": size, "config": list(config)}
+            for (kernel, kind, size), config in measurements.configs.items()
+        ],
+        "times": [
+            {"op": op, "dtype": kind, "bucket": list(sizes), "triton_ms": times.triton, "eager_ms": times.eager}
+            for (op, kind, sizes), times in measurements.times.items()
+        ],
+    }  # fmt: skip
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    try:
+        part.write_text(json.dumps(content, indent=1))
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+    configs.forget()
+
+
+@contextlib.contextmanager
+def using(path: Path) -> Iterator[None]:
+    """Take the measurements from this file for a while."""
+    with mock.patch.dict(os.environ, {configs.ENVIRONMENT_VARIABLE: str(path)}):
+        configs.forget()
+        yield
+    configs.forget()
 
 
 def wall_timer(call: Callable[[], object]) -> float:

@@ -271,7 +271,7 @@ class OtherVersionError(RuntimeError):
 
 
 def size_bucket(sizes: Bucket) -> Bucket:
-    """Each size rounded up to a power of two."""
+    """Round each size up to a power of two."""
     return tuple(1 << max(size - 1, 0).bit_length() for size in sizes)
 
 
@@ -331,21 +331,6 @@ def measured(device: torch.device) -> Measurements | None:
         return None
 
 
-@contextlib.contextmanager
-def using(path: Path) -> Iterator[None]:
-    """Take the measurements from this file for a while."""
-    previous = os.environ.get(ENVIRONMENT_VARIABLE)
-    os.environ[ENVIRONMENT_VARIABLE] = str(path)
-    forget()
-    try:
-        yield
-    finally:
-        del os.environ[ENVIRONMENT_VARIABLE]
-        if previous is not None:
-            os.environ[ENVIRONMENT_VARIABLE] = previous
-        forget()
-
-
 def forget() -> None:
     """Read the file and the environment variable again at the next call."""
     for cached in (_select, architecture_of, faster, measured):
@@ -380,30 +365,6 @@ def read(path: Path, capability: str, architecture: str) -> Measurements:
     if other:
         raise OtherVersionError(f"the kernel measurements in {path} are not used: {other[0]}; {remedy}")
     return Measurements(str(content.get("device")), configs, times)
-
-
-def write(path: Path, capability: str, measurements: Measurements) -> None:
-    """Write a file that :func:`read` takes. Atomic: a reader sees the old content or the new one."""
-    content = {
-        "format": FORMAT, "architecture": capability, "triton": triton_version(), "torch": torch.__version__,
-        "device": measurements.device,
-        "configs": [
-            {"kernel": kernel, "dtype": kind, "size": size, "config": list(config)}
-            for (kernel, kind, size), config in measurements.configs.items()
-        ],
-        "times": [
-            {"op": op, "dtype": kind, "bucket": list(sizes), "triton_ms": times.triton, "eager_ms": times.eager}
-            for (op, kind, sizes), times in measurements.times.items()
-        ],
-    }  # fmt: skip
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    try:
-        part.write_text(json.dumps(content, indent=1))
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
-    forget()
 
 
 def describe(device: torch.device | None = None) -> str:

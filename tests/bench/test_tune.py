@@ -143,7 +143,7 @@ def timer_on_cuda(call: Callable[[], object]) -> float:
 def test_run_writes_what_select_reads(pretended: Path) -> None:
     cuda = torch.device("cuda", 0)
     assert tune.run(cuda, "", pretended, timer_on_cuda) == pretended
-    with configs.using(pretended):
+    with tune.using(pretended):
         assert configs.select(KERNEL, size=64, dtype=torch.float32, device=cuda) == GOOD
         assert "1 timings measured on NVIDIA Test" in configs.describe(cuda)
 

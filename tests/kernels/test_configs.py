@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from bench import tune
 from toprl_kernels import configs
 from toprl_kernels.configs import LaunchConfig, Measurements, Times
 
@@ -115,7 +116,7 @@ def test_override_is_undone() -> None:
 
 def test_a_file_replaces_its_rows_only(h100: Path) -> None:
     pinned = forward(CUDA)
-    configs.write(h100, "sm_90", measurements())
+    tune.write(h100, "sm_90", measurements())
     assert forward(CUDA) == LaunchConfig(16, 16, 1, 1) != pinned
     assert forward(CUDA, 256) == forward(CPU, 256)
     assert forward(CUDA, dtype=torch.float32) == forward(CPU, dtype=torch.float32)
@@ -125,20 +126,20 @@ def test_a_file_replaces_its_rows_only(h100: Path) -> None:
 def test_the_variable_names_another_file(h100: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     other = tmp_path / "elsewhere" / "mine.json"
     monkeypatch.setenv(configs.ENVIRONMENT_VARIABLE, str(other))
-    configs.write(other, "sm_90", measurements())
+    tune.write(other, "sm_90", measurements())
     assert forward(CUDA) == LaunchConfig(16, 16, 1, 1)
     assert not h100.exists()
 
 
 def test_round_trip_and_no_leftovers(h100: Path) -> None:
-    configs.write(h100, "sm_90", measurements())
-    configs.write(h100, "sm_90", measurements())
+    tune.write(h100, "sm_90", measurements())
+    tune.write(h100, "sm_90", measurements())
     assert configs.read(h100, "sm_90", "sm_90") == measurements()
     assert [path.name for path in h100.parent.iterdir()] == [h100.name]
 
 
 def test_a_failed_write_keeps_the_old_file(h100: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    configs.write(h100, "sm_90", measurements())
+    tune.write(h100, "sm_90", measurements())
     before = h100.read_text()
 
     def fail(*arguments: object, **options: object) -> None:
@@ -146,7 +147,7 @@ def test_a_failed_write_keeps_the_old_file(h100: Path, monkeypatch: pytest.Monke
 
     monkeypatch.setattr(Path, "replace", fail)
     with pytest.raises(OSError, match="disk full"):
-        configs.write(h100, "sm_90", Measurements("other", {}, {}))
+        tune.write(h100, "sm_90", Measurements("other", {}, {}))
     assert h100.read_text() == before
     assert [path.name for path in h100.parent.iterdir()] == [h100.name]
 
@@ -211,9 +212,9 @@ def test_a_named_file_must_exist(h100: Path, monkeypatch: pytest.MonkeyPatch, tm
 
 def test_using_restores_the_variable(h100: Path, tmp_path: Path) -> None:
     other = tmp_path / "other.json"
-    configs.write(other, "sm_90", measurements())
+    tune.write(other, "sm_90", measurements())
     pinned = forward(CUDA)
-    with configs.using(other):
+    with tune.using(other):
         assert forward(CUDA) == LaunchConfig(16, 16, 1, 1)
     assert forward(CUDA) == pinned
     assert configs.ENVIRONMENT_VARIABLE not in os.environ
@@ -237,14 +238,14 @@ def test_a_timing_speaks_for_its_bucket(
     h100: Path, sizes: tuple[int, ...], dtype: torch.dtype, name: str | None
 ) -> None:
     assert configs.faster("actor_score", sizes, dtype, CUDA) is None  # nobody has measured
-    configs.write(h100, "sm_90", measurements())
+    tune.write(h100, "sm_90", measurements())
     preference = configs.faster("actor_score", sizes, dtype, CUDA)
     assert (preference and preference.name) == name
     assert configs.faster("actor_score", sizes, dtype, CPU) is None
 
 
 def test_the_slower_one_is_not_taken(h100: Path) -> None:
-    configs.write(h100, "sm_90", Measurements("x", {}, {TIME: Times(2.0, 1.0)}))
+    tune.write(h100, "sm_90", Measurements("x", {}, {TIME: Times(2.0, 1.0)}))
     preference = configs.faster("actor_score", (2880, 4096, 256), torch.bfloat16, CUDA)
     assert preference == ("eager", "measured 2.0000 ms against 1.0000 ms eager")
 
@@ -252,6 +253,6 @@ def test_the_slower_one_is_not_taken(h100: Path) -> None:
 def test_description(h100: Path) -> None:
     assert "pinned (there are measurements for GPUs only)" in configs.describe(CPU)
     assert "pinned for sm_90; python bench/tune.py measures them" in configs.describe(CUDA)
-    configs.write(h100, "sm_90", measurements())
+    tune.write(h100, "sm_90", measurements())
     text = configs.describe(CUDA)
     assert "1 of " in text and "1 timings measured on NVIDIA Test" in text and str(h100) in text
