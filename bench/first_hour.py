@@ -6,7 +6,7 @@
 
 Needs torch, triton, transformers and pytest, and downloads nothing: models have random weights. Each step is a process
 of under ten minutes. State, logs, CSV files and the page (``summary.md``: every target met or missed) go to
-bench/results/<gpu>/ or --output_dir. Another commit starts anew.
+bench/results/<gpu>/ (rehearsals: runs/rehearsal/) or --output_dir. Another commit starts anew.
 """
 
 from __future__ import annotations
@@ -65,10 +65,11 @@ def steps(folder: Path, dry_run: bool) -> Iterator[Step]:
     for check in ("memcheck", "racecheck"):
         yield Step(check, ["--tool", check, "--error-exitcode", "9", sys.executable, *small], "compute-sanitizer")
     for tokens in SWEEP_TOKENS:
-        yield Step(f"sweep {tokens}", ["bench/first_hour.py", "--do", f"sweep {tokens}", *output, *dry])
+        # what was compiled is in triton's cache: after its limit a step goes on faster
+        yield Step(f"sweep {tokens}", ["bench/first_hour.py", "--do", f"sweep {tokens}", *output, *dry], attempts=3)
     for kernel in [*tune.CANDIDATES, "actor_score"]:
         arguments = ["--kernel", kernel, "--output", str(folder / "tuned.json"), *dry]
-        yield Step(f"tune {kernel}", ["bench/tune.py", *arguments])
+        yield Step(f"tune {kernel}", ["bench/tune.py", *arguments], attempts=3)
     for suite in SUITES:
         more = ["--resume"] if suite in ("kernels", "decode") else []
         size = ["--tiny", "--device", "cpu"] if dry_run else []
@@ -266,8 +267,8 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     device = torch.device("cpu" if options.dry_run else "cuda")
     where = environment(device, "tiny" if options.dry_run else "full")
-    name = "rehearsal" if options.dry_run else re.sub(r"\W+", "-", str(where["device"])).lower()
-    folder = (options.output_dir or ROOT / "bench" / "results" / name).resolve()
+    results = ROOT / "bench" / "results" / re.sub(r"\W+", "-", str(where["device"])).lower()
+    folder = (options.output_dir or (ROOT / "runs" / "rehearsal" if options.dry_run else results)).resolve()
     if options.do == "small":
         small_cases(device)
         return 0
