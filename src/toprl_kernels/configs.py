@@ -65,39 +65,64 @@ def _pin(kernel: str, architectures: str, kind: str, rows: Rows) -> None:
 ALL = " ".join(ARCHITECTURES)
 LARGE = "sm_80 sm_90 sm_100"
 
-# Sizes: head dim D (a bucket is the power of two it is padded to). block_m queries, block_n keys.
-_pin("masked_attention_fwd", "sm_90 sm_100", HALF, {128: C(128, 64, 8, 3), 256: C(64, 64, 8, 2)})
-_pin("masked_attention_fwd", "sm_80", HALF, {128: C(128, 64, 8, 3), 256: C(64, 32, 8, 2)})
-_pin("masked_attention_fwd", "sm_86", HALF, {64: C(64, 64, 4, 2), 128: C(128, 32, 8, 2), 256: C(64, 32, 8, 1)})
-_pin("masked_attention_bwd_prepare", ALL, HALF, {256: C(32, 0, 8, 1)})
-_pin("masked_attention_bwd_dkdv", "sm_90", HALF, {64: C(64, 64, 8, 2), 128: C(32, 64, 8, 2), 256: C(64, 32, 8, 1)})
-_pin("masked_attention_bwd_dkdv", "sm_100", HALF, {64: C(32, 64, 8, 2), 128: C(32, 64, 8, 1), 256: C(64, 32, 8, 1)})
-_pin("masked_attention_bwd_dkdv", "sm_80", HALF, {64: C(32, 64, 4, 2), 128: C(32, 64, 8, 2), 256: C(32, 32, 8, 1)})
-_pin("masked_attention_bwd_dkdv", "sm_86", HALF, {64: C(32, 32, 4, 2), 128: C(32, 64, 8, 2), 256: C(32, 32, 8, 1)})
-_pin("masked_attention_bwd_dq", "sm_90 sm_100", HALF, {128: C(128, 64, 8, 3), 256: C(64, 32, 8, 2)})
-_pin("masked_attention_bwd_dq", "sm_80", HALF, {128: C(128, 32, 8, 3), 256: C(64, 32, 8, 2)})
-_pin("masked_attention_bwd_dq", "sm_86", HALF, {64: C(128, 64, 8, 2), 128: C(128, 32, 8, 2), 256: C(32, 32, 8, 1)})
+def _pin_attention(kernel: str, architectures: str, kind: str, *rows: LaunchConfig) -> None:
+    """A row per bucket of the larger head dim, padded to a power of two: the last ones of 64, 128, 256 and 512."""
+    buckets = (64, 128, 256, 512)[-len(rows) :]
+    _pin(f"masked_attention_{kernel}", architectures, kind, dict(zip(buckets, rows, strict=True)))
+
+
+# block_m queries, block_n keys. Chosen by what the loops became: no spill inside, no warp that repeats another's
+# product, three buffers of keys and values in flight where they fit (the load of the list takes one of num_stages).
+# D = 512 is there to run.
+_pin_attention("fwd", "sm_90 sm_100", HALF, C(128, 64, 8, 5), C(128, 64, 8, 5), C(128, 64, 8, 2), C(16, 64, 8, 1))
+_pin_attention("fwd", "sm_80", HALF, C(128, 64, 8, 5), C(128, 32, 8, 5), C(64, 64, 8, 2), C(16, 64, 8, 1))
+_pin_attention("fwd", "sm_86", HALF, C(128, 64, 8, 5), C(128, 32, 8, 5), C(32, 64, 8, 1), C(16, 64, 8, 1))
+_pin_attention("fwd_compact", "sm_90", HALF, C(128, 128, 8, 3), C(128, 128, 8, 3), C(128, 64, 8, 2), C(16, 64, 8, 1))
+_pin_attention("fwd_compact", "sm_100", HALF, C(128, 64, 8, 3), C(128, 64, 8, 3), C(128, 64, 8, 2), C(16, 64, 8, 1))
+_pin_attention("fwd_compact", "sm_80", HALF, C(128, 64, 8, 3), C(128, 64, 8, 3), C(64, 64, 8, 2), C(16, 64, 8, 1))
+_pin_attention("fwd_compact", "sm_86", HALF, C(128, 64, 8, 3), C(128, 32, 8, 3), C(32, 64, 8, 1), C(16, 64, 8, 1))
+_pin_attention("decode", LARGE, HALF, C(16, 64, 4, 5), C(16, 64, 4, 5), C(16, 64, 4, 3), C(16, 32, 8, 3))
+_pin_attention("decode", "sm_86", HALF, C(16, 64, 4, 5), C(16, 64, 4, 5), C(16, 32, 4, 3), C(16, 32, 8, 1))
+_pin_attention("bwd_prepare", ALL, HALF, C(32, 0, 8, 1), C(16, 0, 8, 1))
+_pin_attention("bwd_dkdv", "sm_90", HALF, C(64, 128, 8, 3), C(64, 128, 8, 2), C(32, 128, 8, 2), C(32, 32, 8, 1))
+_pin_attention("bwd_dkdv", "sm_100", HALF, C(64, 128, 8, 2), C(64, 128, 8, 2), C(32, 128, 8, 2), C(32, 32, 8, 1))
+_pin_attention("bwd_dkdv", "sm_80", HALF, C(64, 128, 8, 3), C(32, 128, 8, 3), C(32, 64, 8, 2), C(32, 32, 8, 1))
+_pin_attention("bwd_dkdv", "sm_86", HALF, C(64, 128, 8, 3), C(32, 128, 8, 3), C(16, 64, 8, 1), C(16, 32, 4, 1))
+_pin_attention("bwd_dq", "sm_90", HALF, C(128, 64, 8, 5), C(128, 64, 8, 5), C(128, 32, 8, 2), C(16, 64, 8, 1))
+_pin_attention("bwd_dq", "sm_100", HALF, C(128, 32, 8, 5), C(128, 32, 8, 5), C(64, 64, 8, 2), C(16, 64, 8, 1))
+_pin_attention("bwd_dq", "sm_80", HALF, C(128, 64, 8, 5), C(128, 32, 8, 5), C(32, 64, 8, 1), C(16, 64, 8, 1))
+_pin_attention("bwd_dq", "sm_86", HALF, C(128, 64, 8, 5), C(128, 32, 8, 2), C(32, 64, 8, 1), C(16, 32, 4, 1))
+_pin_attention("bwd_dq_compact", "sm_90", HALF, C(128, 64, 8, 3), C(128, 64, 8, 3), C(128, 32, 8, 3), C(16, 64, 8, 1))
+_pin_attention("bwd_dq_compact", "sm_100", HALF, C(128, 32, 8, 3), C(128, 32, 8, 3), C(64, 64, 8, 2), C(16, 64, 8, 1))
+_pin_attention("bwd_dq_compact", "sm_80", HALF, C(128, 64, 8, 3), C(128, 32, 8, 3), C(32, 64, 8, 1), C(16, 64, 8, 1))
+_pin_attention("bwd_dq_compact", "sm_86", HALF, C(128, 64, 8, 3), C(128, 32, 8, 2), C(32, 64, 8, 1), C(16, 32, 4, 1))
 # Full float32 products run on the FMA units and hold rows of both operands in registers: small tiles. From D = 128 on
 # two stages, not for the overlap: without, the loop-invariant operand is moved to registers as a whole, and spills.
-_pin("masked_attention_fwd", LARGE, SINGLE, {64: C(32, 32, 8, 1), 256: C(16, 16, 8, 2)})
-_pin("masked_attention_fwd", "sm_86", SINGLE, {64: C(32, 32, 8, 1), 128: C(16, 16, 8, 2), 256: C(16, 16, 4, 2)})
-_pin("masked_attention_bwd_prepare", ALL, SINGLE, {256: C(32, 0, 8, 1)})
-_pin("masked_attention_bwd_dkdv", LARGE, SINGLE, {64: C(32, 32, 8, 2), 128: C(32, 32, 8, 1), 256: C(16, 16, 4, 1)})
-_pin("masked_attention_bwd_dkdv", "sm_86", SINGLE, {64: C(16, 32, 8, 1), 128: C(32, 32, 8, 1), 256: C(16, 16, 4, 1)})
-_pin("masked_attention_bwd_dq", ALL, SINGLE, {64: C(32, 32, 8, 1), 256: C(16, 16, 8, 2)})
+_pin_attention("fwd", ALL, SINGLE, C(32, 32, 8, 1), C(16, 16, 8, 2), C(16, 16, 8, 2), C(16, 16, 8, 2))
+_pin_attention("fwd_compact", ALL, SINGLE, C(32, 32, 8, 1), C(16, 16, 8, 2), C(16, 16, 8, 2), C(16, 16, 8, 2))
+_pin_attention("decode", ALL, SINGLE, C(16, 32, 8, 1), C(16, 16, 8, 2), C(16, 16, 8, 2), C(16, 16, 8, 2))
+_pin_attention("bwd_prepare", ALL, SINGLE, C(32, 0, 8, 1), C(16, 0, 8, 1))
+_pin_attention("bwd_dkdv", LARGE, SINGLE, C(32, 32, 8, 2), C(16, 32, 8, 1), C(16, 16, 4, 1), C(16, 16, 4, 1))
+_pin_attention("bwd_dkdv", "sm_86", SINGLE, C(16, 32, 8, 1), C(16, 32, 8, 1), C(16, 16, 4, 1), C(16, 16, 4, 1))
+_pin_attention("bwd_dq", ALL, SINGLE, C(32, 32, 8, 1), C(16, 16, 8, 2), C(16, 16, 8, 2), C(16, 16, 8, 2))
+_pin_attention("bwd_dq_compact", ALL, SINGLE, C(32, 32, 8, 1), C(16, 16, 8, 2), C(16, 16, 8, 2), C(16, 16, 8, 2))
+# block_n rows of one program
+_pin_attention("merge", ALL, ANY, C(0, 0, 4, 1))
+_pin_attention("bwd_finish", ALL, ANY, C(0, 16, 4, 1))
 # Sizes: none. block_n tokens.
-_pin("masked_attention_tokens", ALL, ANY, {NO_LIMIT: C(0, 2048, 4, 1)})
+_pin("masked_attention_lists", ALL, ANY, {NO_LIMIT: C(0, 2048, 4, 1)})
+# Sizes: rows per key/value head, Nq * H / Hkv. block_n keys. splits=1: the loops read gathered keys and values; 0: they
+# read through the list. A gather moves 8 D bytes per kept key, which this many rows win back.
+_pin("masked_attention_compact", ALL, ANY, {4095: C(0, 32, 4, 1, splits=0), NO_LIMIT: C(0, 32, 4, 1, splits=1)})
 
-# Sizes: number of tokens. block_n is the number of keys held in registers at once: all of them, or a chunk.
+# Sizes: number of tokens. block_n is the number of keys held in registers at once: all of them, or a chunk of 4,096.
 _pin("topk_select", ALL, ANY, {1024: C(1, 1024, 4, 1), 2048: C(1, 2048, 8, 1), 4096: C(1, 4096, 16, 1)})
-_pin("topk_select_chunked", ALL, ANY, {NO_LIMIT: C(1, 4096, 16, 1)})
 # Sizes: hidden size. block_m rows, block_n dimensions (at most; smaller hidden sizes take less).
 _pin("topk_gather", ALL, ANY, {NO_LIMIT: C(8, 1024, 8, 1)})
 _pin("topk_scatter", ALL, ANY, {NO_LIMIT: C(8, 1024, 8, 1)})
 # Sizes: none. block_n elements, rows times head dim, that a program moves.
 _pin("compact_cache", ALL, ANY, {NO_LIMIT: C(0, 8192, 8, 1)})
 _pin("compact_cache_bwd", ALL, ANY, {NO_LIMIT: C(0, 8192, 8, 1)})
-_pin("compact_cache_inplace", ALL, ANY, {NO_LIMIT: C(0, 4096, 4, 1)})
 
 # Sizes: tokens of all samples. block_m tokens; block_n is the block of the inner dimension d1 (layer 1), of fc2's
 # outputs (layers 2 and 3). Few tokens: two programs share a row block, which halves what a program reads of W1 and
@@ -105,8 +130,7 @@ _pin("compact_cache_inplace", ALL, ANY, {NO_LIMIT: C(0, 4096, 4, 1)})
 _pin("actor_layer1", LARGE, HALF, {8192: C(64, 64, 4, 3, splits=2), NO_LIMIT: C(64, 64, 8, 3)})
 _pin("actor_layer1", "sm_86", HALF, {8192: C(64, 64, 4, 3, splits=2), NO_LIMIT: C(64, 64, 8, 2)})
 _pin("actor_layer1", ALL, SINGLE, {NO_LIMIT: C(32, 32, 8, 2, splits=4)})
-_pin("actor_layers23", "sm_90 sm_100", HALF, {NO_LIMIT: C(64, 32, 4, 2)})
-_pin("actor_layers23", "sm_80 sm_86", HALF, {NO_LIMIT: C(32, 32, 4, 2)})
+_pin("actor_layers23", ALL, HALF, {NO_LIMIT: C(64, 32, 4, 2)})
 _pin("actor_layers23", ALL, SINGLE, {NO_LIMIT: C(16, 16, 8, 1)})
 
 # Sizes: none. block_n tokens.
@@ -203,6 +227,16 @@ def cpu_stands_for(architecture: str) -> Iterator[None]:
     finally:
         _cpu_architecture = previous
         forget()
+
+
+INTERPRETED_MULTIPROCESSORS = 4  # what kernels on CPU tensors are divided for
+
+
+def multiprocessors(device: torch.device) -> int:
+    """Number of multiprocessors of a device. Asks the driver, not the device: no synchronisation."""
+    if device.type != "cuda":
+        return INTERPRETED_MULTIPROCESSORS
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
 def capability_of(device: torch.device) -> tuple[int, int]:

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from toprl_kernels.actor.weights import ActorWeights
+from toprl_kernels.actor.reference import ActorWeights
 
 
 class AttentionInputs(NamedTuple):

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor
 
+from toprl_kernels.stage.reference import score_difference
+
 if TYPE_CHECKING:
     from torch.utils.hooks import RemovableHandle
     from transformers import PreTrainedModel
@@ -64,6 +66,9 @@ class StageContext:
             alone, which ``generate()`` of recent releases makes of them.
         text_states: call it for the states of the question tokens, the rows of ``text_attention()``. Contexts made by
             hand may leave it out.
+        sequence, slots: states ``[B, n, d]`` of all tokens and int64 ``[B, V]``, the place of each visual slot in them
+            (0 for padding), for policies that read rows where they are; None where a row holds several prompts. The
+            runtime gathers ``hidden_states`` and ``text_state`` when a policy first asks for them.
     """
 
     stage: int
@@ -79,6 +84,8 @@ class StageContext:
     prompt: Callable[[], PromptEmbeddings]
     inputs: Mapping[str, Any]
     text_states: Callable[[], TextStates] = _without_text
+    sequence: Tensor | None = None
+    slots: Tensor | None = None
 
     def of_original(self, values: Tensor) -> Tensor:
         """Pick ``values`` of original visual tokens, ``[B, max(num_visual)]``, for this stage's slots: ``[B, V]``."""
@@ -89,7 +96,8 @@ class Decision(NamedTuple):
     """What a stage decides.
 
     Attributes:
-        scores: ``[B, V]``, the larger the more worth keeping.
+        scores: ``[B, V]``, the larger the more worth keeping; or keep and drop logits ``[B, V, 2]``, whose difference
+            that is.
         keep_mask: ``[B, V]`` for policies that do not take the top-k of ``scores``.
         states: ``[B, V, d]``, new states of the visual slots, for policies that merge tokens. A stage that drops
             nothing changes nothing.
@@ -98,6 +106,11 @@ class Decision(NamedTuple):
     scores: Tensor
     keep_mask: Tensor | None = None
     states: Tensor | None = None
+
+    @property
+    def differences(self) -> Tensor:
+        """Scores ``[B, V]``, of logits in float32 at least."""
+        return score_difference(self.scores)
 
 
 class Policy:

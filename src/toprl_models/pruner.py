@@ -21,7 +21,7 @@ from toprl_models.runtime.compact import Compact
 from toprl_models.runtime.guards import refuse_recurrent
 from toprl_models.runtime.hooks import Runtime
 from toprl_models.runtime.mask import Mask
-from toprl_models.runtime.prompt import VisualIds
+from toprl_models.runtime.prompt import FixedPrompt, VisualIds
 from toprl_models.runtime.scores import attention_of
 from toprl_models.runtime.state import StageTrace
 from toprl_models.schedule import Schedule
@@ -136,6 +136,22 @@ class Pruner:
             yield
         finally:
             thread.prompt_length = was
+
+    @contextlib.contextmanager
+    def fixed_prompt(self) -> Iterator[None]:
+        """Take the layout of the first prompt within this context for all prompts of its shape that follow.
+
+        Its layout is where images, padding and question are. Later passes read no ids and wait for nothing, and where
+        the policy keeps fixed counts neither do the stages, so that a prefill of fixed length and schedule can be
+        captured as a CUDA graph: run the model once as warm-up, capture the second pass, replay it on other pixels and
+        words of the same layout.
+        """
+        thread = self._runtime.thread
+        was, thread.fixed = thread.fixed, FixedPrompt()
+        try:
+            yield
+        finally:
+            thread.fixed = was
 
     def __reduce_ex__(self, protocol: SupportsIndex) -> NoReturn:
         self._runtime.__reduce_ex__(protocol)  # refuses, as do copies of the model

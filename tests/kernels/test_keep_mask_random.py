@@ -10,7 +10,7 @@ from torch import Tensor
 
 from toprl_kernels import keep_mask_log_prob, sample_keep_mask
 from toprl_kernels.keep_mask import triton as kernels
-from toprl_kernels.keep_mask.random import philox, token_uniform
+from toprl_kernels.keep_mask.eager import philox, token_uniform
 
 BACKENDS = ["reference", "eager", "triton"]
 # Random123's kat_vectors, philox4x32 with 10 rounds: counter, key, output

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from toprl_kernels import masked_attention
-from toprl_kernels.attention import eager, eager_backward
+from toprl_kernels.attention import eager
 from toprl_kernels.testing import AttentionInputs, assert_within_budget, make_attention_inputs
 
 CPU_BACKENDS = ["reference", "eager"]
@@ -91,10 +91,8 @@ def test_definition_gradcheck(is_causal: bool, mask_values: list[float]) -> None
 @pytest.fixture
 def many_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """The eager path of long sequences, in many blocks, at short lengths."""
-    monkeypatch.setattr(eager, "SMALL", 0)
-    monkeypatch.setattr(eager, "ROWS_PER_BLOCK", 4)
-    monkeypatch.setattr(eager_backward, "FEWEST_ROWS", 4)
-    monkeypatch.setattr(eager_backward, "DENSE_BLOCK_BYTES", 0)
+    for name, number in (("SMALL", 0), ("FEWEST_ROWS", 4), ("FEWEST_TILE_ROWS", 4), ("TILE_BYTES", 0)):
+        monkeypatch.setattr(eager, name, number)
 
 
 @pytest.mark.parametrize("blocks", ["one", "many"])
@@ -255,9 +253,7 @@ class TestIdentities:
 @pytest.mark.parametrize("mask", ["hard", "mixed"])
 def test_no_tensor_of_n_by_n(mask: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """What the eager path allocates at once grows with N, forward and backward, mask gradient included."""
-    monkeypatch.setattr(
-        eager_backward, "DENSE_BLOCK_BYTES", 2**18
-    )  # the constant part, smaller than N x N at these lengths
+    monkeypatch.setattr(eager, "TILE_BYTES", 2**18)  # the constant part, smaller than N x N at these lengths
 
     class Largest(TorchDispatchMode):
         size = 0
@@ -273,9 +269,9 @@ def test_no_tensor_of_n_by_n(mask: str, monkeypatch: pytest.MonkeyPatch) -> None
     for length in (1024, 2048):
         x = make_attention_inputs(1, 2, 1, length, length, 16, mask=mask)
         with Largest() as recorder:
-            output, lse = eager.masked_attention_forward_eager(*x[:5], True, 0.25)
+            eager.masked_attention_forward_eager(*x[:5], None, True, 0.25, False)
             needs = [True, True, True, mask == "mixed"]
-            eager_backward.masked_attention_backward_eager(x.grad_output, *x[:5], output, lse, True, 0.25, False, needs)
+            eager.masked_attention_backward_eager(x.grad_output, *x[:5], None, True, 0.25, False, needs)
         largest.append(recorder.size)
     assert largest[1] < 2048 * 2048
     assert largest[1] <= 2.3 * largest[0]

@@ -127,15 +127,6 @@ def test_against_python(name: str, data: st.DataObject) -> None:
         assert bool((out.hidden_states[sample, len(want) :] == 0).all())
 
 
-@pytest.mark.parametrize("tokens", [1, 15, 129, 577])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_larger_sizes(tokens: int, dtype: torch.dtype, backend: str, device: str) -> None:
-    scores = torch.randn(2, tokens).round(decimals=1).to(dtype)
-    k = tokens // 3
-    out = topk_compact(torch.zeros(2, tokens, 1, device=device), scores.to(device), k, backend=backend)
-    assert out.indices.tolist() == [expected_indices(row, k) for row in scores.tolist()]
-
-
 @pytest.mark.parametrize("name", ["reference", "eager"])
 def test_float64_scores_keep_all_their_digits(name: str) -> None:
     out = run([[1.0, 1.0 + 1e-15, 1.0 - 1e-15, NAN]], 2, name, dtype=torch.float64)
@@ -152,12 +143,6 @@ def test_position_ids(backend: str, device: str) -> None:
     assert out.position_ids.dtype == torch.int32
     assert out.position_ids.tolist() == [[[103, 0], [104, 107]], [[203, 0], [204, 207]], [[303, 0], [304, 307]]]
     assert run(scores, 2, backend, device).position_ids is None
-
-
-def test_ragged(backend: str, device: str) -> None:
-    out = run([[3.0, 1.0, 2.0], [1.0, 2.0, 3.0], [0.0, 0.0, 0.0]], [1, 2, 0], backend, device)
-    assert out.indices.tolist() == [[0, -1], [1, 2], [-1, -1]]
-    assert out.valid_mask.tolist() == [[True, False], [True, True], [False, False]]
 
 
 def test_ragged_k_is_clipped_unless_validated(backend: str, device: str) -> None:
@@ -205,14 +190,69 @@ def test_inverse_scatters_back(side: str, backend: str, device: str) -> None:
     assert run([[1.0, 2.0]], 0, backend, device, return_inverse=True).inverse.tolist() == [[-1, -1]]  # type: ignore[union-attr]
 
 
-@pytest.mark.parametrize("dtype", [torch.bool, torch.int32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.bool, torch.int32, torch.float64, torch.bfloat16, torch.float8_e4m3fn])
 def test_hidden_states_of_any_dtype(dtype: torch.dtype, backend: str, device: str) -> None:
     hidden = (torch.randn(2, 9, 5, device=device) * 3).to(dtype)
     out = topk_compact(hidden, torch.randn(2, 9, device=device), torch.tensor([4, 2]), backend=backend)
     assert out.hidden_states.dtype == dtype
     for sample, count in enumerate((4, 2)):
-        assert torch.equal(out.hidden_states[sample, :count], hidden[sample, out.indices[sample, :count]])
-        assert not out.hidden_states[sample, count:].any()
+        kept, want = out.hidden_states[sample].float(), hidden.float()[sample, out.indices[sample, :count]]
+        assert torch.equal(kept[:count], want)
+        assert not kept[count:].any()
+
+
+def test_threshold(backend: str, device: str) -> None:
+    """Every token that reaches it, up to k; NaN does not, and it is rounded as the scores are."""
+    scores = [[0.7, NAN, 0.9, 0.1, INF, 0.7], [0.1, 0.2, 0.3, 0.4, 0.5, -INF]]
+    out = run(scores, 3, backend, device, threshold=0.7)
+    assert out.indices.tolist() == [[0, 2, 4], [-1, -1, -1]]
+    valid = torch.tensor([[True] * 4 + [False] * 2] * 2, device=device)
+    out = run(scores, [6, 2], backend, device, threshold=0.2, valid_mask=valid, padding_side="left")
+    assert out.indices.tolist() == [[-1] * 4 + [0, 2], [-1] * 4 + [2, 3]]
+
+
+def test_segments(backend: str, device: str) -> None:
+    """The best of each, in the order of the sample; a segment without a quota is dropped."""
+    segments = torch.tensor([[0, 1, 0, 1, 7, 0], [1, 1, 1, -1, 0, 0]], device=device)
+    scores = [[1.0, 5.0, 2.0, 6.0, 9.0, 2.0], [4.0, NAN, 4.0, 9.0, 1.0, 2.0]]
+    out = run(scores, [[2, 1], [1, 2]], backend, device, segments=segments, return_inverse=True)
+    assert out.indices.tolist() == [[2, 3, 5], [0, 2, 5]]
+    assert out.inverse is not None
+    assert out.inverse.tolist() == [[-1, -1, 0, 1, -1, 2], [0, -1, 1, -1, -1, 2]]
+    out = run(scores, [[9, 0], [0, 3]], backend, device, segments=segments, padding_side="left", max_length=4)
+    assert out.indices.tolist() == [[-1, 0, 2, 5], [-1, 0, 1, 2]]
+    out = run(scores, [[2, 1], [1, 2]], backend, device, segments=segments, max_length=2)  # the first of those selected
+    assert out.indices.tolist() == [[2, 3], [0, 2]]
+
+
+def test_cu_seqlens(backend: str, device: str) -> None:
+    """Sequences of any length follow one another, in the input and in the output."""
+    scores = torch.tensor([1.0, 2.0, 9.0, 3.0, 4.0, 4.0, 5.0], device=device)
+    hidden = torch.arange(14.0, device=device).view(7, 2).requires_grad_()
+    bounds = torch.tensor([0, 2, 2, 3, 7], dtype=torch.int32, device=device)
+    positions = torch.arange(21, device=device).view(3, 7)
+    out = topk_compact(hidden, scores, 2, cu_seqlens=bounds, position_ids=positions, backend=backend)
+    assert out.indices.tolist() == [0, 1, 2, 4, 6, -1, -1]
+    assert out.cu_seqlens is not None and out.position_ids is not None
+    assert (out.cu_seqlens.dtype, out.cu_seqlens.tolist()) == (torch.int32, [0, 2, 2, 3, 5])
+    assert out.position_ids[1].tolist() == [7, 8, 9, 11, 13, 0, 0]
+    assert out.hidden_states[:, 0].tolist() == [0, 2, 4, 8, 12, 0, 0]
+    (gradient,) = torch.autograd.grad(out.hidden_states.sum(), hidden)
+    assert gradient[:, 0].tolist() == [1, 1, 1, 0, 1, 0, 1]
+    k = torch.tensor([1, 3, 0, 3], device=device)
+    out = topk_compact(hidden, scores, k, cu_seqlens=bounds, max_length=4, return_inverse=True, backend=backend)
+    assert out.inverse is not None and out.cu_seqlens is not None
+    assert out.indices.tolist() == [1, 4, 5, 6]
+    assert (out.inverse.tolist(), out.cu_seqlens.tolist()) == ([-1, 0, -1, -1, 1, 2, 3], [0, 1, 1, 1, 4])
+    assert topk_compact(hidden, scores, k, cu_seqlens=bounds, backend=backend).indices.tolist() == [
+        1,
+        4,
+        5,
+        6,
+        -1,
+        -1,
+        -1,
+    ]
 
 
 def test_zero_k_and_empty_batch(backend: str, device: str) -> None:
@@ -295,6 +335,9 @@ def test_triton_writes_every_element(device: str) -> None:
             r"k=\[1, 3\] has values above max_length=2; raise max_length",
         ),
         ({"valid_mask": torch.ones(2, 4)}, TypeError, r"valid_mask has dtype float32.*True = eligible"),
+        ({"segments": torch.zeros(2, 4).long()}, ValueError, r"k=2 is one number for all segments"),
+        ({"segments": torch.zeros(2, 4), "k": torch.ones(2, 1).long()}, TypeError, r"segments has dtype float32"),
+        ({"cu_seqlens": torch.tensor([0, 4])}, ValueError, r"hidden_states must be \[N, d\] with cu_seqlens"),
         ({"scores": torch.tensor([[NAN, 0, 0, 0]] * 2), "validate": True}, ValueError, r"scores has 2 NaN"),
         ({"scores": torch.full((2, 4), INF), "validate": True}, ValueError, r"force in \[4, 4\].*k=2"),
     ],

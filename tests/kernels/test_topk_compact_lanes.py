@@ -24,7 +24,7 @@ def backend(request: pytest.FixtureRequest) -> str:
 def test_kernels_are_interpreted(device: str) -> None:
     """Without a GPU this file must not silently test something else."""
     name = "InterpretedFunction" if device == "cpu" else "JITFunction"
-    for kernel in (kernels.topk_select_kernel, kernels.topk_select_chunked_kernel, kernels.topk_gather_kernel):
+    for kernel in (kernels.topk_select_kernel, kernels.topk_histogram_kernel, kernels.topk_gather_kernel):
         assert type(kernel).__name__ == name
 
 
@@ -59,7 +59,7 @@ def adversarial(tokens: int, device: str) -> Tensor:
 @pytest.mark.usefixtures("poisoned_memory")
 @pytest.mark.parametrize(
     ("tokens", "ragged"),
-    [(kernels.MAX_REGISTER_TOKENS, True), (kernels.MAX_REGISTER_TOKENS + 1, True), (2 * kernels.CHUNK, False)],
+    [(kernels.MAX_REGISTER_TOKENS, True), (kernels.MAX_REGISTER_TOKENS + 1, True), (3 * kernels.CHUNK, False)],
 )
 def test_around_the_chunk_size(tokens: int, ragged: bool, backend: str, device: str) -> None:
     scores = adversarial(tokens, device)
@@ -70,6 +70,23 @@ def test_around_the_chunk_size(tokens: int, ragged: bool, backend: str, device: 
     options = dict(valid_mask=valid, position_ids=positions, return_inverse=True, padding_side="left")
     want = topk_compact(hidden, scores, k, backend="reference", **options)  # type: ignore[arg-type]
     assert equal(topk_compact(hidden, scores, k, backend=backend, **options), want)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("form", ["segments", "packed"])
+def test_several_problems_beyond_the_registers(form: str, backend: str, device: str) -> None:
+    """Flags of many programs, and their compaction by others."""
+    tokens = kernels.MAX_REGISTER_TOKENS + 300
+    scores = adversarial(tokens, device)
+    hidden = torch.arange(2 * tokens, dtype=torch.float32, device=device).view(2, tokens, 1)
+    options: dict = dict(return_inverse=True)
+    k = torch.tensor([[1500, 90], [2100, 5]], device=device)
+    if form == "segments":
+        options["segments"] = torch.arange(tokens, device=device).expand(2, -1) % 2
+    else:
+        options["cu_seqlens"] = torch.tensor([0, 2100, tokens], device=device)
+        hidden, scores, k = hidden[1], scores[1], k[0]
+    want = topk_compact(hidden, scores, k, backend="reference", **options)
+    assert equal(topk_compact(hidden, scores, k, backend=backend, **options), want)
 
 
 @pytest.mark.parametrize("tokens", [16385, pytest.param(65536, marks=pytest.mark.slow)])
@@ -96,7 +113,7 @@ def test_repeatable(backend: str, device: str) -> None:
         assert torch.equal(gradient, again_gradient)
 
 
-@pytest.mark.parametrize("seed", range(16))
+@pytest.mark.parametrize("seed", range(24))
 def test_fuzz(seed: int, backend: str, device: str) -> None:
     """Every option at random, against the definition; ``seed`` reproduces a failure."""
     choose = random.Random(seed)
@@ -113,10 +130,24 @@ def test_fuzz(seed: int, backend: str, device: str) -> None:
     if choose.random() < 0.5:
         k = torch.randint(-1, tokens + 2, (samples,), device=device)
         options["max_length"] = choose.choice([None, choose.randint(0, tokens)])
+    if choose.random() < 0.3:
+        options["threshold"] = choose.choice([-0.5, 0.3])
+    form = choose.choice(["plain", "segments", "packed"])
+    if form == "segments":
+        options["segments"] = torch.randint(-1, 4, (samples, tokens), device=device)
+        k = torch.randint(-1, tokens, (samples, 3), device=device)
+        options["max_length"] = choose.choice([None, choose.randint(0, tokens)])
+    if form == "packed":
+        samples, scores, hidden = 1, scores[0], hidden[0]
+        cuts = sorted(choose.randint(0, tokens) for _ in range(choose.randint(0, 4)))
+        options = {"cu_seqlens": torch.tensor([0, *cuts, tokens], device=device)} | options
+        options["padding_side"] = "right"
+        options["max_length"] = choose.choice([None, choose.randint(0, tokens)])
+        k = choose.choice([choose.randint(0, tokens), torch.randint(0, 30, (len(cuts) + 1,), device=device)])
     if choose.random() < 0.5:
-        options["valid_mask"] = torch.rand(samples, tokens, device=device) < choose.random()
+        options["valid_mask"] = torch.rand(scores.shape, device=device) < choose.random()
     if choose.random() < 0.5:
-        shape = (3, samples, tokens) if choose.random() < 0.5 else (samples, tokens)
+        shape = (3, *scores.shape) if choose.random() < 0.5 else tuple(scores.shape)
         options["position_ids"] = torch.randint(0, 1000, shape, device=device)
     label = f"seed={seed} B={samples} N={tokens} d={size} k={k} {scores.dtype} {sorted(options)}"
     got = topk_compact(hidden, scores, k, backend=backend, **options)
@@ -136,24 +167,14 @@ def test_rows_more_than_2_31_elements_apart(backend: str, device: str) -> None:
     assert equal(got, topk_compact(far.contiguous(), scores, 2, backend="reference"))
 
 
-def test_tokens_more_than_2_31_elements_apart(backend: str, device: str) -> None:
-    """The same of the arguments of the selection, one after the other."""
-
-    def far(values: Tensor) -> Tensor:
-        storage = torch.empty(2**31 + 64, dtype=values.dtype, device=device)
-        return storage.as_strided((1, 3), (1, 2**30 + 16)).copy_(values)
-
-    hidden = torch.arange(3.0, device=device).view(1, 3, 1)
-    scores = torch.tensor([[1.0, 0.0, 2.0]], dtype=torch.float16, device=device)
-    positions = torch.tensor([[7, 8, 9]], dtype=torch.int32, device=device)
-    valid = torch.tensor([[False, True, True]], device=device)
-    out = topk_compact(hidden, far(scores), 2, position_ids=positions, backend=backend)
-    assert out.indices.tolist() == [[0, 2]]
-    out = topk_compact(hidden, scores, 2, position_ids=far(positions), backend=backend)
+def test_positions_more_than_2_31_elements_apart(backend: str, device: str) -> None:
+    """Positions are read where they are; scores and masks are copied first unless contiguous."""
+    storage = torch.empty(2**31 + 64, dtype=torch.int32, device=device)
+    far = storage.as_strided((1, 3), (1, 2**30 + 16)).copy_(torch.tensor([[7, 8, 9]]))
+    scores = torch.tensor([[1.0, 0.0, 2.0]], device=device)
+    out = topk_compact(torch.zeros(1, 3, 1, device=device), scores, 2, position_ids=far, backend=backend)
     assert out.position_ids is not None
     assert out.position_ids.tolist() == [[7, 9]]
-    out = topk_compact(hidden, scores, 2, valid_mask=far(valid), backend=backend)
-    assert out.indices.tolist() == [[1, 2]]
 
 
 def test_gradient_of_a_sum(backend: str, device: str) -> None:

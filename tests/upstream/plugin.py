@@ -89,7 +89,7 @@ def gather_everything(monkeypatch: pytest.MonkeyPatch) -> None:
     Padding stays where it is, which a stage would drop along: the tests look at the shapes of caches and attentions.
     """
 
-    def gather(_, forward, stage, hidden_states, decision, counts):
+    def gather(_, forward, stage, hidden_states, decision, counts, kwargs):
         before = forward.segment
         slots = torch.arange(forward.length, device=hidden_states.device).expand(len(hidden_states), -1)
         return gather_slots(hidden_states, slots), Segment(slots, before.valid, packing=before.packing)

@@ -1,28 +1,34 @@
-"""The public function: contract, checks, dispatch."""
+"""actor_score: contract, checks, registration, dispatch."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from toprl_kernels import _checks as check
-from toprl_kernels._known import Finding, KnownCalls, choose_for, examined
-from toprl_kernels._library import is_transformed, without_autocast
-from toprl_kernels.actor import library
-from toprl_kernels.actor.eager import actor_score_recorded
-from toprl_kernels.actor.reference import actor_score_reference
-from toprl_kernels.actor.weights import ActorWeights
+from toprl_kernels import configs
+from toprl_kernels import dispatch as check
+from toprl_kernels.actor.eager import actor_score_eager
+from toprl_kernels.actor.reference import ActorWeights, FoldedActorWeights, actor_score_reference
+from toprl_kernels.dispatch import choose, register
 
 OP = "actor_score"
 MAX_WIDTH = 256  # of the kernels: fc3's accumulator stays in registers
+# Up to here the two fused kernels take the automatic choice where nobody measured: at few tokens the seventeen eager
+# ones are bound by their launches, at many by products, which cuBLAS makes better.
+FUSED_TOKENS = 8192
+MEASURED = "measured"  # as a backend: the faster implementation for this size on this GPU
 
 
 def actor_score(
     hidden_states: Tensor,
     stage: int,
-    weights: ActorWeights,
+    weights: ActorWeights | FoldedActorWeights,
     *,
     valid_mask: Tensor | None = None,
+    indices: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """Keep/drop logits for every token: the policy network, whose cost is Eq. 11.
@@ -33,29 +39,32 @@ def actor_score(
         z = [z[:d2/2], mean over the sample's valid tokens of z[d2/2:]]
         z = GELU(fc2 z);  z = GELU(fc3 z);  logits = head z
 
-    On CUDA the automatic choice takes the fused kernels only where they were measured to be faster on this kind of
-    GPU for this size (:func:`toprl_kernels.configs.faster`; ``python bench/tune.py`` measures), else eager.
-    When a gradient is needed it is always eager, recorded by autograd operation by operation; after a forward by the
-    kernels the backward recomputes the activations. The kernels fold LayerNorm into fc1 once per version of the
-    weights.
+    On CUDA the automatic choice takes the fused kernels up to 8,192 tokens and eager above, unless a measurement says
+    otherwise (:func:`toprl_kernels.configs.faster`). When a gradient is needed it is always eager, recorded by autograd
+    operation by operation; after a forward by the kernels the backward recomputes that.
 
     Autocast changes nothing: all layers run in the dtype of the weights.
 
     Args:
         hidden_states: h, [B, N, d1], floating. Converted to the dtype of the weights, in which all layers run.
         stage: pruning stage, 0-based, 0 <= stage < T (the paper's t - 1).
-        weights: see :class:`ActorWeights`; all of one dtype and device, d2 even.
-        valid_mask: [B, N] bool, True = counts in the mean; the others still get logits. A sample without any valid
-            token has a mean of 0.
-        backend: None, "auto", "eager", "triton" or "reference"; see :mod:`toprl_kernels.backend`.
+        weights: see :class:`ActorWeights`; all of one dtype and device, d2 even. The kernels fold LayerNorm into fc1:
+            for every call of these weights, or once, by :func:`toprl_kernels.fold_actor_weights` (no gradient then).
+        valid_mask: [B, N] bool (or [B, V]), True = counts in the mean. The hidden state of another token is never
+            looked at: its logits are those of zeros.
+        indices: [B, V] int64, score these tokens of each sample instead of all; -1 = padding, which is not valid.
+        cu_seqlens: [S + 1] int32 or int64, 0 first and ascending, as flash attention has it: S sequences of any length
+            follow one another in hidden_states [N, d1] (valid_mask [N]), and each has its mean. Not with ``indices``.
+        backend: None, "auto", "eager", "triton" or "reference"; see :mod:`toprl_kernels.dispatch`.
 
     Returns:
-        logits [B, N, 2] in the dtype of the weights; index 0 = keep, index 1 = drop.
+        logits [B, N, 2] ([B, V, 2], [N, 2]) in the dtype of the weights, or in float32 for folded ones, as 16 bits
+        would tie many tokens; index 0 = keep, index 1 = drop. A sample without any valid token has a mean of 0.
 
     Raises:
         TypeError, ValueError: arguments that do not fit together; stage out of range; d2 odd.
         RuntimeError: backend="triton" cannot run (no CUDA device, triton missing, float64, d2 > 256).
-        NotImplementedError: under torch.vmap.
+        NotImplementedError: without a gradient under torch.vmap; inputs with forward-mode tangents.
 
     There is no second derivative with backend="triton".
 
@@ -66,130 +75,138 @@ def actor_score(
         >>> actor_score(torch.randn(2, 5, 16), 0, make_actor_weights(16, 8)).shape
         torch.Size([2, 5, 2])
     """
-    found = None
-    if type(weights) is ActorWeights:
-        found = _known.find((hidden_states, *weights))
-    if found is None:
-        found = _examine(hidden_states, stage, weights, valid_mask)
-    if not (
-        isinstance(stage, int)
-        and stage is not True
-        and stage is not False
-        and 0 <= stage < found.extra
-        and (valid_mask is None or _mask_fits(valid_mask, hidden_states))
-    ):
-        _explain_misfit(hidden_states, stage, weights, valid_mask)
-    choice = choose_for(found, backend)
-    if choice.name == "reference":
-        return actor_score_reference(hidden_states, stage, weights, valid_mask=valid_mask)
-    is_measured = choice.is_automatic and choice.name == "triton"
-    if (
-        (is_measured or choice.name == "eager")
-        and found.requires_grad
-        and torch.is_grad_enabled()
-        and (found.is_plain or not is_transformed())  # the op refuses vmap
-    ):
-        return without_autocast(actor_score_recorded, hidden_states, valid_mask, weights, stage)
-    run = library.logits_op.route(found.is_plain, found.requires_grad, hidden_states)
-    return run(hidden_states, *weights, valid_mask, stage, library.MEASURED if is_measured else choice.name)
-
-
-_known = KnownCalls()
-
-
-def _examine(hidden_states: Tensor, stage: int, weights: ActorWeights, valid_mask: Tensor | None) -> Finding:
-    if not _tensors_fit(hidden_states, weights):
-        _explain_misfit(hidden_states, stage, weights, valid_mask)
-    tensors = (hidden_states, *weights)
-    found = examined(
-        OP,
-        tensors,
-        requires_grad=any(tensor.requires_grad for tensor in tensors),
-        obstacle=_obstacle(hidden_states, weights),
-        dtype=weights.fc1_weight.dtype,
-        extra=weights.stage_bias.shape[0],
-    )
-    _known.remember(found, tensors, any_size=(0, 1))
-    return found
-
-
-def _obstacle(hidden_states: Tensor, weights: ActorWeights) -> str | None:
-    if hidden_states.dtype not in check.HALF_AND_SINGLE:
-        return _double("hidden_states", hidden_states)
-    if weights.fc1_weight.dtype not in check.HALF_AND_SINGLE:
-        return _double("weights", weights.fc1_weight)
-    if weights.fc1_weight.shape[0] > MAX_WIDTH:
-        return f"width d2={weights.fc1_weight.shape[0]}, the kernels take d2 <= {MAX_WIDTH}"
-    return None
-
-
-def _double(name: str, tensor: Tensor) -> str:
-    return f"{name} has dtype {str(tensor.dtype).removeprefix('torch.')}, the kernels take 16 and 32 bit"
-
-
-def _expected_shapes(d1: int, d2: int, num_stages: int) -> tuple[tuple[int, ...], ...]:
-    """Of the fields of ActorWeights."""
-    wide, square = (d2,), (d2, d2)
-    return (d1,), (d1,), (num_stages, d2), (d2, d1), wide, square, wide, square, wide, (2, d2), (2,)
-
-
-def _tensors_fit(hidden_states: Tensor, weights: ActorWeights) -> bool:
-    try:
-        _, _, d1 = hidden_states.shape
-        d2, device, dtype = weights.fc1_weight.shape[0], hidden_states.device, weights.fc1_weight.dtype
-        shapes = _expected_shapes(d1, d2, weights.stage_bias.shape[0])
-        return (
-            isinstance(weights, ActorWeights)
-            and all(
-                tensor.shape == shape and tensor.dtype == dtype and tensor.device == device
-                for tensor, shape in zip(weights, shapes, strict=True)
-            )
-            and d2 >= 2
-            and d2 % 2 == 0
-            and dtype in check.FLOATS
-            and hidden_states.dtype in check.FLOATS
-        )
-    except (AttributeError, ValueError, IndexError):  # not a tensor, another number of dimensions
-        return False
-
-
-def _mask_fits(valid_mask: Tensor, hidden_states: Tensor) -> bool:
-    return (
-        isinstance(valid_mask, Tensor)
-        and valid_mask.shape == hidden_states.shape[:2]
-        and valid_mask.dtype == torch.bool
-        and valid_mask.device == hidden_states.device
-    )
-
-
-def _explain_misfit(hidden_states: Tensor, stage: int, weights: ActorWeights, valid_mask: Tensor | None) -> None:
-    """Raise the error that names the argument."""
-    check.require_ndim(OP, "hidden_states", hidden_states, 3, "[B, N, d1]")
+    folded: tuple[Tensor | None, ...] = (None, None, None)
+    if isinstance(weights, FoldedActorWeights):
+        weights, *parts = weights
+        folded = tuple(parts)
+    packed = cu_seqlens is not None
+    if cu_seqlens is not None:
+        check.require_ndim(OP, "hidden_states", hidden_states, 2, "[N, d1] with cu_seqlens")
+        check.require_ndim(OP, "cu_seqlens", cu_seqlens, 1, "[S + 1]")
+        check.require_dtype(OP, "cu_seqlens", cu_seqlens, check.INTEGERS, "use cu_seqlens.int()")
+        check.require_device(OP, "cu_seqlens", cu_seqlens, hidden_states.device)
+        if indices is not None or len(cu_seqlens) < 2:
+            raise ValueError(f"{OP}: cu_seqlens needs at least one sequence, and no indices")
+        hidden_states, valid_mask = hidden_states[None], None if valid_mask is None else valid_mask[None]
+    else:
+        check.require_ndim(OP, "hidden_states", hidden_states, 3, "[B, N, d1]")
     check.require_dtype(OP, "hidden_states", hidden_states, check.FLOATS)
+    _check_weights(hidden_states, stage, weights)
+    shape, device = tuple(hidden_states.shape[:2]), hidden_states.device
+    if indices is not None:
+        check.require_ndim(OP, "indices", indices, 2, "[B, V]")
+        shape = (shape[0], indices.shape[1])
+        check.require(OP, "indices", indices, shape, "[B, V]", (torch.int64,), device, "use indices.long()")
+    if valid_mask is not None:
+        fix = "use valid_mask.bool(), True = counts"
+        check.require(OP, "valid_mask", valid_mask, shape, "[B, N]", (torch.bool,), device, fix)
+    dtype = weights.fc1_weight.dtype
+    obstacle = None
+    for name, tensor in (("hidden_states", hidden_states), ("weights", weights.fc1_weight)):
+        if tensor.dtype not in check.HALF_AND_SINGLE:
+            obstacle = f"{name} has dtype {str(tensor.dtype).removeprefix('torch.')}, the kernels take 16 and 32 bit"
+    if weights.fc1_weight.shape[0] > MAX_WIDTH:
+        obstacle = f"width d2={weights.fc1_weight.shape[0]}, the kernels take d2 <= {MAX_WIDTH}"
+    choice = choose(OP, backend, device, obstacle, dtype=dtype)
+    bounds = cu_seqlens if cu_seqlens is None else cu_seqlens.long()
+    needs_gradient = torch.is_grad_enabled() and any(t.requires_grad for t in (hidden_states, *weights))
+    named_triton = choice.name == "triton" and not choice.is_automatic
+    if choice.name == "reference" or (needs_gradient and not named_triton):
+        run = actor_score_reference if choice.name == "reference" else actor_score_eager
+        with torch.autocast(device.type, enabled=False):
+            logits = run(hidden_states, weights, valid_mask, indices, bounds, stage, folded[0] is not None)
+    else:
+        backend = MEASURED if choice.name == "triton" and choice.is_automatic else choice.name
+        logits = _op(hidden_states, *weights, *folded, valid_mask, indices, bounds, stage, backend)
+    return logits[0] if packed else logits
+
+
+def _check_weights(hidden_states: Tensor, stage: int, weights: ActorWeights) -> None:
     if not isinstance(weights, ActorWeights):
-        raise TypeError(f"{OP}: weights must be an ActorWeights, got {type(weights).__name__}")
+        raise TypeError(f"{OP}: weights must be an ActorWeights or FoldedActorWeights, got {type(weights).__name__}")
     check.require_ndim(OP, "weights.fc1_weight", weights.fc1_weight, 2, "[d2, d1]")
     check.require_ndim(OP, "weights.stage_bias", weights.stage_bias, 2, "[T, d2]")
-    d1 = hidden_states.shape[2]
-    d2 = weights.fc1_weight.shape[0]
-    num_stages = weights.stage_bias.shape[0]
+    d1, d2, num_stages = hidden_states.shape[2], weights.fc1_weight.shape[0], weights.stage_bias.shape[0]
     if d2 < 2 or d2 % 2:
         raise ValueError(f"{OP}: weights.fc1_weight has d2={d2} rows; d2 must be even (one half local, one half mean)")
-    shapes = _expected_shapes(d1, d2, num_stages)
-    dtype = weights.fc1_weight.dtype
-    for name, tensor, shape in zip(ActorWeights._fields, weights, shapes, strict=True):
-        check.require_shape(OP, f"weights.{name}", tensor, shape, f"for d1={d1}, d2={d2}, T={num_stages}")
-        check.require_dtype(OP, f"weights.{name}", tensor, (dtype,), "all weights must share one dtype")
-        check.require_device(OP, f"weights.{name}", tensor, hidden_states.device)
+    shapes = (d1,), (d1,), (num_stages, d2), (d2, d1), (d2,), (d2, d2), (d2,), (d2, d2), (d2,), (2, d2), (2,)
+    dtype, layout = weights.fc1_weight.dtype, f"for d1={d1}, d2={d2}, T={num_stages}"
     check.require_dtype(OP, "weights.fc1_weight", weights.fc1_weight, check.FLOATS)
+    for name, tensor, shape in zip(ActorWeights._fields, weights, shapes, strict=True):
+        fix = "all weights must share one dtype"
+        check.require(OP, f"weights.{name}", tensor, shape, layout, (dtype,), hidden_states.device, fix)
     if isinstance(stage, bool) or not isinstance(stage, int):
         raise TypeError(f"{OP}: stage must be an int, got {stage!r} of type {type(stage).__name__}")
     if not 0 <= stage < num_stages:
         raise ValueError(
             f"{OP}: stage={stage} is outside 0..{num_stages - 1} (weights.stage_bias has {num_stages} rows)"
         )
-    if valid_mask is not None:
-        check.require_shape(OP, "valid_mask", valid_mask, tuple(hidden_states.shape[:2]), "[B, N]")
-        check.require_dtype(OP, "valid_mask", valid_mask, (torch.bool,), "use valid_mask.bool(), True = counts")
-        check.require_device(OP, "valid_mask", valid_mask, hidden_states.device)
-    raise AssertionError(f"{OP}: arguments were refused for no stated reason")
+
+
+_NUM_WEIGHTS = len(ActorWeights._fields)
+_WEIGHTS = ", ".join(f"Tensor {name}" for name in ActorWeights._fields)
+
+
+def _split(arguments: tuple[Any, ...]) -> tuple[ActorWeights, tuple[Any, ...], tuple[Any, ...]]:
+    """The weights, their folded form and what follows them in the schema."""
+    return (
+        ActorWeights(*arguments[:_NUM_WEIGHTS]),
+        arguments[_NUM_WEIGHTS : _NUM_WEIGHTS + 3],
+        arguments[_NUM_WEIGHTS + 3 :],
+    )
+
+
+def _forward(hidden_states: Tensor, *arguments: Any) -> Tensor:
+    weights, folded, (valid_mask, indices, bounds, stage, backend) = _split(arguments)
+    if backend == MEASURED:
+        tokens = hidden_states.shape[0] * (hidden_states if indices is None else indices).shape[1]
+        like = weights.fc1_weight
+        measured = configs.faster(OP, (tokens, like.shape[1], like.shape[0]), like.dtype, like.device)
+        backend = measured.name if measured is not None else "triton" if tokens <= FUSED_TOKENS else "eager"
+    if backend == "triton":
+        from toprl_kernels.actor.triton import actor_score_triton
+
+        return actor_score_triton(hidden_states, weights, folded, valid_mask, indices, bounds, stage)
+    return actor_score_eager(hidden_states, weights, valid_mask, indices, bounds, stage, folded[0] is not None)
+
+
+def _fake(hidden_states: Tensor, *arguments: Any) -> Tensor:
+    weights, folded, (_, indices, _, _, _) = _split(arguments)
+    tokens = hidden_states if indices is None else indices
+    dtype = weights.fc1_weight.dtype if folded[0] is None else torch.float32
+    return weights.fc1_weight.new_empty(hidden_states.shape[0], tokens.shape[1], 2, dtype=dtype)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.stage = inputs[-2]
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*inputs[:-2])
+
+
+def _backward(ctx: Any, grad_logits: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Recompute the logits in eager, with a graph from the inputs to them."""
+    number = 1 + _NUM_WEIGHTS
+    gradients: list[Tensor | None] = [None] * (number + 8)
+    needs = ctx.needs_input_grad[:number]
+    if grad_logits is None or not any(needs):
+        return tuple(gradients)
+    saved = ctx.saved_tensors  # once: checkpointing recomputes a tensor for one reading
+    inputs, (folded, _, _, *options) = saved[:number], saved[number:]
+    leaves = [tensor.detach().requires_grad_(needed) for tensor, needed in zip(inputs, needs, strict=True)]
+    with torch.enable_grad(), torch.autocast(grad_logits.device.type, enabled=False):
+        logits = actor_score_eager(leaves[0], ActorWeights(*leaves[1:]), *options, ctx.stage, folded is not None)
+        wanted = [place for place, needed in enumerate(needs) if needed]
+        results = torch.autograd.grad(logits, [leaves[place] for place in wanted], grad_logits)
+    for place, result in zip(wanted, results, strict=True):
+        gradients[place] = result
+    return tuple(gradients)
+
+
+_op = register(
+    f"actor_score(Tensor hidden_states, {_WEIGHTS}, Tensor? folded_weight, Tensor? colsum, Tensor? folded_bias, "
+    "Tensor? valid_mask, Tensor? indices, Tensor? bounds, int stage, str backend) -> Tensor",
+    _forward,
+    _fake,
+    setup_context=_setup_context,
+    backward=_backward,
+)

@@ -1,34 +1,157 @@
-"""The public function: contract, checks, dispatch."""
+"""The public functions: contract, checks, dispatch, registration with torch.library."""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
 
-from toprl_kernels import _checks as check
-from toprl_kernels._known import Finding, KnownCalls, choose_for, examined
-from toprl_kernels._library import any_autocast, is_compiling
-from toprl_kernels.attention import library
+from toprl_kernels import dispatch as check
+from toprl_kernels.attention.eager import (
+    empty_output,
+    masked_attention_backward_eager,
+    masked_attention_forward_eager,
+)
 from toprl_kernels.attention.reference import masked_attention_reference
+from toprl_kernels.dispatch import Choice, choose, register
 
 OP = "masked_attention"
+PLAN = "attention_plan"
 MASKS = (torch.bool, *check.FLOATS)
-TINY = 2**17  # pairs over all heads; measured on a CPU
-MAX_HEAD_DIM = 256  # of the kernels; the other implementations take any
+MAX_HEAD_DIM = 512  # of the kernels; the other implementations take any
 
 
+@dataclass(frozen=True)
+class AttentionPlan:
+    """What :func:`attention_plan` makes of a mask; its fields are private to the ops but for ``keep_mask``."""
+
+    keep_mask: Tensor  # [B, N]
+    key_padding_mask: Tensor | None
+    ranges: Tensor | None  # int32 [B, N, 2]: token i sees tokens j with ranges[b, i, 0] <= j < ranges[b, i, 1]
+    lists: Tensor | None  # of the kernels: kept tokens in order, their numbers, their logarithms
+    is_causal: bool
+
+
+def attention_plan(
+    keep_mask: Tensor,
+    key_padding_mask: Tensor | None = None,
+    *,
+    is_causal: bool = False,
+    window: int | None = None,
+    block_ids: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    backend: str | None = None,
+) -> AttentionPlan:
+    """Prepare a mask for several :func:`masked_attention` calls: the layers between two pruning stages share it.
+
+    Args:
+        keep_mask, key_padding_mask: as in :func:`masked_attention`.
+        is_causal: a token sees itself and earlier tokens only.
+        window: sliding window: a token sees at most ``window`` - 1 tokens before itself (and, without ``is_causal``,
+            as many after), as ``sliding_window`` of transformers' models.
+        block_ids: [B, N] int64 or int32: a run of equal numbers >= 0 is a block (an image) whose tokens see each other
+            in both directions, whatever causality and window say, as in Gemma 3; -1 is no block.
+        cu_seqlens: [S + 1] int32 or int64, 0 first and N last: B = 1, and the N tokens are S sequences in a row, which
+            do not see each other, as in flash-attn's functions for variable lengths. Sequences need no padding.
+        backend: where the plan is to be used; see :mod:`toprl_kernels.dispatch`.
+
+    Raises:
+        TypeError, ValueError: arguments that do not fit together. Values of tensors are not checked.
+
+    Example:
+        >>> import torch
+        >>> from toprl_kernels import attention_plan, masked_attention
+        >>> plan = attention_plan(torch.tensor([[True, False, True]]), is_causal=True)
+        >>> q, k, v = torch.randn(3, 1, 2, 3, 8).unbind(0)
+        >>> for layer in range(2):
+        ...     q = masked_attention(q, k, v, plan=plan)
+    """
+    check.require_ndim(PLAN, "keep_mask", keep_mask, 2, "[B, N]")
+    check.require_dtype(PLAN, "keep_mask", keep_mask, MASKS, "use keep_mask.bool() for an integer mask")
+    shape, device = tuple(keep_mask.shape), keep_mask.device
+    if key_padding_mask is not None:
+        check.require(
+            PLAN, "key_padding_mask", key_padding_mask, shape, "[B, N]", (torch.bool,), device,
+            "use .bool(), True = real token",
+        )  # fmt: skip
+    if window is not None and (isinstance(window, bool) or not isinstance(window, int) or window < 1):
+        raise ValueError(f"{PLAN}: window={window!r} must be an int >= 1, or None")
+    if block_ids is not None:
+        check.require(PLAN, "block_ids", block_ids, shape, "[B, N]", check.INTEGERS, device, "use .long()")
+    if cu_seqlens is not None:
+        check.require_ndim(PLAN, "cu_seqlens", cu_seqlens, 1, "[S + 1]")
+        check.require_dtype(PLAN, "cu_seqlens", cu_seqlens, check.INTEGERS, "use .int()")
+        check.require_device(PLAN, "cu_seqlens", cu_seqlens, device)
+        if shape[0] != 1:
+            raise ValueError(f"{PLAN}: cu_seqlens needs one row that holds all sequences, got B={shape[0]}")
+    ranges = None
+    if window is not None or block_ids is not None or cu_seqlens is not None:
+        ranges = _ranges(keep_mask, is_causal, window, block_ids, cu_seqlens)
+        is_causal = False
+    lists = None
+    if choose(PLAN, backend, device).name == "triton" and keep_mask.numel():
+        lists = _lists_op(keep_mask.detach(), key_padding_mask, ranges)
+    return AttentionPlan(keep_mask, key_padding_mask, ranges, lists, is_causal)
+
+
+def _ranges(
+    keep_mask: Tensor, is_causal: bool, window: int | None, block_ids: Tensor | None, cu_seqlens: Tensor | None
+) -> Tensor:
+    """Write every pattern as an interval of tokens per token, whose two ends never decrease: int32 [B, N, 2]."""
+    batch, length = keep_mask.shape
+    tokens = torch.arange(length, device=keep_mask.device)[None].expand(batch, -1)
+    low, high = torch.zeros_like(tokens), torch.full_like(tokens, length)
+    if window is not None:
+        low, high = tokens - window + 1, tokens + window
+    if is_causal:
+        high = tokens + 1
+    if block_ids is not None:
+        changes = torch.ones_like(tokens, dtype=torch.bool)
+        changes[:, 1:] = block_ids[:, 1:] != block_ids[:, :-1]
+        first = torch.where(changes, tokens, 0).cummax(dim=1).values
+        ends = torch.where(changes, tokens, length).flip(1).cummin(dim=1).values.flip(1)  # the next change from here on
+        last = torch.cat([ends[:, 1:], torch.full_like(ends[:, :1], length)], dim=1)
+        low = torch.where(block_ids >= 0, low.minimum(first), low)
+        high = torch.where(block_ids >= 0, high.maximum(last), high)
+    if cu_seqlens is not None:
+        sequence = torch.searchsorted(cu_seqlens, tokens[0].to(cu_seqlens.dtype), right=True)
+        low, high = low.maximum(cu_seqlens[sequence - 1]), high.minimum(cu_seqlens[sequence])
+    return torch.stack([low.clamp(min=0), high.clamp(max=length)], dim=2).int()
+
+
+@overload
+def masked_attention(
+    query: Tensor, key: Tensor, value: Tensor, keep_mask: Tensor | None = None, *, return_lse: Literal[False] = False,
+    plan: AttentionPlan | None = None, key_padding_mask: Tensor | None = None, is_causal: bool = False,
+    window: int | None = None, block_ids: Tensor | None = None, cu_seqlens: Tensor | None = None,
+    scale: float | None = None, bounded_mask_grad: bool = False, backend: str | None = None,
+) -> Tensor: ...  # fmt: skip
+@overload
+def masked_attention(
+    query: Tensor, key: Tensor, value: Tensor, keep_mask: Tensor | None = None, *, return_lse: Literal[True],
+    plan: AttentionPlan | None = None, key_padding_mask: Tensor | None = None, is_causal: bool = False,
+    window: int | None = None, block_ids: Tensor | None = None, cu_seqlens: Tensor | None = None,
+    scale: float | None = None, bounded_mask_grad: bool = False, backend: str | None = None,
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 def masked_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    keep_mask: Tensor,
+    keep_mask: Tensor | None = None,
     *,
+    plan: AttentionPlan | None = None,
     key_padding_mask: Tensor | None = None,
     is_causal: bool = False,
+    window: int | None = None,
+    block_ids: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
     scale: float | None = None,
     bounded_mask_grad: bool = False,
+    return_lse: bool = False,
     backend: str | None = None,
-) -> Tensor:
+) -> Tensor | tuple[Tensor, Tensor]:
     r"""Attention in which dropped tokens are invisible to all others but still see themselves (Eqs. 6-7).
 
     .. math::
@@ -42,31 +165,38 @@ def masked_attention(
         query: [B, H, Nq, D], float16, bfloat16, float32 or float64. Nq <= N; query i is token i + N - Nq, so that
             Nq = N is prefill and Nq = 1 is a decoding step over a cache of N tokens.
         key: [B, Hkv, N, D], H a multiple of Hkv (grouped queries), dtype of query.
-        value: [B, Hkv, N, D], dtype of query.
+        value: [B, Hkv, N, Dv], dtype of query.
         keep_mask: m, [B, N]; bool (True = kept), or floating with values in [0, 1]. Values are not checked: that
             would wait for the GPU. Values below 2^-96 count as 0. A bool mask is faster.
+        plan: from :func:`attention_plan`, instead of all masks and patterns, when several calls share them.
         key_padding_mask: [B, N] bool, True = a real token. Nobody sees a padding token; its own output row is 0.
-        is_causal: a token sees itself and earlier tokens only.
+        is_causal, window, block_ids, cu_seqlens: which tokens a token may see; see :func:`attention_plan`.
         scale: factor on Q K^T; default 1 / sqrt(D).
-        bounded_mask_grad: in the gradient by m_j where m_j = 0, put R / (1 + R) for R = exp(P_ij - log-sum-exp_i). The
-            exact derivative is huge where a dropped token would have dominated a row; the bounded one has its sign and
-            at most the slope 1 per pair. Exact where m_j > 0.
-        backend: None, "auto", "eager", "triton" or "reference"; see :mod:`toprl_kernels.backend`.
+        bounded_mask_grad: in the gradient with respect to m_j where m_j = 0, put R / (1 + R) for R = exp(P_ij -
+            log-sum-exp_i). The exact derivative is huge where a dropped token would have dominated a row; the bounded
+            one has its sign and at most the slope 1 per pair. Exact where m_j > 0.
+        return_lse: also return the natural logarithm of each row's sum, which has no gradient.
+        backend: None, "auto", "eager", "triton" or "reference"; see :mod:`toprl_kernels.dispatch`.
 
     Returns:
-        [B, H, Nq, D], dtype of query, laid out in memory like it, as torch's scaled_dot_product_attention does: where
-        query is a view of [B, Nq, H, D], ``output.transpose(1, 2).flatten(2)`` copies nothing. Empty inputs give an
-        empty (or zero) result.
+        [B, H, Nq, Dv], dtype of query, laid out in memory like it, as torch's scaled_dot_product_attention does: where
+        query is a view of [B, Nq, H, D], ``output.transpose(1, 2).flatten(2)`` copies nothing. With ``return_lse`` also
+        [B, H, Nq] in at least float32, inf for padding. Empty inputs give an empty (or zero) result.
 
     Raises:
         TypeError: an argument's dtype is not listed above, or dtypes differ.
-        ValueError: shapes that do not fit together, Nq > N, tensors on different devices, unknown backend.
-        RuntimeError: backend="triton" cannot run (no CUDA device, triton missing, float64, D > 256).
-        NotImplementedError: under torch.vmap.
+        ValueError: shapes that do not fit together, Nq > N, tensors on different devices, unknown backend, a plan
+            beside a mask or pattern.
+        RuntimeError: backend="triton" cannot run (no CUDA device, triton missing, float64, D or Dv > 512).
+        NotImplementedError: under torch.vmap or in forward mode.
 
-    The derivative by m_j at m_j = 0 is exact and therefore unbounded: it grows like exp(P_ij) over the mass that is
-    left. From exp(P_ij - log-sum-exp) = 2^96 on it is cut off. Under autocast, query, key and value are cast as torch
-    does for its own attention; keep_mask is not. There is no second derivative outside of backend="reference".
+    An invisible pair of tokens (i, j) contributes nothing: NaN or infinity in a dropped, padded or later token changes
+    no result of a token that does not see it, forward or backward, and a row without a gradient changes no gradient of
+    another token. A token that does see such a number is NaN.
+
+    The derivative with respect to m_j at m_j = 0 is exact and therefore unbounded: it grows like exp(P_ij) over the
+    mass that is left. From exp(P_ij - log-sum-exp) = 2^96 on it is cut off. Under autocast, query, key and value are
+    cast as torch does for its own attention; keep_mask is not. Only backend="reference" has a second derivative.
 
     Example:
         >>> import torch
@@ -76,61 +206,45 @@ def masked_attention(
         >>> bool(torch.allclose(masked_attention(q, k, v, nothing_kept), v))
         True
     """
-    found = _known.find((query, key, value, keep_mask))
-    if found is None:
-        if is_compiling() or any_autocast():
-            query, key, value = _autocast(query, key, value)
-        found = _examine(query, key, value, keep_mask, key_padding_mask)
-    if not (key_padding_mask is None or _padding_fits(key_padding_mask, keep_mask)):
-        _explain_misfit(query, key, value, keep_mask, key_padding_mask)
-    choice = choose_for(found, backend)
-    default_scale, is_empty = found.extra
-    scale = default_scale if scale is None else float(scale)
-    if choice.name == "reference":
-        return masked_attention_reference(
+    patterns = dict(is_causal=is_causal, window=window, block_ids=block_ids, cu_seqlens=cu_seqlens)
+    masks = dict(keep_mask=keep_mask, key_padding_mask=key_padding_mask, **patterns)
+    given = [name for name, argument in masks.items() if argument is not None and argument is not False]
+    if plan is not None and given:
+        raise ValueError(f"{OP}: {' and '.join(given)} given beside plan; the plan says it already")
+    query, key, value = _autocast(query, key, value)
+    choice = _examine(query, key, value, keep_mask if plan is None else plan.keep_mask, backend)
+    if plan is None:
+        assert keep_mask is not None  # examined
+        plan = attention_plan(keep_mask, key_padding_mask, **patterns, backend=choice.name)  # type: ignore[arg-type]
+    scale = query.shape[3] ** -0.5 if scale is None else float(scale)
+    if query.numel() == 0 or value.numel() == 0:  # without keys too, since Nq <= N
+        output = empty_output(query, value).zero_() + 0 * query.sum()  # connected to the graph
+        lse = query.new_full(query.shape[:3], torch.inf, dtype=torch.promote_types(query.dtype, torch.float32))
+    elif choice.name == "reference":
+        output, lse = masked_attention_reference(
             query,
             key,
             value,
-            keep_mask,
-            key_padding_mask=key_padding_mask,
-            is_causal=is_causal,
+            plan.keep_mask,
+            key_padding_mask=plan.key_padding_mask,
+            ranges=plan.ranges,
+            is_causal=plan.is_causal,
             scale=scale,
             bounded_mask_grad=bounded_mask_grad,
         )
-    if is_empty:
-        return torch.zeros_like(query) + 0 * query  # connected to the graph
-    run = library.forward.route(found.is_plain, found.requires_grad, query)
-    return run(query, key, value, keep_mask, key_padding_mask, is_causal, scale, bounded_mask_grad, choice.name)[0]
-
-
-_known = KnownCalls()
-
-
-def _examine(query: Tensor, key: Tensor, value: Tensor, keep_mask: Tensor, key_padding_mask: Tensor | None) -> Finding:
-    """Shapes, dtypes and devices of all but the padding mask, which is for the error message."""
-    if not _fits(query, key, value, keep_mask):
-        _explain_misfit(query, key, value, keep_mask, key_padding_mask)
-    tensors = (query, key, value, keep_mask)
-    dtype, head_dim = query.dtype, query.shape[3]
-    found = examined(
-        OP,
-        tensors,
-        requires_grad=query.requires_grad or key.requires_grad or value.requires_grad or keep_mask.requires_grad,
-        obstacle=_obstacle(dtype, head_dim),
-        dtype=dtype,
-        definition_because=_tiny(query, keep_mask) if keep_mask.requires_grad else None,
-        extra=(head_dim**-0.5, query.numel() == 0),  # without keys it is empty too, since Nq <= N
-    )
-    _known.remember(found, tensors)
-    return found
+    else:
+        output, lse = _forward_op(
+            query, key, value, plan.keep_mask, plan.key_padding_mask, plan.ranges, plan.lists, plan.is_causal, scale,
+            bounded_mask_grad, return_lse, choice.name,
+        )  # fmt: skip
+    return (output, lse) if return_lse else output
 
 
 def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     """Cast as torch does for scaled_dot_product_attention, where autocast is on."""
-    device_type = tensors[0].device.type
-    if not torch.is_autocast_enabled(device_type):
+    if not isinstance(tensors[0], Tensor) or not torch.is_autocast_enabled(tensors[0].device.type):
         return tensors
-    dtype = torch.get_autocast_dtype(device_type)
+    dtype = torch.get_autocast_dtype(tensors[0].device.type)
     return tuple(
         tensor.to(dtype)
         if isinstance(tensor, Tensor) and tensor.is_floating_point() and tensor.dtype != torch.float64
@@ -139,73 +253,29 @@ def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     )
 
 
-def _tiny(query: Tensor, keep_mask: Tensor) -> str | None:
-    """For a mask with a gradient: over a handful of tokens autograd of the definition has the fewest calls."""
-    if (
-        query.dtype == torch.float32
-        and not is_compiling()
-        and query.numel() // query.shape[3] * keep_mask.shape[1] <= TINY
-    ):
-        return f"a mask gradient over at most {TINY} query-key pairs is fastest by autograd of the definition"
-    return None
-
-
-def _obstacle(dtype: torch.dtype, head_dim: int) -> str | None:
-    if dtype not in check.HALF_AND_SINGLE:
-        return f"query has dtype {str(dtype).removeprefix('torch.')}, the kernels take float16, bfloat16, float32"
-    if head_dim > MAX_HEAD_DIM:
-        return f"head dim D={head_dim}, the kernels take D <= {MAX_HEAD_DIM}"
-    return None
-
-
-def _fits(query: Tensor, key: Tensor, value: Tensor, keep_mask: Tensor) -> bool:
-    """Whether the arguments are as documented, in few attribute reads: in decoding this runs before many kernels."""
-    try:
-        batch, num_heads, num_queries, head_dim = query.shape
-        _, num_kv_heads, num_keys, _ = shape = key.shape
-        dtype, device = query.dtype, query.device
-        return (
-            value.shape == shape
-            and shape[0] == batch
-            and shape[3] == head_dim > 0
-            and num_queries <= num_keys
-            and num_kv_heads > 0
-            and num_heads % num_kv_heads == 0
-            and keep_mask.shape == (batch, num_keys)
-            and key.dtype == dtype
-            and value.dtype == dtype
-            and dtype in check.FLOATS
-            and keep_mask.dtype in MASKS
-            and key.device == device
-            and value.device == device
-            and keep_mask.device == device
-        )
-    except (AttributeError, ValueError):  # not a tensor, another number of dimensions
-        return False
-
-
-def _padding_fits(key_padding_mask: Tensor, keep_mask: Tensor) -> bool:
-    return (
-        isinstance(key_padding_mask, Tensor)
-        and key_padding_mask.shape == keep_mask.shape
-        and key_padding_mask.dtype == torch.bool
-        and key_padding_mask.device == keep_mask.device
-    )
-
-
-def _explain_misfit(
-    query: Tensor, key: Tensor, value: Tensor, keep_mask: Tensor, key_padding_mask: Tensor | None
-) -> None:
-    """Raise the error that names the argument."""
+def _examine(query: Tensor, key: Tensor, value: Tensor, keep_mask: Tensor | None, backend: str | None) -> Choice:
+    """Raise for arguments that do not fit together; choose the implementation."""
     check.require_ndim(OP, "query", query, 4, "[B, H, Nq, D]")
     check.require_ndim(OP, "key", key, 4, "[B, Hkv, N, D]")
+    check.require_ndim(OP, "value", value, 4, "[B, Hkv, N, Dv]")
     batch, num_heads, num_queries, head_dim = query.shape
     num_kv_heads, num_keys = key.shape[1], key.shape[2]
     check.require_shape(OP, "key", key, (batch, num_kv_heads, num_keys, head_dim), "[B, Hkv, N, D]")
-    check.require_shape(OP, "value", value, (batch, num_kv_heads, num_keys, head_dim), "the shape of key")
-    check.require_shape(OP, "keep_mask", keep_mask, (batch, num_keys), "[B, N]")
-    if head_dim == 0:
-        raise ValueError(f"{OP}: head dim D must be at least 1, got query of shape {tuple(query.shape)}")
+    check.require_shape(OP, "value", value, (*key.shape[:3], value.shape[3]), "[B, Hkv, N, Dv]")
+    if keep_mask is None:
+        raise ValueError(f"{OP}: keep_mask is missing; give it, or plan=attention_plan(keep_mask, ...)")
+    check.require_dtype(OP, "query", query, check.FLOATS)
+    fix = "query, key and value must agree: use .to(query.dtype)"
+    check.require_dtype(OP, "key", key, (query.dtype,), fix)
+    check.require_dtype(OP, "value", value, (query.dtype,), fix)
+    check.require_device(OP, "key", key, query.device)
+    check.require_device(OP, "value", value, query.device)
+    check.require(
+        OP, "keep_mask", keep_mask, (batch, num_keys), "[B, N]", MASKS, query.device,
+        "use keep_mask.bool() for an integer mask",
+    )  # fmt: skip
+    if head_dim == 0 or value.shape[3] == 0:
+        raise ValueError(f"{OP}: head dims must be at least 1, got D={head_dim} and Dv={value.shape[3]}")
     if num_kv_heads == 0 or num_heads % num_kv_heads != 0:
         raise ValueError(
             f"{OP}: query has H={num_heads} heads and key Hkv={num_kv_heads}; H must be a multiple of Hkv >= 1"
@@ -215,17 +285,98 @@ def _explain_misfit(
             f"{OP}: query has Nq={num_queries} tokens and key N={num_keys}; queries are the last tokens of the keys, "
             "so Nq <= N (append the new keys before the call)"
         )
-    check.require_dtype(OP, "query", query, check.FLOATS)
-    for name, tensor in (("key", key), ("value", value)):
-        check.require_dtype(
-            OP, name, tensor, (query.dtype,), f"query, key and value must agree: {name}.to(query.dtype)"
-        )
-    check.require_dtype(OP, "keep_mask", keep_mask, MASKS, "use keep_mask.bool() for an integer mask")
-    tensors = [("key", key), ("value", value), ("keep_mask", keep_mask)]
-    if key_padding_mask is not None:
-        check.require_shape(OP, "key_padding_mask", key_padding_mask, (batch, num_keys), "[B, N]")
-        check.require_dtype(OP, "key_padding_mask", key_padding_mask, (torch.bool,), "use .bool(), True = real token")
-        tensors.append(("key_padding_mask", key_padding_mask))
-    for name, tensor in tensors:
-        check.require_device(OP, name, tensor, query.device)
-    raise AssertionError(f"{OP}: arguments were refused for no stated reason")
+    obstacle = None
+    if query.dtype not in check.HALF_AND_SINGLE:
+        obstacle = f"query has dtype {str(query.dtype).removeprefix('torch.')}, the kernels take 16 and 32 bit floats"
+    elif max(head_dim, value.shape[3]) > MAX_HEAD_DIM:
+        obstacle = f"head dims D={head_dim} and Dv={value.shape[3]}, the kernels take at most {MAX_HEAD_DIM}"
+    return choose(OP, backend, query.device, obstacle, dtype=query.dtype)
+
+
+def _lists(keep_mask: Tensor, key_padding_mask: Tensor | None, ranges: Tensor | None) -> Tensor:
+    from toprl_kernels.attention.triton import make_lists
+
+    return make_lists(keep_mask, key_padding_mask, ranges)
+
+
+def _lists_fake(keep_mask: Tensor, key_padding_mask: Tensor | None, ranges: Tensor | None) -> Tensor:
+    from toprl_kernels.attention.triton import lists_shape
+
+    return keep_mask.new_empty(lists_shape(*keep_mask.shape), dtype=torch.int32)
+
+
+def _forward(
+    query: Tensor, key: Tensor, value: Tensor, keep_mask: Tensor, key_padding_mask: Tensor | None,
+    ranges: Tensor | None, lists: Tensor | None, is_causal: bool, scale: float, bounded_mask_grad: bool,
+    return_lse: bool, backend: str,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    tensors = (query, key, value, keep_mask, key_padding_mask, ranges)
+    if backend == "triton":
+        from toprl_kernels.attention.triton import masked_attention_forward_triton
+
+        return masked_attention_forward_triton(*tensors, lists, is_causal, scale)
+    return masked_attention_forward_eager(*tensors, is_causal, scale, return_lse)
+
+
+def _forward_fake(query: Tensor, key: Tensor, value: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+    return_lse, backend = arguments[-2:]
+    shape = query.shape[:3] if return_lse or backend == "triton" else (0,)
+    return empty_output(query, value), query.new_empty(shape, dtype=torch.promote_types(query.dtype, torch.float32))
+
+
+def _backward(
+    grad_output: Tensor, query: Tensor, key: Tensor, value: Tensor, keep_mask: Tensor,
+    key_padding_mask: Tensor | None, ranges: Tensor | None, lists: Tensor | None, output: Tensor, lse: Tensor,
+    is_causal: bool, scale: float, bounded_mask_grad: bool, needs: list[bool], backend: str,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    tensors = (grad_output, query, key, value, keep_mask, key_padding_mask, ranges)
+    if backend == "triton":
+        from toprl_kernels.attention.triton import masked_attention_backward_triton
+
+        triton_options = (lists, output, lse, is_causal, scale, bounded_mask_grad, needs)
+        gradients = list(masked_attention_backward_triton(*tensors, *triton_options))
+    else:
+        gradients = masked_attention_backward_eager(*tensors, is_causal, scale, bounded_mask_grad, needs)
+    return tuple(query.new_empty(0) if gradient is None else gradient for gradient in gradients)
+
+
+def _backward_fake(
+    grad_output: Tensor, query: Tensor, key: Tensor, value: Tensor, keep_mask: Tensor, *arguments: Any
+) -> tuple[Tensor, ...]:
+    wanted = zip((query, key, value, keep_mask), arguments[-2], strict=True)
+    return tuple(tensor.new_empty(tensor.shape) if needed else query.new_empty(0) for tensor, needed in wanted)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.options = (*inputs[7:10], inputs[11])
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(*inputs[:7], *output)
+
+
+def _autograd(ctx: Any, grad_output: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    needs = list(ctx.needs_input_grad[:4])
+    if grad_output is None or not any(needs):
+        return (None,) * 12
+    is_causal, scale, bounded_mask_grad, backend = ctx.options
+    gradients = _backward_op(grad_output, *ctx.saved_tensors, is_causal, scale, bounded_mask_grad, needs, backend)
+    return (*(g if needed else None for g, needed in zip(gradients, needs, strict=True)), *(None,) * 8)
+
+
+_MASKS = "Tensor keep_mask, Tensor? key_padding_mask, Tensor? ranges"
+_INPUTS = f"Tensor query, Tensor key, Tensor value, {_MASKS}, Tensor? lists"
+_lists_op = register(f"attention_lists({_MASKS}) -> Tensor", _lists, _lists_fake)
+_backward_op = register(
+    f"masked_attention_backward(Tensor grad_output, {_INPUTS}, Tensor output, Tensor lse, bool is_causal, float scale, "
+    "bool bounded_mask_grad, bool[] needs, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
+    _backward,
+    _backward_fake,
+)
+_forward_op = register(
+    f"masked_attention({_INPUTS}, bool is_causal, float scale, bool bounded_mask_grad, bool return_lse, str backend) "
+    "-> (Tensor, Tensor)",
+    _forward,
+    _forward_fake,
+    setup_context=_setup_context,
+    backward=_autograd,
+)

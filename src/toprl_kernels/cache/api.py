@@ -1,51 +1,44 @@
-"""The public function: contract, checks, dispatch."""
+"""compact_cache: contract, checks, registration, dispatch."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from toprl_kernels import _checks as check
-from toprl_kernels._known import Finding, KnownCalls, choose_for, examined
-from toprl_kernels.cache.library import forward_op, inplace_op
+from toprl_kernels import dispatch as check
+from toprl_kernels.cache.eager import compact_cache_backward_eager, compact_cache_eager
 from toprl_kernels.cache.reference import compact_cache_reference
+from toprl_kernels.dispatch import choose, register
 
 OP = "compact_cache"
 
 
 def compact_cache(
-    keys: Tensor,
-    values: Tensor,
-    indices: Tensor,
-    *,
-    inplace: bool = False,
-    validate: bool = False,
-    backend: str | None = None,
+    keys: Tensor, values: Tensor, indices: Tensor, *, validate: bool = False, backend: str | None = None
 ) -> tuple[Tensor, Tensor]:
     """Keep the same tokens in every head of a layer's cached keys and values.
 
     For caches that were filled before the decision which tokens stay: ``indices`` is what
-    :func:`toprl_kernels.topk_compact` returned, one call per layer. Differentiable in keys and values unless in place.
+    :func:`toprl_kernels.topk_compact` returned, one call per layer. Differentiable in keys and values.
 
     Args:
-        keys: [B, Hkv, N, D], any real dtype and strides (a transposed [B, N, Hkv, D], a slice of a static cache).
+        keys: [B, Hkv, N, D], any real dtype (float8 moves as bytes) and strides (a transposed [B, N, Hkv, D], a slice
+            of a static cache).
         values: [B, Hkv, N, Dv].
         indices: [B, K] int64 in 0..N-1, unique per sample, -1 = padding.
-        inplace: move the rows inside the given storage. The first K rows then hold the result, the others are
-            undefined. The indices have to ascend with the padding at the end (``padding_side="right"`` of
-            topk_compact): a row must not move behind one that is still to be read.
         validate: also check the values of indices, which waits for the GPU.
-        backend: None, "auto", "eager", "triton" or "reference"; see :mod:`toprl_kernels.backend`.
+        backend: None, "auto", "eager", "triton" or "reference"; see :mod:`toprl_kernels.dispatch`.
 
     Returns:
-        (keys, values), [B, Hkv, K, D] and [B, Hkv, K, Dv], zero in the padding: new contiguous tensors, or the views
-        ``keys[:, :, :K]`` and ``values[:, :, :K]`` of the arguments when in place.
+        (keys, values), [B, Hkv, K, D] and [B, Hkv, K, Dv], new contiguous tensors, zero in the padding.
 
     Raises:
         TypeError: wrong dtypes.
-        ValueError: wrong shapes or devices; in place: K > N, the same tensor twice, tensors that overlap themselves
-            (expanded), arguments that require a gradient; under ``validate`` the conditions above.
+        ValueError: wrong shapes or devices; under ``validate`` indices outside -1..N-1 or twice in a sample.
         RuntimeError: backend="triton" cannot run (no CUDA device, triton missing, complex tensors).
+        NotImplementedError: under torch.vmap; inputs with forward-mode tangents.
 
     Example:
         >>> import torch
@@ -59,76 +52,98 @@ def compact_cache(
         The layers of a transformers ``DynamicCache`` are such pairs:
         ``layer.keys, layer.values = compact_cache(layer.keys, layer.values, kept.indices)``.
     """
-    found = _known.find((keys, values, indices))
-    if found is None:
-        found = _examine(keys, values, indices)
-    if inplace:
-        _validate_inplace(keys, values, indices)
-    if validate:
-        _validate_values(indices, keys.shape[2], inplace)
-    choice = choose_for(found, backend)
-    if inplace:
-        length = indices.shape[1]
-        if choice.name == "reference":
-            new_keys, new_values = compact_cache_reference(keys, values, indices)
-            keys[:, :, :length], values[:, :, :length] = new_keys, new_values
-        else:
-            inplace_op(keys, values, indices, choice.name)
-        return keys[:, :, :length], values[:, :, :length]
-    if choice.name == "reference":
-        return compact_cache_reference(keys, values, indices)
-    run = forward_op.route(found.is_plain, found.requires_grad, keys)
-    return run(keys, values, indices, choice.name)
-
-
-_known = KnownCalls()
-
-
-def _examine(keys: Tensor, values: Tensor, indices: Tensor) -> Finding:
     check.require_ndim(OP, "keys", keys, 4, "[B, Hkv, N, D]")
     check.require_ndim(OP, "values", values, 4, "[B, Hkv, N, Dv]")
     check.require_shape(OP, "values", values, (*keys.shape[:3], values.shape[3]), "[B, Hkv, N, Dv]")
     check.require_device(OP, "values", values, keys.device)
     check.require_ndim(OP, "indices", indices, 2, "[B, K]")
-    check.require_shape(OP, "indices", indices, (keys.shape[0], indices.shape[1]), "[B, K]")
-    check.require_dtype(OP, "indices", indices, (torch.int64,), "use indices.long()")
-    check.require_device(OP, "indices", indices, keys.device)
+    shape = (keys.shape[0], indices.shape[1])
+    check.require(OP, "indices", indices, shape, "[B, K]", (torch.int64,), keys.device, "use indices.long()")
+    if validate:
+        _validate_values(indices, keys.shape[2])
     obstacle = None
     if keys.dtype.is_complex or values.dtype.is_complex:
         obstacle = "keys or values are complex, the kernels take real dtypes"
-    tensors = (keys, values, indices)
-    found = examined(OP, tensors, requires_grad=keys.requires_grad or values.requires_grad, obstacle=obstacle)
-    _known.remember(found, tensors)
-    return found
+    choice = choose(OP, backend, keys.device, obstacle)
+    if choice.name == "reference":
+        return compact_cache_reference(keys, values, indices)
+    return _forward_op(keys, values, indices, choice.name)
 
 
-def _validate_inplace(keys: Tensor, values: Tensor, indices: Tensor) -> None:
-    length, num_tokens = indices.shape[1], keys.shape[2]
-    if length > num_tokens:
-        raise ValueError(f"{OP}: inplace=True has no room for K={length} rows in N={num_tokens}; use inplace=False")
-    if keys is values:
-        raise ValueError(f"{OP}: keys and values are the same tensor and inplace=True would move its rows twice")
-    for name, cache in (("keys", keys), ("values", values)):
-        if any(stride == 0 and size > 1 for stride, size in zip(cache.stride(), cache.shape, strict=True)):
-            raise ValueError(
-                f"{OP}: {name} overlaps itself (shape {tuple(cache.shape)}, strides {cache.stride()}), so its rows "
-                f"cannot be moved; use inplace=False or {name}.contiguous()"
-            )
-        if cache.requires_grad and torch.is_grad_enabled():
-            raise ValueError(f"{OP}: {name} requires a gradient, which inplace=True has not; use inplace=False")
-
-
-def _validate_values(indices: Tensor, num_tokens: int, inplace: bool) -> None:
+def _validate_values(indices: Tensor, num_tokens: int) -> None:
     outside = (indices < -1) | (indices >= num_tokens)
     if bool(outside.any()):
         raise ValueError(f"{OP}: indices has {indices[outside].tolist()} outside -1..N-1={num_tokens - 1}")
-    ordered = indices if inplace else indices.sort(dim=1).values
-    before, after = ordered[:, :-1], ordered[:, 1:]
-    if not inplace:
-        if bool(((before == after) & (after >= 0)).any()):
-            raise ValueError(f"{OP}: indices names a token of a sample twice; the gradient needs unique indices")
-    elif bool((((after <= before) | (before < 0)) & (after >= 0)).any()):
-        raise ValueError(
-            f"{OP}: indices must ascend with padding (-1) at the end for inplace=True; use padding_side='right' in "
-            "topk_compact, or inplace=False"
-        )
+    ordered = indices.sort(dim=1).values
+    if bool(((ordered[:, :-1] == ordered[:, 1:]) & (ordered[:, 1:] >= 0)).any()):
+        raise ValueError(f"{OP}: indices names a token of a sample twice; the gradient needs unique indices")
+
+
+def _forward(keys: Tensor, values: Tensor, indices: Tensor, backend: str) -> tuple[Tensor, Tensor]:
+    if backend == "triton":
+        from toprl_kernels.cache.triton import compact_cache_triton
+
+        return compact_cache_triton(keys, values, indices)
+    return compact_cache_eager(keys, values, indices)
+
+
+def _forward_fake(keys: Tensor, values: Tensor, indices: Tensor, backend: str) -> tuple[Tensor, Tensor]:
+    shape = (*keys.shape[:2], indices.shape[1])
+    return keys.new_empty(*shape, keys.shape[3]), values.new_empty(*shape, values.shape[3])
+
+
+def _backward_implementation(
+    indices: Tensor, grad_keys: Tensor | None, grad_values: Tensor | None, num_tokens: int, backend: str
+) -> tuple[Tensor, Tensor]:
+    if backend == "triton":
+        from toprl_kernels.cache.triton import compact_cache_backward_triton
+
+        return compact_cache_backward_triton(indices, grad_keys, grad_values, num_tokens)
+    return compact_cache_backward_eager(indices, grad_keys, grad_values, num_tokens)
+
+
+def _backward_fake(
+    indices: Tensor, grad_keys: Tensor | None, grad_values: Tensor | None, num_tokens: int, backend: str
+) -> tuple[Tensor, Tensor]:
+    keys, values = (
+        torch.empty(0, device=indices.device)
+        if gradient is None
+        else gradient.new_empty(*gradient.shape[:2], num_tokens, gradient.shape[3])
+        for gradient in (grad_keys, grad_values)
+    )
+    return keys, values
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    keys, _, indices, backend = inputs
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(indices)
+    ctx.options = keys.size(2), backend
+
+
+def _backward(ctx: Any, grad_keys: Tensor | None, grad_values: Tensor | None) -> tuple[Tensor | None, ...]:
+    (indices,) = ctx.saved_tensors
+    wanted = [
+        gradient if gradient is not None and needed else None
+        for gradient, needed in zip((grad_keys, grad_values), ctx.needs_input_grad[:2], strict=True)
+    ]
+    if wanted == [None, None]:
+        return None, None, None, None
+    results = backward_op(indices, *wanted, *ctx.options)
+    keys, values = (None if gradient is None else result for gradient, result in zip(wanted, results, strict=True))
+    return keys, values, None, None
+
+
+backward_op = register(
+    "compact_cache_backward(Tensor indices, Tensor? grad_keys, Tensor? grad_values, SymInt num_tokens, str backend)"
+    " -> (Tensor, Tensor)",
+    _backward_implementation,
+    _backward_fake,
+)
+_forward_op = register(
+    "compact_cache(Tensor keys, Tensor values, Tensor indices, str backend) -> (Tensor, Tensor)",
+    _forward,
+    _forward_fake,
+    setup_context=_setup_context,
+    backward=_backward,
+)

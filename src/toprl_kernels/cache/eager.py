@@ -5,9 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from toprl_kernels.topk.reference import as_type, by_bytes
+
 
 def gather_heads(cache: Tensor, indices: Tensor) -> Tensor:
     """cache[b, h, indices[b, r]], [B, Hkv, K, D] contiguous; zero where the index is -1."""
+    dtype, cache = cache.dtype, by_bytes(cache)
     samples, heads, _, size = cache.shape
     batch = torch.arange(samples, device=cache.device)[:, None, None]
     head = torch.arange(heads, device=cache.device)[None, :, None]
@@ -23,17 +26,12 @@ def gather_heads(cache: Tensor, indices: Tensor) -> Tensor:
         output = flat.index_select(0, rows.flatten()).view(samples, heads, indices.shape[1], size)
     else:
         output = cache[batch, head, safe]
-    return output.masked_fill_((indices < 0)[:, None, :, None], 0) if padded else output
+    output = output.masked_fill_((indices < 0)[:, None, :, None], 0) if padded else output
+    return as_type(output, dtype)
 
 
 def compact_cache_eager(keys: Tensor, values: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
     return gather_heads(keys, indices), gather_heads(values, indices)
-
-
-def compact_cache_inplace_eager(keys: Tensor, values: Tensor, indices: Tensor) -> None:
-    length = indices.shape[1]
-    keys[:, :, :length] = gather_heads(keys, indices)
-    values[:, :, :length] = gather_heads(values, indices)
 
 
 def scatter_heads(gradient: Tensor, indices: Tensor, num_tokens: int) -> Tensor:
@@ -50,9 +48,9 @@ def scatter_heads(gradient: Tensor, indices: Tensor, num_tokens: int) -> Tensor:
 def compact_cache_backward_eager(
     indices: Tensor, grad_keys: Tensor | None, grad_values: Tensor | None, num_tokens: int
 ) -> tuple[Tensor, Tensor]:
-    """A gradient that is not asked for is None here and empty in the result."""
-    empty = torch.empty(0, device=indices.device)
-    return (
-        empty if grad_keys is None else scatter_heads(grad_keys, indices, num_tokens),
-        torch.empty_like(empty) if grad_values is None else scatter_heads(grad_values, indices, num_tokens),
+    """A gradient that is not asked for is None in the arguments and empty in the result."""
+    keys, values = (
+        torch.empty(0, device=indices.device) if gradient is None else scatter_heads(gradient, indices, num_tokens)
+        for gradient in (grad_keys, grad_values)
     )
+    return keys, values

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from toprl_kernels.topk.reference import as_type, by_bytes
+
 
 def compact_cache_reference(keys: Tensor, values: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
     """keys[b, h, indices[b, r]] and the same of the values, [B, Hkv, K, D]; zero where the index is -1."""
@@ -12,4 +14,5 @@ def compact_cache_reference(keys: Tensor, values: Tensor, indices: Tensor) -> tu
     head = torch.arange(keys.shape[1], device=keys.device)[None, :, None]
     is_token = (indices >= 0)[:, None, :, None]
     rows = indices.clamp(min=0)[:, None, :]
-    return keys[batch, head, rows].where(is_token, 0), values[batch, head, rows].where(is_token, 0)
+    kept = [by_bytes(cache)[batch, head, rows].where(is_token, 0) for cache in (keys, values)]
+    return as_type(kept[0], keys.dtype), as_type(kept[1], values.dtype)

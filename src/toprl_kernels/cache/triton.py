@@ -1,4 +1,4 @@
-"""compact_cache in one launch for both tensors, out of place or in place."""
+"""compact_cache in one launch for both tensors."""
 
 from __future__ import annotations
 
@@ -7,10 +7,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from toprl_kernels._triton_common import ceil_div, host_int, next_power_of_2
 from toprl_kernels.configs import select
-
-MAX_INPLACE_BLOCK_D = 64  # columns move independently of each other; narrow blocks give more programs
+from toprl_kernels.topk.reference import by_bytes
+from toprl_kernels.triton_common import ceil_div, next_power_of_2
 
 
 @triton.jit
@@ -46,45 +45,6 @@ def compact_cache_kernel(
         tile = load_rows(source, index, dims, value_size, stride_vn, stride_vd)
         target = out_values_ptr + (matrix * length + rows)[:, None] * value_size + dims[None, :]
         tl.store(target, tile, mask=in_range[:, None] & (dims < value_size)[None, :])
-
-
-@triton.jit
-def move_rows(
-    cache_ptr, index_ptr, length, size, stride_n, stride_d, first_dim, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr
-):
-    """Rows of one head to the front. An ascending unique index is never below its slot, so a forward sweep reads every
-    row before it writes there: a block's loads touch rows from the block's first on, and all of them come before its
-    stores because of the barrier; the next block reads behind them."""
-    dims = first_dim + tl.arange(0, BLOCK_D)
-    for start in range(0, host_int(length), BLOCK_R):
-        rows = start + tl.arange(0, BLOCK_R)
-        in_range = rows < length
-        index = tl.load(index_ptr + rows, mask=in_range, other=-1)  # [R]
-        tile = load_rows(cache_ptr, index, dims, size, stride_n, stride_d)
-        tl.debug_barrier()
-        target = cache_ptr + rows.to(tl.int64)[:, None] * stride_n + dims.to(tl.int64)[None, :] * stride_d
-        tl.store(target, tile, mask=in_range[:, None] & (dims < size)[None, :])
-
-
-@triton.jit(do_not_specialize=["length"])
-def compact_cache_inplace_kernel(
-    keys_ptr, values_ptr, indices_ptr,
-    stride_kb, stride_kh, stride_kn, stride_kd, stride_vb, stride_vh, stride_vn, stride_vd,
-    num_heads, length, key_size, value_size,
-    BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
-    """cache[b, h, r] = cache[b, h, indices[b, r]]. Grid (B * Hkv, d blocks, 2 for keys and values)."""
-    matrix = tl.program_id(0).to(tl.int64)
-    sample = matrix // num_heads
-    head = matrix % num_heads
-    first_dim = tl.program_id(1) * BLOCK_D
-    index_ptr = indices_ptr + sample * length
-    if tl.program_id(2) == 0:
-        cache_ptr = keys_ptr + sample * stride_kb + head * stride_kh
-        move_rows(cache_ptr, index_ptr, length, key_size, stride_kn, stride_kd, first_dim, BLOCK_R, BLOCK_D)
-    else:
-        cache_ptr = values_ptr + sample * stride_vb + head * stride_vh
-        move_rows(cache_ptr, index_ptr, length, value_size, stride_vn, stride_vd, first_dim, BLOCK_R, BLOCK_D)
 
 
 @triton.jit
@@ -124,18 +84,11 @@ def compact_cache_bwd_kernel(
 
 
 def select_config(kernel: str, key_size: int, value_size: int, device: torch.device) -> tuple[dict[str, int], int]:
-    """Constants and warps of the out-of-place kernels; a configuration's block_n is a program's number of elements."""
+    """Constants and warps; a configuration's block_n is a program's number of elements."""
     block_kd, block_vd = next_power_of_2(key_size), next_power_of_2(value_size)
     config = select(kernel, size=max(key_size, value_size), dtype=torch.float32, device=device)
     rows = max(1, config.block_n // max(block_kd, block_vd))
     return dict(BLOCK_R=rows, BLOCK_KD=block_kd, BLOCK_VD=block_vd), config.num_warps
-
-
-def select_inplace_config(key_size: int, value_size: int, device: torch.device) -> tuple[dict[str, int], int]:
-    """Constants and warps of the in-place kernel."""
-    block_d = min(next_power_of_2(max(key_size, value_size)), MAX_INPLACE_BLOCK_D)
-    config = select("compact_cache_inplace", size=max(key_size, value_size), dtype=torch.float32, device=device)
-    return dict(BLOCK_R=config.block_n // block_d, BLOCK_D=block_d), config.num_warps
 
 
 def compact_cache_triton(keys: Tensor, values: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
@@ -148,25 +101,11 @@ def compact_cache_triton(keys: Tensor, values: Tensor, indices: Tensor) -> tuple
         constants, num_warps = select_config("compact_cache", key_size, value_size, keys.device)
         with torch.cuda.device_of(keys):
             compact_cache_kernel[(samples * heads, ceil_div(length, constants["BLOCK_R"]), 2)](
-                keys, values, indices.contiguous(), out_keys, out_values, *keys.stride(), *values.stride(),
+                by_bytes(keys), by_bytes(values), indices.contiguous(), by_bytes(out_keys), by_bytes(out_values),
+                *keys.stride(), *values.stride(),
                 heads, length, key_size, value_size, **constants, num_warps=num_warps, enable_fp_fusion=True,
             )  # fmt: skip
     return out_keys, out_values
-
-
-def compact_cache_inplace_triton(keys: Tensor, values: Tensor, indices: Tensor) -> None:
-    """Same contract as :func:`compact_cache_inplace_eager`."""
-    samples, heads, _, key_size = keys.shape
-    length, value_size = indices.shape[1], values.shape[3]
-    if samples and heads and length:
-        constants, num_warps = select_inplace_config(key_size, value_size, keys.device)
-        with torch.cuda.device_of(keys):
-            compact_cache_inplace_kernel[
-                (samples * heads, ceil_div(max(key_size, value_size), constants["BLOCK_D"]), 2)
-            ](
-                keys, values, indices.contiguous(), *keys.stride(), *values.stride(),
-                heads, length, key_size, value_size, **constants, num_warps=num_warps, enable_fp_fusion=True,
-            )  # fmt: skip
 
 
 def compact_cache_backward_triton(

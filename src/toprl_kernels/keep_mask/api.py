@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from toprl_kernels import _checks as check
-from toprl_kernels._known import Finding, KnownCalls, choose_for, examined
-from toprl_kernels.keep_mask.eager import draw_uniform
-from toprl_kernels.keep_mask.library import forward_op
+from toprl_kernels import dispatch as check
+from toprl_kernels.dispatch import Choice, choose, register
+from toprl_kernels.keep_mask.eager import draw_uniform, keep_mask_backward_eager, keep_mask_eager
 from toprl_kernels.keep_mask.reference import keep_mask_reference
 
 OP = "sample_keep_mask"
@@ -74,46 +73,44 @@ def sample_keep_mask(
         >>> sample_keep_mask(logits, uniform=torch.full((1, 2), 0.5)).keep_mask
         tensor([[1., 0.]])
     """
-    found = _known[OP].find((logits,)) or _examine(OP, logits)
+    choice = _examine(OP, logits, backend)
     if previous_mask is not None:
         _validate_previous(OP, logits, previous_mask)
     if not (isinstance(tau, NUMBERS) and 0 < tau < math.inf):
         raise ValueError(f"{OP}: tau={tau!r} must be a number > 0; use a small one such as 0.05 for a sharp gradient")
-    is_other = generator is not None or uniform is not None
-    if is_other and (seed is not None) + (generator is not None) + (uniform is not None) > 1:
-        sources = (("seed", seed), ("generator", generator), ("uniform", uniform))
-        given = [name for name, value in sources if value is not None]
+    sources = (("seed", seed), ("generator", generator), ("uniform", uniform))
+    given = [name for name, value in sources if value is not None]
+    if len(given) > 1:
         raise ValueError(f"{OP}: {' and '.join(given)} are given together; pass one of them")
     if uniform is not None:
-        check.require_shape(OP, "uniform", uniform, tuple(logits.shape[:-1]), "[B, N]")
-        check.require_dtype(OP, "uniform", uniform, check.FLOATS)
-        check.require_device(OP, "uniform", uniform, logits.device)
+        check.require(OP, "uniform", uniform, tuple(logits.shape[:-1]), "[B, N]", check.FLOATS, logits.device)
         uniform = uniform.detach().to(torch.promote_types(logits.dtype, torch.float32))
         if token_ids is not None:
             raise ValueError(f"{OP}: token_ids has no use with uniform; leave one of them out")
         drawn = None
-    elif isinstance(seed, Tensor) and seed.shape == ONE and seed.dtype == torch.int64 and seed.device == found.device:
-        drawn = seed
     else:
-        drawn = _seed(seed, generator, found.device)
+        drawn = _seed(seed, generator, logits.device)
     if token_ids is not None:
-        check.require_shape(OP, "token_ids", token_ids, tuple(logits.shape[:-1]), "[B, N]")
-        check.require_dtype(OP, "token_ids", token_ids, (torch.int64,), "use token_ids.long()")
-        check.require_device(OP, "token_ids", token_ids, logits.device)
-    choice = choose_for(found, backend)
+        check.require(
+            OP,
+            "token_ids",
+            token_ids,
+            tuple(logits.shape[:-1]),
+            "[B, N]",
+            (torch.int64,),
+            logits.device,
+            "use token_ids.long()",
+        )
     if choice.name == "reference":
         return KeepMaskSample(*_reference(logits, uniform, None, drawn, token_ids, float(tau), previous_mask))
-    run = forward_op.route(found.is_plain, found.requires_grad, logits)
-    results = run(logits, uniform, None, drawn, token_ids, previous_mask, float(tau), choice.name)
-    return tuple.__new__(KeepMaskSample, results)  # half the time of KeepMaskSample(*results)
+    arguments = (logits, uniform, None, drawn, token_ids, previous_mask, float(tau), choice.name)
+    return KeepMaskSample(*_forward_op(*arguments))
 
 
 def _seed(seed: int | Tensor | None, generator: torch.Generator | None, device: torch.device) -> Tensor:
     """int64 [1] on the device, without waiting for it."""
     if isinstance(seed, Tensor):
-        check.require_shape(OP, "seed", seed, ONE, "[1]")
-        check.require_dtype(OP, "seed", seed, (torch.int64,), "use seed.long()")
-        check.require_device(OP, "seed", seed, device)
+        check.require(OP, "seed", seed, ONE, "[1]", (torch.int64,), device, "use seed.long()")
         return seed
     if seed is None:
         return torch.randint(0, MAX_SEED, (1,), generator=generator, dtype=torch.int64, device=device)
@@ -147,19 +144,24 @@ def keep_mask_log_prob(
     Raises:
         TypeError, ValueError, RuntimeError: as :func:`sample_keep_mask`.
     """
-    found = _known[OP_LOG_PROB].find((logits,)) or _examine(OP_LOG_PROB, logits)
+    choice = _examine(OP_LOG_PROB, logits, backend)
     if previous_mask is not None:
         _validate_previous(OP_LOG_PROB, logits, previous_mask)
-    check.require_shape(OP_LOG_PROB, "keep_mask", keep_mask, tuple(logits.shape[:-1]), "[B, N]")
-    check.require_dtype(OP_LOG_PROB, "keep_mask", keep_mask, (torch.bool, *check.FLOATS), "use keep_mask.bool()")
-    check.require_device(OP_LOG_PROB, "keep_mask", keep_mask, logits.device)
+    check.require(
+        OP_LOG_PROB,
+        "keep_mask",
+        keep_mask,
+        tuple(logits.shape[:-1]),
+        "[B, N]",
+        (torch.bool, *check.FLOATS),
+        logits.device,
+        "use keep_mask.bool()",
+    )
     given = keep_mask.detach() > 0.5 if keep_mask.dtype != torch.bool else keep_mask
-    choice = choose_for(found, backend)
     if choice.name == "reference":
         _, log_prob, entropy = _reference(logits, None, given, None, None, 1.0, previous_mask)
     else:
-        run = forward_op.route(found.is_plain, found.requires_grad, logits)
-        _, log_prob, entropy = run(logits, None, given, None, None, previous_mask, 1.0, choice.name)
+        _, log_prob, entropy = _forward_op(logits, None, given, None, None, previous_mask, 1.0, choice.name)
     return log_prob, entropy
 
 
@@ -178,22 +180,87 @@ def _reference(
     return keep_mask_reference(logits, uniform=uniform, given=given, tau=tau, previous_mask=previous_mask)
 
 
-_known = {OP: KnownCalls(), OP_LOG_PROB: KnownCalls()}
-
-
 def _validate_previous(op: str, logits: Tensor, previous_mask: Tensor) -> None:
-    check.require_shape(op, "previous_mask", previous_mask, tuple(logits.shape[:2]), "[B, N]")
-    check.require_dtype(op, "previous_mask", previous_mask, (torch.bool,), "use previous_mask.bool()")
-    check.require_device(op, "previous_mask", previous_mask, logits.device)
+    check.require(
+        op,
+        "previous_mask",
+        previous_mask,
+        tuple(logits.shape[:2]),
+        "[B, N]",
+        (torch.bool,),
+        logits.device,
+        "use previous_mask.bool()",
+    )
 
 
-def _examine(op: str, logits: Tensor) -> Finding:
+def _examine(op: str, logits: Tensor, backend: str | None) -> Choice:
     check.require_ndim(op, "logits", logits, 3, "[B, N, 2]")
     check.require_shape(op, "logits", logits, (*logits.shape[:2], 2), "[B, N, 2] with (keep, drop) last")
     check.require_dtype(op, "logits", logits, check.FLOATS)
     obstacle = None
     if logits.dtype == torch.float64:
         obstacle = "logits has dtype float64, the kernels take float16, bfloat16, float32"
-    found = examined(op, (logits,), requires_grad=logits.requires_grad, obstacle=obstacle, dtype=logits.dtype)
-    _known[op].remember(found, (logits,))
-    return found
+    return choose(op, backend, logits.device, obstacle, dtype=logits.dtype)
+
+
+def _forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    inputs = arguments[:-2]  # tau is for the backward
+    if arguments[-1] == "triton":
+        from toprl_kernels.keep_mask.triton import keep_mask_triton
+
+        return keep_mask_triton(*inputs)
+    return keep_mask_eager(*inputs)
+
+
+def _forward_fake(
+    logits: Tensor, uniform: Tensor | None, given: Tensor | None, *arguments: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    dtype = torch.promote_types(logits.dtype, torch.float32)
+    log_prob = logits.new_empty(logits.shape[:-1], dtype=dtype)
+    keep = logits.new_empty(logits.shape[:-1] if given is None else 0, dtype=dtype)
+    return keep, log_prob, torch.empty_like(log_prob)
+
+
+def _backward_implementation(*arguments: Any) -> Tensor:
+    *inputs, backend = arguments
+    implementation = keep_mask_backward_eager
+    if backend == "triton":
+        from toprl_kernels.keep_mask.triton import keep_mask_backward_triton as implementation
+    return implementation(*inputs)
+
+
+def _backward_fake(logits: Tensor, *arguments: Any) -> Tensor:
+    return logits.new_empty(logits.shape)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    ctx.options = inputs[-2:]
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*inputs[:-2])
+    if inputs[2] is not None:  # a given mask
+        ctx.mark_non_differentiable(output[0])
+
+
+def _backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+    result = None
+    if any(gradient is not None for gradient in gradients):
+        logits, *others = ctx.saved_tensors
+        result = _backward_op(logits, *gradients, *others, *ctx.options)
+    return (result, *[None] * 7)
+
+
+_backward_op = register(
+    "keep_mask_backward(Tensor logits, Tensor? grad_keep_mask, Tensor? grad_log_prob, Tensor? grad_entropy, "
+    "Tensor? uniform, Tensor? given, Tensor? seed, Tensor? token_ids, Tensor? previous_mask, float tau, str backend)"
+    " -> Tensor",
+    _backward_implementation,
+    _backward_fake,
+)
+_forward_op = register(
+    "keep_mask(Tensor logits, Tensor? uniform, Tensor? given, Tensor? seed, Tensor? token_ids, Tensor? previous_mask, "
+    "float tau, str backend) -> (Tensor, Tensor, Tensor)",
+    _forward,
+    _forward_fake,
+    setup_context=_setup_context,
+    backward=_backward,
+)

@@ -19,7 +19,7 @@ def keep_mask_reference(
     Keep wins when logit_keep + g_keep > logit_drop + g_drop with Gumbel noise g; the difference of two Gumbel
     variables is logistic, log u - log(1 - u). The relaxed sample is softmax((logits + g) / tau).
     """
-    log_probs = torch.log_softmax(logits, dim=-1)
+    log_probs = torch.log_softmax(logits, dim=-1).clamp(min=torch.finfo(logits.dtype).min)  # 0 * -inf is NaN
     entropy = -(log_probs.exp() * log_probs).sum(dim=-1)
     if uniform is not None:
         noise = torch.log(uniform) - torch.log1p(-uniform)

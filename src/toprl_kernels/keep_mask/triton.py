@@ -7,8 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from toprl_kernels._triton_common import ceil_div
 from toprl_kernels.configs import select
+from toprl_kernels.triton_common import ceil_div
 
 # where the noise or the decision comes from
 GIVEN, UNIFORM, SEED = (tl.constexpr(number) for number in range(3))
@@ -16,7 +16,7 @@ GIVEN, UNIFORM, SEED = (tl.constexpr(number) for number in range(3))
 
 @triton.jit
 def token_uniform(seed, tokens):
-    """Bit for bit :func:`toprl_kernels.keep_mask.random.token_uniform`."""
+    """Bit for bit :func:`toprl_kernels.keep_mask.eager.token_uniform`."""
     low = (tokens & 0xFFFFFFFF).to(tl.uint32)
     high = ((tokens >> 32) & 0xFFFFFFFF).to(tl.uint32)
     word, _, _, _ = tl.philox(seed, low, high, low * 0, low * 0)
@@ -31,7 +31,7 @@ def load_decision(
     """Logit difference, the difference plus logistic noise (as it is for a given mask), and whether to keep."""
     keep = tl.load(logits_ptr + offsets * 2, mask=mask, other=0.0).to(tl.float32)
     drop = tl.load(logits_ptr + offsets * 2 + 1, mask=mask, other=0.0).to(tl.float32)
-    delta = keep - drop
+    delta = tl.minimum(tl.maximum(keep - drop, -3.4028234663852886e38), 3.4028234663852886e38)
     if SOURCE == GIVEN:
         margin = delta
         hard = tl.load(given_ptr + offsets, mask=mask, other=0) != 0

@@ -1,18 +1,19 @@
-"""The public function: contract, checks, dispatch."""
+"""topk_compact: contract, checks, registration, dispatch."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from toprl_kernels import _checks as check
-from toprl_kernels._known import Finding, KnownCalls, choose_for, examined
-from toprl_kernels.topk.library import forward_op
-from toprl_kernels.topk.output import TopkCompactOutput
-from toprl_kernels.topk.reference import topk_compact_reference
+from toprl_kernels import dispatch as check
+from toprl_kernels.dispatch import choose, register
+from toprl_kernels.topk.eager import topk_compact_backward_eager, topk_compact_eager
+from toprl_kernels.topk.reference import TopkCompactOutput, topk_compact_reference
 
 OP = "topk_compact"
-MAX_TRITON_TOKENS = 65536
+MAX_TRITON_TOKENS = 1 << 20
 
 
 def topk_compact(
@@ -22,6 +23,10 @@ def topk_compact(
     *,
     position_ids: Tensor | None = None,
     valid_mask: Tensor | None = None,
+    threshold: float | None = None,
+    segments: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    max_seqlen: int | None = None,
     max_length: int | None = None,
     padding_side: str = "right",
     return_inverse: bool = False,
@@ -34,33 +39,47 @@ def topk_compact(
     ranks before every number. NaN ranks after every number, -inf included. Differentiable in hidden_states.
 
     Args:
-        hidden_states: [B, N, d], any dtype.
+        hidden_states: [B, N, d], any dtype (float8 and bool move as bytes, without a gradient).
         scores: [B, N], floating. No gradient goes to them.
         k: tokens to keep. An int gives every sample k and needs no synchronisation with the GPU. An integer tensor
             [B] gives each sample its own number; values outside 0..K are clipped to it unless ``validate``.
         position_ids: [B, N], or [3, B, N] for multimodal rotary embeddings; integer. Gathered alongside.
         valid_mask: [B, N] bool, True = eligible. A sample with fewer than k eligible tokens keeps those it has.
-        max_length: output length K of a tensor k. By default it is max(k), which waits for the device that k is on;
-            with it nothing waits, so that CUDA graphs and torch.compile work with k on the device.
+        threshold: tokens with a score below it are not eligible, so that every token that reaches it is kept, up to k.
+            NaN does not reach it. Compared in float32 (float64 for such scores).
+        segments: [B, N] integer, the segment (image) of each token, with k [B, S]: of every segment s = 0..S-1 its
+            k[:, s] best tokens are kept, in the order of the sample. Tokens with another number are dropped. When a
+            sample's quotas sum up to more than K, the first K of the tokens that they select are kept.
+        cu_seqlens: [S + 1] int32 or int64, 0 first and ascending, as flash attention has it: the batch is S sequences
+            of any length in one row. Every shape loses its B: hidden_states [N, d], scores and valid_mask [N],
+            position_ids [N] or [3, N], where N is the length of all together; k is an int or [S]. The kept tokens of
+            all sequences follow one another, and their bounds are the ``cu_seqlens`` of the output. Without any
+            synchronisation with the GPU for an int k: the output has min(S k, N) rows, of which those after the last
+            bound are padding (there are some when a sequence has fewer than k eligible tokens).
+        max_seqlen: tokens of the longest sequence with cu_seqlens. Known to be small, it saves launches.
+        max_length: output length K of a tensor k (or with cu_seqlens). By default it is max(k), the largest sum of a
+            sample's quotas, or sum(k) with cu_seqlens, which waits for the device that k is on; with it nothing waits,
+            so that CUDA graphs and torch.compile work with k on the device.
         padding_side: "right" or "left", where a sample that keeps fewer than K tokens is padded. Generation reads the
-            last position and wants "left".
+            last position and wants "left". Packed sequences are padded on the right.
         return_inverse: also return where each token went, to scatter results back.
         validate: also check values, which waits for the GPU: NaN scores, tensor k outside 0..N or above max_length,
             more than k tokens forced in by +inf.
-        backend: None, "auto", "eager", "triton" or "reference"; see :mod:`toprl_kernels.backend`.
+        backend: None, "auto", "eager", "triton" or "reference"; see :mod:`toprl_kernels.dispatch`.
 
     Returns:
         TopkCompactOutput with hidden_states [B, K, d], indices [B, K] (int64, ascending), valid_mask [B, K],
-        position_ids [B, K] / [3, B, K] / None and inverse [B, N] (int64, output slot or -1) / None. K = k, or
-        max_length or max(k) for a tensor. Padding has hidden state 0, index -1, valid_mask False, position 0.
+        position_ids [B, K] / [3, B, K] / None, inverse [B, N] (int64, output slot or -1) / None and cu_seqlens
+        [S + 1] / None. Padding has hidden state 0, index -1, valid_mask False, position 0.
 
     Raises:
         TypeError: wrong dtypes; a bool k.
         ValueError: wrong shapes or devices; int k or max_length outside 0..N; max_length with an int k; an unknown
-            padding_side; under ``validate`` the conditions listed there. When more than k tokens are forced in and
-            ``validate`` is off, the first k of them are kept.
+            padding_side; segments with cu_seqlens or without their k; under ``validate`` the conditions listed there.
+            When more than k tokens are forced in and ``validate`` is off, the first k of them are kept.
         RuntimeError: backend="triton" cannot run (no CUDA device, triton missing, float64 scores, complex hidden
-            states, N > 65536).
+            states, N > 2^20).
+        NotImplementedError: under torch.vmap; inputs with forward-mode tangents.
 
     Example:
         >>> import torch
@@ -70,107 +89,140 @@ def topk_compact(
         >>> out.indices.tolist(), out.hidden_states.flatten().tolist(), out.inverse.tolist()
         ([[1, 2]], [1.0, 2.0], [[-1, 0, 1, -1]])
     """
-    found = _known.find((hidden_states, scores))
-    if found is None:
-        found = _examine(hidden_states, scores)
-    if not (position_ids is None and valid_mask is None):
-        _validate_others(scores, position_ids, valid_mask)
+    packed = cu_seqlens is not None
+    if cu_seqlens is not None:
+        check.require_ndim(OP, "hidden_states", hidden_states, 2, "[N, d] with cu_seqlens")
+        check.require_ndim(OP, "cu_seqlens", cu_seqlens, 1, "[S + 1]")
+        check.require_dtype(OP, "cu_seqlens", cu_seqlens, check.INTEGERS, "use cu_seqlens.int()")
+        check.require_device(OP, "cu_seqlens", cu_seqlens, hidden_states.device)
+        if segments is not None or padding_side == "left" or not len(cu_seqlens):
+            raise ValueError(f"{OP}: cu_seqlens [S + 1] goes with neither segments nor padding_side='left'")
+        hidden_states, scores = hidden_states[None], scores[None]
+        valid_mask = None if valid_mask is None else valid_mask[None]
+        position_ids = None if position_ids is None else position_ids.unsqueeze(-2)
+    else:
+        check.require_ndim(OP, "hidden_states", hidden_states, 3, "[B, N, d]")
+    shape, device = tuple(hidden_states.shape[:2]), hidden_states.device
+    check.require(OP, "scores", scores, shape, "[B, N]", check.FLOATS, device, "use scores.float()")
+    if position_ids is not None:
+        layout = (3, *shape) if position_ids.ndim == 3 else shape
+        check.require_shape(OP, "position_ids", position_ids, layout, "[B, N] or [3, B, N]")
+        check.require_dtype(OP, "position_ids", position_ids, check.INTEGERS, "use position_ids.long()")
+        check.require_device(OP, "position_ids", position_ids, device)
+    if valid_mask is not None:
+        fix = "use valid_mask.bool(), True = eligible"
+        check.require(OP, "valid_mask", valid_mask, shape, "[B, N]", (torch.bool,), device, fix)
+    if segments is not None:
+        check.require(OP, "segments", segments, shape, "[B, N]", check.INTEGERS, device, "use segments.long()")
     if padding_side not in ("right", "left"):
         raise ValueError(f"{OP}: padding_side={padding_side!r} is unknown; use 'right' or 'left'")
-    length = _check_k(k, scores, max_length)
+    number = len(cu_seqlens) - 1 if cu_seqlens is not None else None
+    length = _check_k(k, shape, segments is not None, number, max_length)
     if validate:
-        _validate_values(scores, k, valid_mask, length)
-    left = padding_side == "left"
-    counts = k.to(device=scores.device, dtype=torch.int64).clamp(0, length) if isinstance(k, Tensor) else None
-
-    choice = choose_for(found, backend)
-    if choice.name == "reference":
-        taken = [length] * scores.shape[0] if counts is None else counts.tolist()
-        out = topk_compact_reference(
-            hidden_states, scores, taken, length, position_ids=position_ids, valid_mask=valid_mask, left=left
-        )
-        return out if return_inverse else out._replace(inverse=None)
-    run = forward_op.route(found.is_plain, found.requires_grad, hidden_states)
-    hidden, indices, kept, positions, inverse = run(
-        hidden_states,
-        scores.detach() if scores.requires_grad else scores,
-        counts,
-        length,
-        valid_mask,
-        position_ids,
-        left,
-        return_inverse,
-        choice.name,
-    )
-    if position_ids is None:
-        positions = None
-    return TopkCompactOutput(hidden, indices, kept, positions, inverse if return_inverse else None)
-
-
-_known = KnownCalls()
-
-
-def _examine(hidden_states: Tensor, scores: Tensor) -> Finding:
-    check.require_ndim(OP, "hidden_states", hidden_states, 3, "[B, N, d]")
-    check.require_shape(OP, "scores", scores, tuple(hidden_states.shape[:2]), "[B, N]")
-    check.require_dtype(OP, "scores", scores, check.FLOATS, "use scores.float()")
-    check.require_device(OP, "scores", scores, hidden_states.device)
-    tensors = (hidden_states, scores)
-    found = examined(OP, tensors, requires_grad=hidden_states.requires_grad, obstacle=_obstacle(hidden_states, scores))
-    _known.remember(found, tensors)
-    return found
-
-
-def _obstacle(hidden_states: Tensor, scores: Tensor) -> str | None:
-    if hidden_states.dtype.is_complex:
-        return f"hidden_states has dtype {str(hidden_states.dtype).removeprefix('torch.')}, the kernels take real ones"
-    if scores.dtype == torch.float64:
-        return "scores has dtype float64, the kernels take float16, bfloat16, float32"
-    if scores.shape[1] > MAX_TRITON_TOKENS:
-        return f"N={scores.shape[1]} tokens, the kernels take N <= {MAX_TRITON_TOKENS}"
-    return None
-
-
-def _validate_others(scores: Tensor, position_ids: Tensor | None, valid_mask: Tensor | None) -> None:
-    """Against scores [B, N], which were checked."""
-    batch, num_tokens = scores.shape
-    if position_ids is not None:
-        check.require_tensor(OP, "position_ids", position_ids)
-        if tuple(position_ids.shape) not in ((batch, num_tokens), (3, batch, num_tokens)):
-            raise ValueError(
-                f"{OP}: position_ids must be [B, N] = {(batch, num_tokens)} or [3, B, N], "
-                f"got shape {tuple(position_ids.shape)}"
-            )
-        check.require_dtype(OP, "position_ids", position_ids, check.INTEGERS, "use position_ids.long()")
-        check.require_device(OP, "position_ids", position_ids, scores.device)
-    if valid_mask is not None:
-        check.require_shape(OP, "valid_mask", valid_mask, (batch, num_tokens), "[B, N]")
-        check.require_dtype(OP, "valid_mask", valid_mask, (torch.bool,), "use valid_mask.bool(), True = eligible")
-        check.require_device(OP, "valid_mask", valid_mask, scores.device)
-
-
-def _check_k(k: int | Tensor, scores: Tensor, max_length: int | None) -> int:
-    """The output length K."""
-    num_tokens = scores.size(1)
+        _validate_values(scores, k, valid_mask, length, plain=segments is None and not packed)
+    counts = None
     if isinstance(k, Tensor):
-        batch = scores.size(0)
-        check.require_shape(OP, "k", k, (batch,), "[B] (or pass an int)")
+        counts = k.to(device=device, dtype=torch.int64)
+        counts = counts.clamp(0, length) if segments is None and not packed else counts.clamp(min=0)
+        counts = counts[None] if packed else counts
+    limit = length if isinstance(k, Tensor) else k
+
+    obstacle = None
+    if hidden_states.dtype.is_complex:
+        obstacle = f"hidden_states has dtype {str(hidden_states.dtype).removeprefix('torch.')}, the kernels take real"
+    elif scores.dtype == torch.float64:
+        obstacle = "scores has dtype float64, the kernels take float16, bfloat16, float32"
+    elif shape[1] > MAX_TRITON_TOKENS:
+        obstacle = f"N={shape[1]} tokens, the kernels take N <= {MAX_TRITON_TOKENS}"
+    choice = choose(OP, backend, device, obstacle)
+    bounds = cu_seqlens.long() if cu_seqlens is not None else segments if segments is None else segments.long()
+    longest = shape[1] if max_seqlen is None else min(max_seqlen, shape[1])
+    left = padding_side == "left"
+    arguments = (counts, limit, length, valid_mask, position_ids, bounds, packed, longest, threshold, left)
+    if choice.name == "reference":
+        out = _reference(hidden_states, scores, *arguments)
+    else:
+        results = _forward_op(hidden_states, scores.detach(), *arguments, return_inverse, choice.name)
+        out = TopkCompactOutput(*results)
+    out = out._replace(
+        position_ids=None if position_ids is None else out.position_ids,
+        inverse=out.inverse if return_inverse else None,
+        cu_seqlens=None if cu_seqlens is None else out.cu_seqlens.to(cu_seqlens.dtype),  # type: ignore[union-attr]
+    )
+    if not packed:
+        return out
+    parts = [part if part is None else part.squeeze(-2) for part in out[3:5]]
+    return TopkCompactOutput(out.hidden_states[0], out.indices[0], out.valid_mask[0], *parts, out.cu_seqlens)
+
+
+def _reference(
+    hidden_states: Tensor,
+    scores: Tensor,
+    k: Tensor | None,
+    limit: int,
+    length: int,
+    valid_mask: Tensor | None,
+    position_ids: Tensor | None,
+    segments: Tensor | None,
+    packed: bool,
+    longest: int,
+    threshold: float | None,
+    left: bool,
+) -> TopkCompactOutput:
+    samples, num_tokens = scores.shape
+    if threshold is not None:
+        reaches = (scores if scores.dtype == torch.float64 else scores.float()) >= threshold
+        valid_mask = reaches if valid_mask is None else reaches & valid_mask
+    ends: list[int] = []
+    if packed and segments is not None:
+        ends = segments.tolist()
+        segments = torch.tensor([[sum(end <= token for end in ends[1:]) for token in range(num_tokens)]])
+    per_sample = max(len(ends) - 1, 1)
+    counts = [[limit] * per_sample] * samples if k is None else k.reshape(samples, -1).tolist()
+    out = topk_compact_reference(
+        hidden_states, scores, counts, length,
+        valid_mask=valid_mask, position_ids=position_ids, segments=segments, left=left,
+    )  # fmt: skip
+    kept = [index for index in out.indices.flatten().tolist() if index >= 0]
+    bounds = torch.tensor([sum(index < end for index in kept) for end in ends], device=scores.device)
+    return out._replace(cu_seqlens=bounds)
+
+
+def _check_k(
+    k: int | Tensor, shape: tuple[int, ...], segmented: bool, sequences: int | None, max_length: int | None
+) -> int:
+    """Check k and return the output length K."""
+    batch, num_tokens = shape
+    if isinstance(k, Tensor):
+        if segmented:
+            check.require_ndim(OP, "k", k, 2, "[B, S] with segments")
+            check.require_shape(OP, "k", k, (batch, k.shape[1]), "[B, S] with segments")
+        elif sequences is not None:
+            check.require_shape(OP, "k", k, (sequences,), "[S] with cu_seqlens (or pass an int)")
+        else:
+            check.require_shape(OP, "k", k, (batch,), "[B] (or pass an int)")
         check.require_dtype(OP, "k", k, check.INTEGERS, "use k.long()")
-        if max_length is None:
-            return min(max(int(k.max()), 0), num_tokens) if batch else 0  # the one synchronisation of a ragged call
-        if not 0 <= max_length <= num_tokens:
-            raise ValueError(f"{OP}: max_length={max_length} is outside 0..N={num_tokens}; use min(max_length, N)")
-        return max_length
-    if isinstance(k, bool) or not isinstance(k, int):
+        if max_length is None:  # the one synchronisation of a ragged call
+            totals = k.clamp(min=0).sum(-1) if segmented or sequences is not None else k
+            return min(max(int(totals.max()), 0), num_tokens) if totals.numel() else 0
+    elif isinstance(k, bool) or not isinstance(k, int):
         raise TypeError(f"{OP}: k must be an int or an int64 tensor [B], got {k!r} of type {type(k).__name__}")
-    if max_length is not None:
-        raise ValueError(f"{OP}: max_length={max_length} is for a tensor k, the int k={k} is the length; leave it out")
-    if not 0 <= k <= num_tokens:
+    elif segmented:
+        raise ValueError(f"{OP}: k={k} is one number for all segments; give each its quota in a tensor k [B, S]")
+    elif k < 0 or (k > num_tokens and sequences is None):
         raise ValueError(f"{OP}: k={k} is outside 0..N={num_tokens}; use min(k, scores.shape[1])")
-    return k
+    elif sequences is not None:
+        max_length = min(sequences * k, num_tokens) if max_length is None else max_length
+    elif max_length is not None:
+        raise ValueError(f"{OP}: max_length={max_length} is for a tensor k, the int k={k} is the length; leave it out")
+    else:
+        return k
+    if not 0 <= max_length <= num_tokens:
+        raise ValueError(f"{OP}: max_length={max_length} is outside 0..N={num_tokens}; use min(max_length, N)")
+    return max_length
 
 
-def _validate_values(scores: Tensor, k: int | Tensor, valid_mask: Tensor | None, length: int) -> None:
+def _validate_values(scores: Tensor, k: int | Tensor, valid_mask: Tensor | None, length: int, plain: bool) -> None:
     eligible = torch.ones_like(scores, dtype=torch.bool) if valid_mask is None else valid_mask
     num_nan = int((scores.isnan() & eligible).sum())
     if num_nan:
@@ -180,11 +232,77 @@ def _validate_values(scores: Tensor, k: int | Tensor, valid_mask: Tensor | None,
         k = k.to(scores.device)
         if bool(((k < 0) | (k > num_tokens)).any()):
             raise ValueError(f"{OP}: k={k.tolist()} has values outside 0..N={num_tokens}; use k.clamp(0, N)")
-        if bool((k > length).any()):
+        if bool(((k if plain else k.sum(-1)) > length).any()):
             raise ValueError(f"{OP}: k={k.tolist()} has values above max_length={length}; raise max_length")
     forced = ((scores == torch.inf) & eligible).sum(dim=1)
-    if bool((forced > k).any()):
+    if plain and bool((forced > k).any()):
         shown = k if isinstance(k, int) else k.tolist()
         raise ValueError(
             f"{OP}: scores force in {forced.tolist()} tokens per sample with +inf but k={shown}; raise k or force fewer"
         )
+
+
+Outputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+
+
+def _forward(*arguments: Any) -> Outputs:
+    if arguments[-1] == "triton":
+        from toprl_kernels.topk.triton import topk_compact_triton
+
+        return topk_compact_triton(*arguments[:-1])
+    return topk_compact_eager(*arguments[:-1])
+
+
+def _forward_fake(hidden_states: Tensor, scores: Tensor, *arguments: Any) -> Outputs:
+    _, _, length, _, position_ids, segments, packed, _, _, _, inverse, _ = arguments
+    samples, num_tokens = scores.shape
+    indices = scores.new_empty(samples, length, dtype=torch.int64)
+    return (
+        hidden_states.new_empty(samples, length, hidden_states.shape[2]),
+        indices,
+        torch.empty_like(indices, dtype=torch.bool),
+        indices.new_empty(0) if position_ids is None else position_ids.new_empty(*position_ids.shape[:-1], length),
+        indices.new_empty((samples, num_tokens) if inverse else 0),
+        indices.new_empty(segments.shape if packed else 0),
+    )
+
+
+def _backward_implementation(gradient: Tensor, indices: Tensor, num_tokens: int, padded: bool, backend: str) -> Tensor:
+    if backend == "triton":
+        from toprl_kernels.topk.triton import topk_compact_backward_triton
+
+        return topk_compact_backward_triton(gradient, indices, num_tokens)
+    return topk_compact_backward_eager(gradient, indices, num_tokens, padded)
+
+
+def _backward_fake(gradient: Tensor, indices: Tensor, num_tokens: int, padded: bool, backend: str) -> Tensor:
+    return gradient.new_empty(gradient.shape[0], num_tokens, gradient.shape[2])
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Outputs) -> None:
+    hidden_states, _, k, _, _, valid_mask, _, segments, _, _, threshold, _, _, backend = inputs
+    ctx.save_for_backward(output[1])
+    ctx.mark_non_differentiable(*output[1:])
+    padded = not (k is None and valid_mask is None and segments is None and threshold is None)
+    ctx.options = hidden_states.size(1), padded, backend
+
+
+def _backward(ctx: Any, gradient: Tensor, *_: object) -> tuple[Tensor | None, ...]:
+    (indices,) = ctx.saved_tensors
+    return (backward_op(gradient, indices, *ctx.options), *[None] * 13)
+
+
+backward_op = register(
+    "topk_compact_backward(Tensor gradient, Tensor indices, SymInt num_tokens, bool padded, str backend) -> Tensor",
+    _backward_implementation,
+    _backward_fake,
+)
+_forward_op = register(
+    "topk_compact(Tensor hidden_states, Tensor scores, Tensor? k, SymInt limit, SymInt length, Tensor? valid_mask, "
+    "Tensor? position_ids, Tensor? segments, bool packed, SymInt longest, float? threshold, bool left, bool inverse, "
+    "str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _forward,
+    _forward_fake,
+    setup_context=_setup_context,
+    backward=_backward,
+)

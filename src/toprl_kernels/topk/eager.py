@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from toprl_kernels.topk.reference import as_type, by_bytes
+
 
 def unique_keys(scores: Tensor, valid_mask: Tensor | None) -> Tensor:
     """Distinct int64 [B, N] that rank as the rule says: invalid < NaN < -inf < ... < inf, then the lower index first.
@@ -18,7 +20,7 @@ def unique_keys(scores: Tensor, valid_mask: Tensor | None) -> Tensor:
         ranked = scores.masked_fill(scores.isnan(), -torch.inf)
         order = (ranked + 0.0).argsort(dim=1, descending=True, stable=True)
         is_number = ~scores.isnan().gather(1, order)
-        # stable again, so that NaN goes behind -inf and the rest stays where it is
+        # stable again, so that NaN goes after -inf and the rest stays where it is
         order = order.gather(1, is_number.to(torch.uint8).argsort(dim=1, descending=True, stable=True))
         keys = torch.empty_like(order).scatter_(1, order, countdown.expand_as(order))
     else:
@@ -48,20 +50,46 @@ def select_fixed(scores: Tensor, length: int) -> Tensor:
     return unique_keys(scores, None).topk(length, dim=1, sorted=False).indices.sort(dim=1).values
 
 
-def select_ragged(scores: Tensor, taken: Tensor, length: int, valid_mask: Tensor | None, left: bool) -> Tensor:
-    """``taken`` [B, 1] tokens of each sample, at most those eligible: ascending indices [B, K], -1 in the padding."""
-    num_tokens = scores.shape[1]
-    order = unique_keys(scores, valid_mask).topk(length, dim=1).indices  # best first
-    if valid_mask is not None:
-        taken = taken.minimum(valid_mask.sum(dim=1, keepdim=True))
-    ranks = torch.arange(length, device=scores.device)
-    # the padding sorts before every token (left) or behind every token (right)
+def select_ragged(keys: Tensor, taken: Tensor, length: int, left: bool) -> Tensor:
+    """The ``taken`` [B, 1] tokens of each sample with the largest ``keys``: ascending [B, K], -1 in the padding."""
+    num_tokens = keys.shape[1]
+    order = keys.topk(length, dim=1).indices  # best first
+    ranks = torch.arange(length, device=keys.device)
+    # the padding sorts before every token (left) or after every token (right)
     order = torch.where(ranks < taken, order, -1 if left else num_tokens).sort(dim=1).values
     return order if left else order.masked_fill_(order == num_tokens, -1)
 
 
+def choose_per_segment(scores: Tensor, segments: Tensor, quotas: Tensor, valid_mask: Tensor | None) -> Tensor:
+    """The ``quotas`` [B, S] best tokens of every segment: bool [B, N]; segments outside 0..S-1 are not eligible."""
+    number = quotas.shape[1]
+    valid = (segments >= 0) & (segments < number)
+    valid = valid if valid_mask is None else valid & valid_mask
+    order = unique_keys(scores, valid).argsort(dim=1, descending=True)
+    segment = torch.where(valid, segments, number).long().gather(1, order)
+    by_segment = segment.argsort(dim=1, stable=True)
+    order, segment = order.gather(1, by_segment), segment.gather(1, by_segment)
+    sizes = torch.zeros(len(scores), number + 1, dtype=torch.int64, device=scores.device)
+    sizes.scatter_add_(1, segment, torch.ones_like(segment))
+    ranks = torch.arange(scores.shape[1], device=scores.device) - (sizes.cumsum(1) - sizes).gather(1, segment)
+    quotas = torch.nn.functional.pad(quotas, (0, 1))
+    return torch.zeros_like(valid).scatter_(1, order, ranks < quotas.gather(1, segment))
+
+
+def compact_flags(flags: Tensor, length: int, left: bool) -> Tensor:
+    """Ascending indices [B, K] of the first K set flags, -1 in the padding."""
+    num_tokens = flags.shape[1]
+    tokens = torch.arange(num_tokens, device=flags.device)
+    flags = flags & (flags.cumsum(1) <= length)
+    order = torch.where(flags, tokens, -1 if left else num_tokens).sort(dim=1).values
+    return (
+        order[:, num_tokens - length :] if left else order[:, :length].masked_fill(order[:, :length] >= num_tokens, -1)
+    )
+
+
 def gather_rows(hidden_states: Tensor, indices: Tensor, padded: bool) -> Tensor:
     """hidden_states[b, indices[b, r]], [B, K, d]; zero where the index is -1, which only ``padded`` indices have."""
+    dtype, hidden_states = hidden_states.dtype, by_bytes(hidden_states)
     samples, num_tokens, hidden_size = hidden_states.shape
     safe = indices.clamp(min=0) if padded else indices
     # index_select copies whole rows, where gather goes element by element
@@ -74,45 +102,70 @@ def gather_rows(hidden_states: Tensor, indices: Tensor, padded: bool) -> Tensor:
             output = hidden_states.flatten(0, 1).index_select(0, rows).view(*indices.shape, hidden_size)
         else:
             output = hidden_states[sample, safe]
-    return output.masked_fill_((indices < 0)[:, :, None], 0) if padded else output
+    output = output.masked_fill_((indices < 0)[:, :, None], 0) if padded else output
+    return as_type(output, dtype)
+
+
+def gather_positions(position_ids: Tensor, indices: Tensor) -> Tensor:
+    """position_ids[..., b, indices[b, r]]: [..., B, K], 0 where the index is -1."""
+    safe = indices.clamp(min=0).expand(*position_ids.shape[:-2], *indices.shape)
+    return position_ids.gather(-1, safe).masked_fill_(indices < 0, 0)
 
 
 def topk_compact_eager(
     hidden_states: Tensor,
     scores: Tensor,
     k: Tensor | None,
+    limit: int,
     length: int,
     valid_mask: Tensor | None,
     position_ids: Tensor | None,
+    segments: Tensor | None,
+    packed: bool,
+    longest: int,
+    threshold: float | None,
     left: bool,
     inverse: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Hidden states, indices, valid mask, position ids and inverse map (the last two empty when not asked for).
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Hidden states, indices, valid mask, position ids, inverse map and new cu_seqlens (empty when not asked for).
 
-    ``k`` is an int64 tensor [B] with values 0..length, or None for ``length`` tokens of every sample.
+    Args:
+        k: int64 [B], or [B, S] with segments; None for ``limit`` tokens of each.
+        segments: int64 [B, N], or, ``packed``, cu_seqlens [S + 1] with B = 1.
+        longest: tokens of the longest sequence of a packed batch; the kernels need it.
     """
     samples, num_tokens = scores.shape
-    padded = k is not None or valid_mask is not None
-    if padded:
-        taken = torch.full((1, 1), length, device=scores.device) if k is None else k[:, None]
-        indices = select_ragged(scores, taken, length, valid_mask, left)
+    if threshold is not None:
+        reaches = (scores if scores.dtype == torch.float64 else scores.float()) >= threshold
+        valid_mask = reaches if valid_mask is None else reaches & valid_mask
+    padded = k is not None or valid_mask is not None or segments is not None
+    new_bounds = torch.empty(0, dtype=torch.int64, device=scores.device)
+    if segments is not None:
+        bounds = segments
+        if packed:
+            segments = torch.searchsorted(bounds[1:], torch.arange(num_tokens, device=bounds.device), right=True)[None]
+        quotas = bounds.new_full((1, len(bounds) - 1), limit) if k is None else k
+        flags = choose_per_segment(scores, segments, quotas, valid_mask)
+        indices = compact_flags(flags, length, left)
+        if packed:
+            new_bounds = torch.nn.functional.pad(flags[0].cumsum(0), (1, 0))[bounds].clamp_(max=length)
+    elif padded:
+        taken = torch.full((1, 1), limit, device=scores.device) if k is None else k[:, None]
+        if valid_mask is not None:
+            taken = taken.minimum(valid_mask.sum(dim=1, keepdim=True))
+        indices = select_ragged(unique_keys(scores, valid_mask), taken, length, left)
     else:
         indices = select_fixed(scores, length)
-    is_token = indices >= 0
 
-    positions = indices.new_empty(0)
-    if position_ids is not None:
-        safe = indices.clamp(min=0) if padded else indices
-        positions = position_ids.gather(-1, safe if position_ids.ndim == 2 else safe.expand(3, -1, -1))
-        if padded:
-            positions.masked_fill_(~is_token, 0)
+    positions = indices.new_empty(0) if position_ids is None else gather_positions(position_ids, indices)
     slots = indices.new_empty(0)
     if inverse:
-        column = torch.where(is_token, indices, num_tokens) if padded else indices  # one column takes the padding
+        column = torch.where(indices >= 0, indices, num_tokens)  # one column takes the padding
         slots = indices.new_full((samples, num_tokens + 1), -1)
         slots.scatter_(1, column, torch.arange(length, device=scores.device).expand_as(column))
         slots = slots[:, :num_tokens].contiguous()
-    return gather_rows(hidden_states, indices, padded), indices, is_token, positions, slots
+    hidden = gather_rows(hidden_states, indices, padded)
+    return hidden, indices.contiguous(), indices >= 0, positions, slots, new_bounds
 
 
 def topk_compact_backward_eager(gradient: Tensor, indices: Tensor, num_tokens: int, padded: bool) -> Tensor:
@@ -121,7 +174,7 @@ def topk_compact_backward_eager(gradient: Tensor, indices: Tensor, num_tokens: i
     total = samples * num_tokens
     rows = indices + torch.arange(samples, device=indices.device)[:, None] * num_tokens
     if padded:
-        rows = torch.where(indices < 0, total, rows)  # one row behind the end takes the padding
+        rows = torch.where(indices < 0, total, rows)  # one row after the end takes the padding
     output = gradient.new_zeros(total + padded, hidden_size)
     output.index_copy_(0, rows.view(-1), gradient.reshape(-1, hidden_size))
     return output[:total].view(samples, num_tokens, hidden_size)

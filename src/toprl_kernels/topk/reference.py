@@ -3,55 +3,95 @@
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from toprl_kernels.topk.output import TopkCompactOutput
+
+class TopkCompactOutput(NamedTuple):
+    """What :func:`toprl_kernels.topk_compact` returns; K is the output length.
+
+    Of a variable-length batch the leading dimension B is missing and K counts the rows of all sequences.
+    """
+
+    hidden_states: Tensor  # [B, K, d], zero in the padding
+    indices: Tensor  # [B, K] int64, ascending, -1 in the padding
+    valid_mask: Tensor  # [B, K] bool, False in the padding
+    position_ids: Tensor | None  # [B, K] or [3, B, K], 0 in the padding; None if none were given
+    inverse: Tensor | None = None  # [B, N] int64, the output slot of each token, -1 if dropped; None if not asked for
+    cu_seqlens: Tensor | None = None  # [S + 1], where each sequence begins in the output; None without cu_seqlens
+
+
+def by_bytes(tensor: Tensor) -> Tensor:
+    """View bool and float8 as uint8: neither kernels nor torch's indexing know all types of one byte."""
+    return tensor.view(torch.uint8) if tensor.element_size() == 1 else tensor
+
+
+def as_type(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Undo :func:`by_bytes`."""
+    return tensor if tensor.dtype == dtype else tensor.view(dtype)
+
+
+def best(scores: list[float], tokens: list[int], count: int) -> list[int]:
+    """Choose the ``count`` best of ``tokens``: higher score first, NaN after every number, then the lower index."""
+
+    def rank(token: int) -> tuple[bool, float, int]:
+        score = scores[token]
+        return (True, 0.0, token) if math.isnan(score) else (False, -score, token)  # -0.0 == 0.0 in a tuple too
+
+    return sorted(sorted(tokens, key=rank)[: max(count, 0)])
+
+
+def gather_reference(rows: Tensor, chosen: list[list[int]], length: int, left: bool) -> Tensor:
+    """Take ``rows`` [B, N, ...] of each sample, zeros in the padding: [B, K, ...]."""
+    moved = by_bytes(rows)
+    padded = []
+    for sample, tokens in enumerate(chosen):
+        kept = moved[sample, torch.tensor(tokens, dtype=torch.int64, device=rows.device)]
+        zeros = kept.new_zeros(length - len(tokens), *kept.shape[1:])
+        padded.append(torch.cat([zeros, kept] if left else [kept, zeros]))
+    if not padded:
+        return rows.new_empty(0, length, *rows.shape[2:]) + 0 * rows.sum()
+    return as_type(torch.stack(padded), rows.dtype)
+
+
+def slots_of(chosen: list[list[int]], length: int, left: bool, device: torch.device) -> Tensor:
+    """Indices of the chosen tokens, -1 in the padding: [B, K]."""
+    padding = [[-1] * (length - len(tokens)) for tokens in chosen]
+    rows = [pad + tokens if left else tokens + pad for tokens, pad in zip(chosen, padding, strict=True)]
+    return torch.tensor(rows, dtype=torch.int64, device=device).view(len(chosen), length)
 
 
 def topk_compact_reference(
     hidden_states: Tensor,  # [B, N, d]
     scores: Tensor,  # [B, N]
-    counts: list[int],  # k of each sample
+    counts: list[list[int]],  # k of each segment of each sample
     length: int,  # K
     *,
-    position_ids: Tensor | None,
-    valid_mask: Tensor | None,
+    valid_mask: Tensor | None,  # [B, N]
+    position_ids: Tensor | None,  # [B, N] or [3, B, N]
+    segments: Tensor | None,  # [B, N], the segment of each token; None: one segment
     left: bool,
 ) -> TopkCompactOutput:
-    """Higher score first, NaN after every number, then the lower index; the winners in order of index."""
-    rows_hidden, rows_indices, rows_positions = [], [], []
+    """In each segment the best tokens; the first K of a sample in order of index."""
+    chosen = []
     inverse = torch.full_like(scores, -1, dtype=torch.int64)
-
-    def pad(row: Tensor, dim: int) -> Tensor:
-        """``row`` with zeros up to the output length."""
-        shape = list(row.shape)
-        shape[dim] = length - row.shape[dim]
-        return torch.cat([row.new_zeros(shape), row] if left else [row, row.new_zeros(shape)], dim=dim)
-
     for sample, values in enumerate(scores.tolist()):
-        eligible = range(len(values))
-        if valid_mask is not None:
-            eligible = [i for i in eligible if bool(valid_mask[sample, i])]  # type: ignore[assignment]
-
-        def rank(token: int, values: list[float] = values) -> tuple[bool, float, int]:
-            score = values[token]
-            return (True, 0.0, token) if math.isnan(score) else (False, -score, token)  # -0.0 == 0.0 in a tuple too
-
-        chosen = sorted(sorted(eligible, key=rank)[: counts[sample]])
-        picked = torch.tensor(chosen, dtype=torch.int64, device=scores.device)
-        rows_hidden.append(pad(hidden_states[sample, picked], 0))
-        rows_indices.append(pad(picked + 1, 0) - 1)
-        if position_ids is not None:
-            rows_positions.append(pad(position_ids[..., sample, :][..., picked], -1))  # [K] or [3, K]
-        first = length - len(chosen) if left else 0
-        inverse[sample, picked] = torch.arange(first, first + len(chosen), device=scores.device)
-    if not rows_indices:
-        indices = torch.empty(0, length, dtype=torch.int64, device=scores.device)
-        hidden = hidden_states.new_empty(0, length, hidden_states.shape[2]) + 0 * hidden_states.sum()
-        no_positions = None if position_ids is None else position_ids[..., :length]
-        return TopkCompactOutput(hidden, indices, indices >= 0, no_positions, inverse)
-    indices = torch.stack(rows_indices)
-    stacked = torch.stack(rows_positions, dim=-2) if rows_positions else None
-    return TopkCompactOutput(torch.stack(rows_hidden), indices, indices >= 0, stacked, inverse)
+        segment_of = [0] * len(values) if segments is None else segments[sample].tolist()
+        eligible = [i for i in range(len(values)) if valid_mask is None or bool(valid_mask[sample, i])]
+        kept: list[int] = []
+        for segment, count in enumerate(counts[sample]):
+            kept += best(values, [token for token in eligible if segment_of[token] == segment], count)
+        chosen.append(sorted(kept)[:length])
+        first = length - len(chosen[-1]) if left else 0
+        for slot, token in enumerate(chosen[-1]):
+            inverse[sample, token] = first + slot
+    indices = slots_of(chosen, length, left, scores.device)
+    positions = position_ids
+    if position_ids is not None:
+        rows = position_ids if position_ids.ndim == 2 else position_ids.permute(1, 2, 0)
+        positions = gather_reference(rows, chosen, length, left)
+        positions = positions if position_ids.ndim == 2 else positions.permute(2, 0, 1)
+    hidden = gather_reference(hidden_states, chosen, length, left)
+    return TopkCompactOutput(hidden, indices, indices >= 0, positions, inverse)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import OrderedDict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,9 +11,11 @@ import torch
 import torch.nn.functional as F
 from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
-from toprl_kernels import ActorWeights, actor_score
-from toprl_models.policy import Policy, StageContext
+from toprl_kernels import ActorWeights, FoldedActorWeights, actor_score, fold_actor_weights
+from toprl_kernels.stage.reference import score_difference
+from toprl_models.policy import Decision, Policy, StageContext
 from toprl_models.registry import register_method
 
 if TYPE_CHECKING:
@@ -79,6 +82,10 @@ class TopRLPolicy(nn.Module, Policy, PyTorchModelHubMixin):
         metadata: free JSON data (task, metrics), stored with the policy.
         condition_on: "none" is the paper's state, in which the actor sees visual tokens alone; "text" the question too.
 
+    In eval mode ``attach`` makes a copy of the actor's weights in the model's dtype, prepared for the kernels, which
+    scores as long as the policy is attached: call ``fold`` when the weights change meanwhile. In training mode the
+    weights themselves score, in their dtype.
+
     Saving and loading are PyTorchModelHubMixin's: ``save_pretrained(folder)``, ``push_to_hub(id)``,
     ``TopRLPolicy.from_pretrained(folder_or_id)``; loading is strict.
 
@@ -138,6 +145,7 @@ class TopRLPolicy(nn.Module, Policy, PyTorchModelHubMixin):
         nn.init.orthogonal_(value_head.weight, 1.0)
         with torch.no_grad():
             self.head.bias.copy_(torch.tensor([keep_bias, 0.0]))
+        self._folded: OrderedDict[int, FoldedActorWeights] = OrderedDict()  # a copy for each attached model
 
     def actor_weights(self) -> ActorWeights:
         """Return the actor's parameters in the form that ``toprl_kernels.actor_score`` takes."""
@@ -204,10 +212,36 @@ class TopRLPolicy(nn.Module, Policy, PyTorchModelHubMixin):
 
     def score(self, context: StageContext) -> Tensor:
         """Score by keep logit minus drop logit: the top-k are the tokens most likely kept."""
-        with torch.no_grad():
+        return score_difference(self.decide(context).scores)
+
+    @torch.no_grad()
+    def decide(self, context: StageContext) -> Decision:
+        """Return keep and drop logits ``[B, V, 2]``, whose difference decides."""
+        valid, folded = context.valid_mask, None
+        if self._folded and not self.training:
+            folded = next(reversed(self._folded.values()))
+        if folded is None or valid.device != folded.bias.device or not valid.shape[1]:
             tokens = self.inputs(context)[0]
-            logits = self.logits(tokens, context.stage, context.valid_mask.to(tokens.device))
-        return (logits[..., 0] - logits[..., 1]).to(context.hidden_states.device)
+            logits = self.logits(tokens, context.stage, valid.to(tokens.device)).to(valid.device)
+        elif self.condition_on == "none" and context.sequence is not None:
+            logits = actor_score(context.sequence, context.stage, folded, valid_mask=valid, indices=context.slots)
+        else:
+            logits = actor_score(self.inputs(context)[0], context.stage, folded, valid_mask=valid)
+        return Decision(logits)
+
+    def hooks(self, model: PreTrainedModel) -> list[RemovableHandle]:
+        """Prepare the actor's weights for ``model`` until the handle is removed, in eval mode."""
+        handle = RemovableHandle(self._folded)
+        if not self.training:
+            self.fold(model.dtype, handle.id)
+        return [handle]
+
+    def fold(self, dtype: torch.dtype | None = None, key: int | None = None) -> None:
+        """Prepare the actor's weights for inference in ``dtype`` again, for every model the policy is attached to."""
+        for each in list(self._folded) if key is None else [key]:
+            known = self._folded.get(each)
+            wanted = known.folded_weight.dtype if dtype is None and known is not None else dtype
+            self._folded[each] = fold_actor_weights(self.actor_weights(), wanted)
 
     def check(self, model: PreTrainedModel, schedule: Schedule) -> None:
         signature = model_signature(model)

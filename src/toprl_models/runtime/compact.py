@@ -5,12 +5,14 @@ They write short key/value caches, and get the mask, positions and rotary tables
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from toprl_kernels import topk_compact
+from toprl_kernels import prune_stage, topk_compact
+from toprl_kernels.stage.reference import score_difference
 from toprl_models.policy import Decision
 from toprl_models.runtime.cache import enter_cache, layer_keys, remove_before_first_layer
 from toprl_models.runtime.guards import first_attention, recurrent_layers, refuse_padding_after_state
@@ -64,7 +66,7 @@ class Compact:
             after = Segment(before.slots, before.valid, before.moved, before.shift, before.packing)
             indices = before_visual.index.masked_fill(~before_visual.valid, -1)
         else:
-            hidden_states, after = self._gather(forward, stage, hidden_states, decision, counts)
+            hidden_states, after = self._gather(forward, stage, hidden_states, decision, counts, kwargs)
             indices = forward.visual.index
         forward.segments[number], forward.current = after, number
         removed = before_length - hidden_states.shape[1]
@@ -76,47 +78,71 @@ class Compact:
         return hidden_states
 
     def _gather(
-        self, forward: ForwardPass, stage: Stage, hidden_states: Tensor, decision: Decision, counts: tuple[int, ...]
+        self,
+        forward: ForwardPass,
+        stage: Stage,
+        hidden_states: Tensor,
+        decision: Decision,
+        counts: tuple[int, ...],
+        kwargs: Mapping[str, Any],
     ) -> tuple[Tensor, Segment]:
-        visual, ordinal, before = forward.visual, forward.ordinal, forward.segment
+        visual, before, raster = forward.visual, forward.segment, forward.visual.index
         packing = before.packing
         if decision.states is not None:
             hidden_states = put(hidden_states, visual.slots, visual.valid, decision.states, packing)
-        # text is always kept: +inf, which a policy's own +inf must not push out
-        scores = selection(forward, stage, decision, counts)
-        text_scores = scores.new_full(ordinal.shape, float("inf"))
-        slot_scores = put(text_scores, visual.slots, visual.valid, scores, packing).contiguous()
-        dropped = [present - kept for present, kept in zip(visual.counts, counts, strict=True)]
-        rows = range(len(counts)) if packing is None else packing.rows
+        scores, columns, kept = selection(forward, stage, decision, counts), forward.columns, counts
+        if packing is not None:  # scores and raster numbers by token, as prompts share a row
+            raster = torch.full(packing.number.shape, -1, device=raster.device)
+            raster = put(raster, visual.slots, visual.valid, visual.index, packing)
+            scores = put(scores.new_zeros(raster.shape), visual.slots, visual.valid, scores, packing)
+            columns = torch.where(raster >= 0, torch.arange(raster.shape[1], device=raster.device), -1)
+        assert columns is not None
+        dropped = [present - left for present, left in zip(visual.counts, counts, strict=True)]
         totals = list(forward.row_tokens)
-        for row, count in zip(rows, dropped, strict=True):
+        for row, count in zip(range(len(counts)) if packing is None else packing.rows, dropped, strict=True):
             totals[row] -= count
-        if len(set(totals)) > 1:
-            # generation reads the last position: shorter rows are padded on the left
-            kept = topk_compact(
-                hidden_states,
-                slot_scores,
-                on_device(totals, hidden_states.device),
-                valid_mask=before.valid,
-                max_length=max(totals),
-                padding_side="left",
+        if packing is not None:
+            kept = tuple(
+                sum(count for count, of in zip(counts, packing.rows, strict=True) if of == row)
+                for row in range(len(totals))
             )
-            valid, indices = kept.valid_mask, kept.indices.masked_fill(~kept.valid_mask, 0)
-        else:
-            kept = topk_compact(hidden_states, slot_scores, totals[0], valid_mask=before.valid)
-            valid, indices = None, kept.indices
-        after = Segment(indices if before.slots is None else before.slots.gather(1, indices), valid)
+        sources = carried_arguments(kwargs, hidden_states)
+        tables = sources.get("position_embeddings", ())
+        out = prune_stage(
+            hidden_states,
+            scores,
+            columns,
+            forward.numbers(kept, hidden_states.device),
+            length=max(totals),
+            width=max(kept),
+            valid_mask=before.valid,
+            origins=before.slots,
+            raster=raster,
+            position_ids=sources.get("position_ids"),
+            tables=(tables,) if isinstance(tables, Tensor) else tables,
+            padding_side="left",  # generation reads the last position
+        )
+        after = Segment(out.origins, out.valid_mask if len(set(totals)) > 1 else None)
+        results = {"position_ids": out.position_ids, "position_embeddings": out.tables}
+        if isinstance(tables, Tensor):
+            results["position_embeddings"] = out.tables[0]
+        after.carried = {name: (kwargs[name], results[name]) for name in sources}
+        indices = out.indices if after.valid is None else out.indices.clamp(min=0)
         if packing is not None:
             after.packing = Packing(packing.number.gather(1, indices), packing.rows, packing.row_index)
-        self._move(before, after, indices, ordinal, dropped, self._renumbers[stage.number])
+        self._move(before, after, indices, columns, dropped, self._renumbers[stage.number])
         forward.row_tokens = tuple(totals)
-        ordinal = ordinal.gather(1, indices)
-        forward.ordinal = ordinal if valid is None else ordinal.masked_fill(~valid, -1)
-        forward.visual = visual_of(forward.ordinal, counts, after.packing)
-        return kept.hidden_states, after
+        if packing is None:
+            forward.columns = out.columns
+            forward.visual = Visual(out.slots, out.listed, out.raster, counts)
+        else:
+            by_token = raster.gather(1, indices)
+            by_token = by_token if after.valid is None else by_token.masked_fill(~after.valid, -1)
+            forward.visual = visual_of(by_token, counts, after.packing)
+        return out.hidden_states, after
 
     def _move(
-        self, before: Segment, after: Segment, indices: Tensor, ordinal: Tensor, dropped: list[int], renumbers: bool
+        self, before: Segment, after: Segment, indices: Tensor, columns: Tensor, dropped: list[int], renumbers: bool
     ) -> None:
         """Note how far the survivors' positions move down."""
         after.shift = before.shift
@@ -125,8 +151,8 @@ class Compact:
         if not renumbers:
             return
         real = torch.ones_like(indices) if after.valid is None else after.valid.long()
-        kept = torch.zeros_like(ordinal).scatter_add(1, indices, real) > 0
-        gone = ((ordinal >= 0) & ~kept).cumsum(1)
+        kept = torch.zeros_like(columns).scatter_add(1, indices, real) > 0
+        gone = ((columns >= 0) & ~kept).cumsum(1)
         total = gone[:, -1]
         if before.packing is not None:
             gone = gone - on_device(before.packing.before(dropped), gone.device)[before.packing.number]
@@ -187,8 +213,26 @@ def drops_nothing(visual: Visual, counts: tuple[int, ...]) -> bool:
     return counts == visual.counts
 
 
+def carried_arguments(kwargs: Mapping[str, Any], hidden_states: Tensor) -> dict[str, Any]:
+    """Find the arguments of a layer whose rows the stage can gather along: positions, and rotary tables."""
+    batch, device = len(hidden_states), hidden_states.device
+    found: dict[str, Any] = {}
+    positions, tables = kwargs.get("position_ids"), kwargs.get("position_embeddings")
+    parts = (tables,) if isinstance(tables, Tensor) else tables if isinstance(tables, tuple | list) else ()
+
+    def fits(part: object, ndims: tuple[int, ...], rows: int) -> bool:
+        has_form = isinstance(part, Tensor) and part.ndim in ndims and part.device == device
+        return has_form and part.shape[rows] in (1, batch)
+
+    if fits(positions, (2, 3), -2) and positions.dtype in (torch.int64, torch.int32):  # type: ignore[union-attr]
+        found["position_ids"] = positions
+    if 0 < len(parts) <= 3 and all(fits(part, (3,), 0) for part in parts):
+        found["position_embeddings"] = tables
+    return found
+
+
 def selection(forward: ForwardPass, stage: Stage, decision: Decision, counts: tuple[int, ...]) -> Tensor:
-    """Turn a decision into scores [P, V] float32 whose top-k in the *row* are the survivors; finite or -inf."""
+    """Turn a decision into scores [P, V], or logits [P, V, 2], whose top-k in the *row* are the survivors."""
     visual, prompts = forward.visual, forward.prompts
     if decision.keep_mask is not None:
         if prompts.run is not None:
@@ -199,16 +243,18 @@ def selection(forward: ForwardPass, stage: Stage, decision: Decision, counts: tu
         return torch.where(decision.keep_mask > 0, 1.0, -1.0)
     scores = decision.scores.detach()
     if prompts.run is not None:
-        scores = shared_by_image(scores, visual, prompts)
+        scores = shared_by_image(decision.differences.detach(), visual, prompts)
     if forward.segment.packing is not None:
+        scores = score_difference(scores)
         return torch.where(top_mask(scores, visual.valid, counts), 1.0, -1.0)
-    return scores.float().nan_to_num(nan=float("nan"), posinf=torch.finfo(torch.float32).max)
+    return scores if scores.is_floating_point() else scores.float()
 
 
 def top_mask(scores: Tensor, valid: Tensor, counts: tuple[int, ...]) -> Tensor:
     """Mark the ``counts`` best of each prompt: bool [P, V]; ties go to the lower slot."""
+    scores = score_difference(scores).float()
     best = topk_compact(
-        scores[..., None], scores.float(), on_device(counts, scores.device), valid_mask=valid, max_length=max(counts)
+        scores[..., None], scores, on_device(counts, scores.device), valid_mask=valid, max_length=max(counts)
     )
     width = valid.shape[1]
     keep = torch.zeros(len(valid), width + 1, dtype=torch.bool, device=scores.device)

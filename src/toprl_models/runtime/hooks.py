@@ -16,7 +16,7 @@ from toprl_models.runtime import guards, scores
 from toprl_models.runtime.compact import Compact
 from toprl_models.runtime.mask import Mask
 from toprl_models.runtime.outputs import Survivors, without_dropped
-from toprl_models.runtime.prompt import Call, Generation, Told, VisualIds, begin, read_call, tokens_of
+from toprl_models.runtime.prompt import Call, FixedPrompt, Generation, Told, VisualIds, begin, read_call, tokens_of
 from toprl_models.runtime.stage import Observed, Stage
 from toprl_models.runtime.state import ForwardPass, Length, Segment, StageTrace
 from toprl_models.schedule import Schedule
@@ -36,6 +36,7 @@ class _PerThread(threading.local):
     prompt_length: int | Tensor | None = None  # of Pruner.prompt_length()
     generation: Generation | None = None
     survivors: Survivors | None = None  # of the last pass, for its loss
+    fixed: FixedPrompt | None = None  # of Pruner.fixed_prompt()
 
 
 class Runtime:
@@ -126,6 +127,10 @@ class Runtime:
                 told.prompt_length = self.thread.prompt_length
             generation, cache = self.thread.generation, kwargs.get("past_key_values")
             tokens = tokens_of(args, kwargs)
+            fixed = self.thread.fixed
+            if fixed is not None and fixed.knows(tokens):
+                self._call, self._inputs = fixed.call, kwargs
+                return (args, kwargs) if takes else None
             if generation is not None and tokens is not None:
                 generation.tell(told, tokens, cache)
             call = read_call(self._ids, tokens, kwargs, told, self.model.get_input_embeddings, self.decoder)
@@ -158,7 +163,16 @@ class Runtime:
         if self._window is not None or self._temperature is not None:
             self._check_length(call, kwargs)
         embeddings = args[0] if args else kwargs["inputs_embeds"]
-        self._forward = begin(call, embeddings, inputs, self._ids if self.schedule.share == "image" else None)
+        fixed = self.thread.fixed
+        if fixed is not None and fixed.forward is not None and call is fixed.call:
+            self._forward = fixed.begin(embeddings, inputs)
+        else:
+            self._forward = begin(call, embeddings, inputs, self._ids if self.schedule.share == "image" else None)
+            if self._forward.prunes and self._forward.columns is not None:
+                counts = [self.schedule.counts(number) for number in self._forward.num_visual]
+                self._forward.upload(list(zip(*counts, strict=True)), embeddings.device)
+            if fixed is not None and call is not None and self._forward.prunes:
+                fixed.keep(call, self._forward)
         if self._forward.prunes:
             guards.refuse_checkpointing(self.layers, self.mode.name)
 

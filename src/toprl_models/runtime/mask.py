@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from toprl_kernels import masked_attention
+from toprl_kernels import AttentionPlan, attention_plan, masked_attention
 from toprl_models.policy import Decision
 from toprl_models.runtime.cache import CacheState, cache_state, extend_mask
 from toprl_models.runtime.compact import selection, top_mask
@@ -34,7 +34,16 @@ class KeepArgument:
     keep_mask: Tensor | None  # [B, L] over all keys, those in the cache included; None keeps all
     bounded_grad: bool  # the policy's bounded_mask_grad
     layer_arguments: frozenset[str]  # names that the layer was called with; it makes the attention's other arguments
+    plans: list[AttentionPlan]  # shared by the layers between two stages, one per device and padding mask
     arrived: bool = False  # whether the attention function was called with this argument
+
+    def plan(self, keep_mask: Tensor, key_padding_mask: Tensor | None) -> AttentionPlan:
+        """Return the plan that an earlier layer made of these masks, or make it."""
+        for plan in self.plans:
+            if plan.key_padding_mask is key_padding_mask and plan.keep_mask.device == keep_mask.device:
+                return plan
+        self.plans.append(attention_plan(keep_mask, key_padding_mask, is_causal=True))
+        return self.plans[-1]
 
 
 class Mask:
@@ -82,7 +91,7 @@ class Mask:
         alive = (keep.detach() > 0) & visual.valid
         # differentiable masks keep their gradient
         keep = alive if keep.dtype == torch.bool else keep * visual.valid
-        full = torch.ones(forward.ordinal.shape, dtype=keep.dtype, device=keep.device)
+        full = torch.ones(forward.prompts.is_visual.shape, dtype=keep.dtype, device=keep.device)
         full = put(full, visual.slots, visual.index >= 0, keep, None)
         if decision.states is not None and counts != visual.counts:
             hidden_states = put(hidden_states, visual.slots, visual.valid, decision.states, None)
@@ -110,12 +119,13 @@ class Mask:
             stored = state.masks.get(number) if state is not None else None
             keep = extend_mask(stored, segment.keep_mask, past, hidden_states)
             if not asked:
-                segment.made_from, segment.arguments = (), {"keep": keep}
+                segment.made_from, segment.arguments = (), {"keep": keep, "plans": []}
                 if forward.prunes and cache is not None and keep is not None:
                     cache_state(cache).masks[number] = keep.detach()
         else:
             keep = segment.arguments["keep"]
-        argument = KeepArgument(keep, forward.bounded_mask_grad, frozenset(kwargs))
+        plans = [] if asked else segment.arguments["plans"]
+        argument = KeepArgument(keep, forward.bounded_mask_grad, frozenset(kwargs), plans)
         if not asked:
             forward.sent[index] = argument
         return {**kwargs, "toprl_keep": argument}
@@ -177,18 +187,13 @@ def toprl_masked_forward(
             )
     if attention_mask is not None:  # a static cache has free slots after the tokens
         key, value = (states[:, :, : attention_mask.shape[1]] for states in (key, value))
-    if keep_mask is None:
-        keep_mask = torch.ones(key.shape[0], key.shape[2], dtype=torch.bool, device=key.device)
-    output = masked_attention(
-        query,
-        key,
-        value,
-        keep_mask.to(query.device),
-        key_padding_mask=attention_mask,
-        is_causal=True,
-        scale=scaling,
-        bounded_mask_grad=toprl_keep is not None and toprl_keep.bounded_grad,
-    )
+    if toprl_keep is None or keep_mask is None:
+        every = torch.ones(key.shape[0], key.shape[2], dtype=torch.bool, device=key.device)
+        plan = attention_plan(every, attention_mask, is_causal=True)
+    else:
+        plan = toprl_keep.plan(keep_mask.to(query.device), attention_mask)
+    bounded = toprl_keep is not None and toprl_keep.bounded_grad
+    output = masked_attention(query, key, value, plan=plan, scale=scaling, bounded_mask_grad=bounded)
     return output.transpose(1, 2).contiguous(), None
 
 

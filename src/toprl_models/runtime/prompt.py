@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +12,7 @@ from torch.nn.functional import pad
 
 from toprl_models.families import Family, video_token_ids, visual_token_ids
 from toprl_models.policy import Decision
-from toprl_models.runtime.state import ForwardPass, Packing, Prompts, Segment, on_device, take, visual_of
+from toprl_models.runtime.state import ForwardPass, Packing, Prompts, Segment, Visual, on_device, take, visual_of
 
 if TYPE_CHECKING:
     from transformers import Cache, GenerationConfig, PreTrainedModel
@@ -301,14 +301,16 @@ def _packing(starts: Tensor | None) -> Packing | None:
     return Packing(number + on_device(first, number.device)[:, None], rows, on_device(rows, number.device))
 
 
-def _ends(call: Call, packing: Packing | None, last_visual: Tensor, slots: Tensor) -> tuple[Tensor, str]:
+def _ends(
+    call: Call, packing: Packing | None, last_visual: Tensor, slots: Tensor, starts: Tensor | None
+) -> tuple[Tensor, str]:
     """Find the end of each prompt, the first slot [P] after it, and the name of what tells the end."""
     told, length = call.told, call.shape[1]
     prompts = len(last_visual)
     if told.prompt_length is not None:
         ends = torch.as_tensor(told.prompt_length).to(slots.device).expand(prompts) - call.past
-        if packing is not None and call.starts is not None:
-            ends = ends + _reduced(torch.where(call.starts, slots, length), packing, "amin")
+        if packing is not None and starts is not None:
+            ends = ends + _reduced(torch.where(starts, slots, length), packing, "amin")
         return ends, "prompt_length"
     if told.labels is not None:
         labels = _checked(told.labels, "labels", *call.shape).to(slots.device)
@@ -333,50 +335,132 @@ def begin(
     if visual is None:
         valid = None if valid is None or bool(valid.all()) else valid
         return ForwardPass(prunes=False, length=call.shape[1], past=call.past, segments={0: Segment(valid=valid)})
-    packing = _packing(call.starts)
+    device = visual.device
+    frames = ids.frame_starts(inputs) if ids is not None else None
+    # the one host synchronisation of a prefill whose stages keep fixed counts
+    visual, valid, starts, separate, frames = _download(visual, valid, call.starts, call.separate, frames)
+    assert visual is not None
+    facts = read_prompt(call, visual, valid, starts, separate, frames, ids is not None)
+    visual, text, last, listed, columns, run, packing = _upload(device, *facts.tensors)
+    return ForwardPass(
+        prunes=True,
+        length=visual.shape[1],
+        past=call.past,
+        uncached=call.uncached,
+        settled=facts.settled,
+        past_valid=call.past_valid,
+        row_tokens=facts.row_tokens,
+        columns=columns if packing is None else None,
+        visual=listed,
+        segments={0: Segment(valid=None if min(facts.row_tokens) == call.shape[1] else call.valid, packing=packing)},
+        prompts=Prompts(embeddings, visual, text, last, listed, facts.num_text, facts.end_from, run, inputs),
+    )
+
+
+class PromptFacts(NamedTuple):
+    """Facts of the prompts of a pass, on the host."""
+
+    tensors: tuple[Any, ...]  # visual, text, last, listed, columns, run and packing, which go to the device
+    num_text: tuple[int, ...]
+    row_tokens: tuple[int, ...]
+    settled: int
+    end_from: str
+
+
+def read_prompt(
+    call: Call,
+    visual: Tensor,
+    valid: Tensor | None,
+    starts: Tensor | None,
+    separate: Tensor | None,
+    frames: Tensor | None,
+    numbers_images: bool,
+) -> PromptFacts:
+    """Find visual tokens, question and end of each prompt; all tensors are on the host."""
+    packing = _packing(starts)
     real = torch.ones_like(visual) if valid is None else valid
     visual = visual & real
     slots = torch.arange(call.shape[1], device=visual.device).expand_as(visual)
     last_visual = _reduced(visual * (slots + 1), packing, "amax")
-    ends, end_from = _ends(call, packing, last_visual, slots)
+    ends, end_from = _ends(call, packing, last_visual, slots, starts)
     after, until = last_visual[:, None], ends[:, None]
     if packing is not None:
         after, until = last_visual[packing.number], ends[packing.number]
     text = real & (slots >= after) & (slots < until)
     last = _reduced((real & (slots < until)) * (slots + 1), packing, "amax") - 1
     rank = visual.cumsum(1) - 1
-    number_visual = _reduced(visual.long(), packing, "sum")
-    separate = call.separate if call.separate is not None else torch.ones_like(last_visual[:1], dtype=torch.bool)
-    # the one host synchronisation of a prefill whose stages keep fixed counts
-    parts = (number_visual, _reduced(text.long(), packing, "sum"), last_visual, real.sum(1), separate.view(1))
-    host = torch.cat([part.long() for part in parts]).tolist()
-    prompts = len(last_visual)
-    num_visual, num_text, settled = (tuple(host[i * prompts : (i + 1) * prompts]) for i in range(3))
-    row_tokens = tuple(host[3 * prompts : -1])
-    if not host[-1]:
+    num_visual = tuple(_reduced(visual.long(), packing, "sum").tolist())
+    num_text = tuple(_reduced(text.long(), packing, "sum").tolist())
+    row_tokens = tuple(real.sum(1).tolist())
+    if separate is not None and not bool(separate):
         raise ValueError(
             "attention_mask is 4-D and neither causal nor that of several prompts side by side: a stage could not tell "
             "which tokens belong to one prompt; give each prompt a row, or detach()"
         )
     if packing is not None:
         rank = rank - on_device(packing.before(num_visual), rank.device)[packing.number]
-    ordinal = torch.where(visual, rank, -1)
-    listed = visual_of(ordinal, num_visual, packing)
+    columns = torch.where(visual, rank, -1)
+    listed = visual_of(columns, num_visual, packing)
     run = None
-    if ids is not None:
-        runs = (visual & (~pad(visual, (1, 0))[:, :-1] | ids.frame_starts(inputs))).cumsum(1)
+    if numbers_images:
+        begins = visual & ~pad(visual, (1, 0))[:, :-1]
+        runs = (begins if frames is None else begins | (visual & frames)).cumsum(1)
         run = take(runs[..., None], listed.slots, packing)[..., 0]
         run = run - run[:, :1]
-    return ForwardPass(
-        prunes=True,
-        length=visual.shape[1],
-        past=call.past,
-        uncached=call.uncached,
-        settled=call.past + max(settled),
-        past_valid=call.past_valid,
-        row_tokens=row_tokens,
-        ordinal=ordinal,
-        visual=listed,
-        segments={0: Segment(valid=None if min(row_tokens) == visual.shape[1] else valid, packing=packing)},
-        prompts=Prompts(embeddings, visual, text, last.clamp(min=0), listed, num_text, end_from, run, inputs),
-    )
+    tensors = visual, text, last.clamp(min=0), listed, columns, run, packing
+    return PromptFacts(tensors, num_text, row_tokens, call.past + int(last_visual.max()), end_from)
+
+
+@dataclass
+class FixedPrompt:
+    """Layout of a prompt that later forward passes take over: where images, padding and question are."""
+
+    call: Call | None = None
+    forward: ForwardPass | None = None
+
+    def knows(self, tokens: Tensor | None) -> bool:
+        """Tell whether a call with ``tokens`` [B, N, ...] is one of that prompt."""
+        return self.call is not None and tokens is not None and tuple(tokens.shape[:2]) == tuple(self.call.shape)
+
+    def keep(self, call: Call, forward: ForwardPass) -> None:
+        """Note the state in which the first pass reached the decoder."""
+        prompts = replace(forward.prompts, embeddings=torch.empty(0), inputs={})
+        self.call, self.forward = call, replace(forward, prompts=prompts, segments=dict(forward.segments))
+
+    def begin(self, embeddings: Tensor, inputs: Mapping[str, Any]) -> ForwardPass:
+        """Make the state of another pass; numbers that stages have uploaded are shared."""
+        assert self.forward is not None
+        prompts = replace(self.forward.prompts, embeddings=embeddings, inputs=inputs)
+        return replace(
+            self.forward, prompts=prompts, segments={0: replace(self.forward.segments[0])}, sent={}, trace=[]
+        )
+
+
+def _download(*flags: Tensor | bool | None) -> list[Tensor | None]:
+    """Copy bool tensors to the host, all at once; anything else becomes None."""
+    parts = [part for part in flags if isinstance(part, Tensor)]
+    whole = torch.cat([part.flatten() for part in parts]).cpu()
+    pieces = iter(whole.split([part.numel() for part in parts]))
+    return [next(pieces).view(part.shape) if isinstance(part, Tensor) else None for part in flags]
+
+
+def _upload(device: torch.device, *values: Any) -> list[Any]:
+    """Copy tensors, and those within Visual and Packing, to a device: one copy for each dtype."""
+    parts: list[Tensor] = []
+    for value in values:
+        inner = vars(value).values() if isinstance(value, Visual | Packing) else [value]
+        parts += [part for part in inner if isinstance(part, Tensor)]
+    moved: dict[torch.dtype, Iterator[Tensor]] = {}
+    for dtype in dict.fromkeys(part.dtype for part in parts):
+        group = [part for part in parts if part.dtype == dtype]
+        whole = torch.cat([part.flatten() for part in group]).to(device, non_blocking=True)
+        moved[dtype] = iter(whole.split([part.numel() for part in group]))
+
+    def on_device_of(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return next(moved[value.dtype]).view(value.shape)
+        if isinstance(value, Visual | Packing):
+            return replace(value, **{name: on_device_of(part) for name, part in vars(value).items()})
+        return value
+
+    return [on_device_of(value) for value in values]

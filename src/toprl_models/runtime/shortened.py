@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
@@ -54,7 +54,7 @@ def _positions(
     arguments: dict[str, Any] = {}
     positions = kwargs.get("position_ids")
     if positions is not None and segment.slots is not None:
-        positions = gather_positions(positions, segment.slots)
+        positions = _carried(segment, "position_ids", positions, gather_positions)
     if segment.moved is not None or earlier is not None:
         assert positions is not None
         if segment.moved is not None:
@@ -63,12 +63,19 @@ def _positions(
             positions = positions - earlier[:, None].to(positions.device)
         arguments["position_embeddings"] = decoder.rotary_emb(hidden_states, positions)
     elif "position_embeddings" in kwargs:
-        arguments["position_embeddings"] = gather_tables(kwargs["position_embeddings"], segment.slots)
+        tables = kwargs["position_embeddings"]
+        arguments["position_embeddings"] = _carried(segment, "position_embeddings", tables, gather_tables)
     if "position_ids" in kwargs:
         arguments["position_ids"] = positions
     if "flash" in decoder.config._attn_implementation and segment.slots is not None:
         arguments |= flash_bounds(segment, kwargs)
     return arguments
+
+
+def _carried(segment: Segment, name: str, source: Any, gather: Callable[..., Any]) -> Any:
+    """Return the rows of ``source`` that a stage gathered along with the states, or gather them."""
+    known, rows = segment.carried.get(name, (None, None))
+    return rows if known is source and source is not None else gather(source, segment.slots)
 
 
 def gather_tables(tables: RotaryTables, slots: Tensor | None) -> RotaryTables:

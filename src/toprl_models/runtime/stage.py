@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from toprl_models.policy import Decision, Policy, PromptEmbeddings, StageContext, TextStates
 from toprl_models.runtime.scores import HeadGroup, Observation
-from toprl_models.runtime.state import ForwardPass, Length, Prompts, StageTrace, Visual, listed, take
+from toprl_models.runtime.state import ForwardPass, Length, Prompts, Segment, StageTrace, Visual, listed, take
 from toprl_models.schedule import Schedule
 
 
@@ -67,7 +69,10 @@ class Stage:
         # held here, so that a context stays what it was when the pass goes on
         visual, prompts, segment, observe = forward.visual, forward.prompts, forward.segment, self.observe
         packing = segment.packing
-        last = _last_slots(forward)
+
+        @functools.cache
+        def last_slots() -> Tensor:
+            return _last_slots(segment, prompts.last)
 
         def attention(queries: Tensor) -> Tensor:
             if observe is None:
@@ -93,10 +98,13 @@ class Stage:
             queries, valid = text_slots()
             return attention(queries).masked_fill(~valid[..., None], 0)
 
-        return StageContext(
+        return _Context(
+            later={
+                "hidden_states": lambda: take(hidden_states, visual.slots, packing),
+                "text_state": lambda: take(hidden_states, last_slots()[:, None], packing)[:, 0],
+            },
             stage=self.number,
             layer=self.schedule.layers[self.number],
-            hidden_states=take(hidden_states, visual.slots, packing),
             valid_mask=visual.valid,
             visual_index=visual.index,
             num_visual=forward.num_visual,
@@ -104,13 +112,27 @@ class Stage:
                 min(self.schedule.counts(n)[self.number], left)
                 for n, left in zip(forward.num_visual, visual.counts, strict=True)
             ),
-            text_state=take(hidden_states, last[:, None], packing)[:, 0],
-            last_attention=lambda: attention(last[:, None])[:, 0],
+            last_attention=lambda: attention(last_slots()[:, None])[:, 0],
             text_attention=text_attention,
             prompt=lambda: prompt_embeddings(forward, prompts),
             inputs=prompts.inputs,
             text_states=text_states,
+            sequence=hidden_states if packing is None else None,
+            slots=visual.slots if packing is None else None,
         )
+
+
+class _Context(StageContext):
+    """Context whose states are gathered when a policy first asks for them."""
+
+    def __init__(self, later: dict[str, Callable[[], Tensor]] | None = None, **known: Any) -> None:
+        vars(self).update(known, _later=later or {})
+
+    def __getattr__(self, name: str) -> Tensor:
+        if name not in vars(self).get("_later", {}):
+            raise AttributeError(f"StageContext has no attribute {name!r}")
+        vars(self)[name] = value = self._later[name]()
+        return value
 
 
 def refuse_without_question(forward: ForwardPass, counts: tuple[int, ...] | None = None) -> None:
@@ -125,9 +147,9 @@ def refuse_without_question(forward: ForwardPass, counts: tuple[int, ...] | None
             )
 
 
-def _last_slots(forward: ForwardPass) -> Tensor:
-    """Find the slot [P] of each prompt's last token in the current segment."""
-    slots, packing, last = forward.segment.slots, forward.segment.packing, forward.prompts.last
+def _last_slots(segment: Segment, last: Tensor) -> Tensor:
+    """Find the slot [P] of each prompt's ``last`` token in a segment."""
+    slots, packing = segment.slots, segment.packing
     if slots is None:
         return last
     slots = slots if packing is None else slots[packing.row_index]
@@ -149,12 +171,16 @@ def prompt_embeddings(forward: ForwardPass, prompts: Prompts) -> PromptEmbedding
 
 def check_decision(policy: Policy, decision: Decision, context: StageContext) -> None:
     """Refuse scores, masks or states whose shape is not that of the visual tokens."""
-    expected = {name: context.valid_mask.shape for name in ("scores", "keep_mask")}
-    for name, shape in (expected | {"states": context.hidden_states.shape}).items():
-        value = getattr(decision, name)
-        if value is not None and value.shape != shape:
+    shape = tuple(context.valid_mask.shape)
+    for name, value in decision._asdict().items():
+        trailing = () if value is None or name == "keep_mask" else tuple(value.shape[2:])
+        if name == "states" and value is not None:
+            trailing = tuple(context.hidden_states.shape[2:])
+        elif trailing != (2,):
+            trailing = ()
+        if value is not None and value.shape != (*shape, *trailing):
             raise ValueError(
-                f"policy {type(policy).__name__}: {name} has shape {tuple(value.shape)}, not {tuple(shape)}"
+                f"policy {type(policy).__name__}: {name} has shape {tuple(value.shape)}, not {(*shape, *trailing)}"
             )
 
 
@@ -184,5 +210,5 @@ def trace_of(
     stage: Stage, forward: ForwardPass, before: Visual, decision: Decision, indices: Tensor, counts: tuple[int, ...]
 ) -> StageTrace:
     """Make the record of a stage; ``indices`` [P, W] are the raster numbers of the kept tokens, -1 for padding."""
-    layer, scores = stage.schedule.layers[stage.number], decision.scores.detach()
-    return StageTrace(stage.number, layer, forward.num_visual, counts, indices, scores, before.index)
+    layer, decided = stage.schedule.layers[stage.number], decision.scores.detach()
+    return StageTrace(stage.number, layer, forward.num_visual, counts, indices, decided, before.index)

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from toprl_kernels.stage.reference import score_difference
+
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
 
@@ -29,7 +31,8 @@ class StageTrace:
         num_visual: original visual tokens per prompt.
         counts: tokens kept per prompt.
         indices: int64 ``[P, max(counts)]``, raster numbers of the kept tokens, ascending, -1 where a prompt has fewer.
-        scores: the policy's scores ``[P, V]``; ``visual_index`` ``[P, V]`` gives the raster number of each column.
+        decided: the policy's scores ``[P, V]``, or its logits ``[P, V, 2]``.
+        visual_index: int64 ``[P, V]``, the raster number of each column.
     """
 
     stage: int
@@ -37,8 +40,13 @@ class StageTrace:
     num_visual: tuple[int, ...]
     counts: tuple[int, ...]
     indices: Tensor
-    scores: Tensor
+    decided: Tensor
     visual_index: Tensor
+
+    @property
+    def scores(self) -> Tensor:
+        """Scores ``[P, V]``; computed when they are asked for."""
+        return score_difference(self.decided)
 
 
 @dataclass
@@ -92,6 +100,7 @@ class Segment:
     earlier: Tensor | None = None  # int64 [B], the shift that earlier passes left; known when ``has_earlier``
     has_earlier: bool = False
     keep_mask: Tensor | None = None  # mask mode: [B, N]
+    carried: dict[str, tuple[object, Any]] = field(default_factory=dict)  # (the model's argument, its survivors' rows)
     made_from: tuple[object, ...] | None = None  # the model's arguments that ``arguments`` replace
     arguments: dict[str, Any] = field(default_factory=dict)
 
@@ -116,8 +125,10 @@ class ForwardPass:
     past_valid: Tensor | None = None  # bool [B, past] of the tokens in the cache before this pass
     prompts: Prompts = _UNPRUNED
     row_tokens: tuple[int, ...] = ()  # tokens of each row in the current segment, padding excluded
-    ordinal: Tensor = _UNPRUNED  # int64 [B, n] of the current segment: raster number, -1 for text
+    # int64 [B, n] of the current segment: the column of each token in ``visual``, -1 for text; None for packed rows
+    columns: Tensor | None = None
     visual: Visual = _UNPRUNED  # of the current segment
+    uploaded: dict[tuple[int, ...], Tensor] = field(default_factory=dict)  # host numbers that are on the device
     segments: dict[int, Segment] = field(default_factory=dict)
     current: int = 0
     sent: dict[int, KeepArgument] = field(default_factory=dict)  # mask mode: what each layer was given
@@ -133,10 +144,26 @@ class ForwardPass:
     def segment(self) -> Segment:
         return self.segments[self.current]
 
+    def numbers(self, counts: tuple[int, ...], device: torch.device) -> int | Tensor:
+        """Return ``counts`` for an op: an int where they are alike, else a tensor, which is uploaded once."""
+        if len(set(counts)) == 1:
+            return counts[0]
+        if counts not in self.uploaded:
+            self.uploaded[counts] = on_device(counts, device)
+        return self.uploaded[counts]
+
+    def upload(self, stages: Sequence[tuple[int, ...]], device: torch.device) -> None:
+        """Make what ``numbers`` will return for the counts of all stages, by one copy."""
+        ragged = [counts for counts in stages if len(set(counts)) > 1]
+        if ragged:
+            table = on_device([count for counts in ragged for count in counts], device)
+            self.uploaded |= dict(zip(ragged, table.view(len(ragged), -1), strict=True))
+
     def move(self, device: torch.device) -> None:
         """Move what a stage needs to the device of its layer, where a model is spread over several."""
-        if self.ordinal.device != device:
-            self.ordinal, self.visual = _moved(self.ordinal, device), _moved(self.visual, device)
+        if self.visual.slots.device != device:
+            self.columns, self.visual = _moved(self.columns, device), _moved(self.visual, device)
+            self.uploaded = {}
             self.prompts = _moved(self.prompts, device)
             self.segments |= {0: _moved(self.segments[0], device), self.current: _moved(self.segment, device)}
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from toprl_kernels.backend import interpreting
+from toprl_kernels.dispatch import interpreting
 
 # The interpreter multiplies bfloat16 as raw integers, so kernels widen the operands of a dot there. It has numpy add up
 # the products, in an order that hangs on the machine and on which operand comes first: in float32, the scores of a

@@ -1,0 +1,185 @@
+"""prune_stage: contract, checks, registration, dispatch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from toprl_kernels import dispatch as check
+from toprl_kernels.dispatch import choose, register
+from toprl_kernels.stage.eager import Outputs, prune_stage_eager
+from toprl_kernels.stage.reference import PruneStageOutput, prune_stage_reference
+from toprl_kernels.topk.api import MAX_TRITON_TOKENS, backward_op
+
+OP = "prune_stage"
+MAX_TABLES = 3
+
+
+def prune_stage(
+    hidden_states: Tensor,
+    scores: Tensor,
+    columns: Tensor,
+    k: int | Tensor,
+    *,
+    length: int | None = None,
+    width: int | None = None,
+    valid_mask: Tensor | None = None,
+    origins: Tensor | None = None,
+    raster: Tensor | None = None,
+    position_ids: Tensor | None = None,
+    tables: Sequence[Tensor] = (),
+    padding_side: str = "right",
+    backend: str | None = None,
+) -> PruneStageOutput:
+    """Prune a sequence: of the tokens with a score the k best stay, and every token without one.
+
+    The scored tokens are the visual ones, the others text. The selection is that of :func:`toprl_kernels.topk_compact`
+    (ties to the lowest index, NaN last). One launch selects, a second gathers the rows of hidden states and tables; six
+    launches above 4,096 tokens. Nothing waits for the GPU, so that a stage can be captured in a CUDA graph.
+    Differentiable in hidden_states.
+
+    Args:
+        hidden_states: [B, N, d], any dtype, as in topk_compact.
+        scores: [B, V] floating, or the actor's logits [B, V, 2]: keep minus drop logit, in float32.
+        columns: [B, N] int64, the column of ``scores`` of each token; -1: the token has none and stays. The columns of
+            a sample ascend with its tokens.
+        k: scored tokens to keep: an int, or an integer tensor [B].
+        length: output length K; it must hold what stays of every sample. Default for an int k: N - V + k, which fits
+            samples without padding.
+        width: length W of the lists of kept scored tokens, at least max(k). Default for an int k: k.
+        valid_mask: [B, N] bool, False = padding, which is dropped.
+        origins: [B, N] int64, index of each token before all stages (default: its index now).
+        raster: [B, V] int64, raster number of each scored token (default: its column).
+        position_ids: [..., B or 1, N0] integer, over the tokens before all stages; picked by origin.
+        tables: at most 3 of [B or 1, N0, w], any dtype (rotary cos and sin); rows picked by origin, without a gradient.
+        padding_side: "right" or "left", where a sample that keeps fewer than K tokens is padded.
+        backend: None, "auto", "eager", "triton" or "reference"; see :mod:`toprl_kernels.dispatch`.
+
+    Returns:
+        PruneStageOutput. Its columns, origins, slots and raster are what the next stage begins with.
+
+    Raises:
+        TypeError: wrong dtypes; a bool k.
+        ValueError: wrong shapes or devices; k or length out of range; a tensor k without length and width; more than 3
+            tables.
+        RuntimeError: backend="triton" cannot run, as in topk_compact.
+        NotImplementedError: under torch.vmap; inputs with forward-mode tangents.
+
+    Example:
+        >>> import torch
+        >>> from toprl_kernels import prune_stage
+        >>> hidden = torch.arange(5.0).view(1, 5, 1)  # text, three visual tokens, text
+        >>> out = prune_stage(hidden, torch.tensor([[0.2, 0.9, 0.4]]), torch.tensor([[-1, 0, 1, 2, -1]]), 2)
+        >>> out.hidden_states.flatten().tolist(), out.columns.tolist(), out.slots.tolist()
+        ([0.0, 2.0, 3.0, 4.0], [[-1, 0, 1, -1]], [[1, 2]])
+    """
+    check.require_ndim(OP, "hidden_states", hidden_states, 3, "[B, N, d]")
+    batch, num_tokens, device = hidden_states.shape[0], hidden_states.shape[1], hidden_states.device
+    check.require_tensor(OP, "scores", scores)
+    num_scores = scores.shape[1] if scores.ndim > 1 else -1
+    layout = (batch, num_scores, 2) if scores.ndim == 3 else (batch, num_scores)
+    check.require(OP, "scores", scores, layout, "[B, V] or [B, V, 2]", check.FLOATS, device, "use scores.float()")
+    shape, long = (batch, num_tokens), (torch.int64,)
+    check.require(OP, "columns", columns, shape, "[B, N]", long, device, "use columns.long()")
+    if valid_mask is not None:
+        check.require(OP, "valid_mask", valid_mask, shape, "[B, N]", (torch.bool,), device, "use valid_mask.bool()")
+    if origins is not None:
+        check.require(OP, "origins", origins, shape, "[B, N]", long, device, "use origins.long()")
+    if raster is None:
+        raster = torch.arange(num_scores, device=device).expand(batch, -1)
+    check.require(OP, "raster", raster, (batch, num_scores), "[B, V]", long, device, "use raster.long()")
+    if position_ids is not None:
+        check.require_dtype(OP, "position_ids", position_ids, check.INTEGERS, "use position_ids.long()")
+        check.require_device(OP, "position_ids", position_ids, device)
+        if position_ids.ndim not in (2, 3) or position_ids.shape[-2] not in (1, batch):
+            raise ValueError(f"{OP}: position_ids must be [..., B or 1, N0], got shape {tuple(position_ids.shape)}")
+    if len(tables) > MAX_TABLES:
+        raise ValueError(f"{OP}: tables has {len(tables)} tensors, at most {MAX_TABLES}; gather others by out.origins")
+    for number, table in enumerate(tables):
+        check.require_ndim(OP, f"tables[{number}]", table, 3, "[B or 1, N0, w]")
+        check.require_device(OP, f"tables[{number}]", table, device)
+    if padding_side not in ("right", "left"):
+        raise ValueError(f"{OP}: padding_side={padding_side!r} is unknown; use 'right' or 'left'")
+    counts = None
+    if isinstance(k, Tensor):
+        check.require_shape(OP, "k", k, (batch,), "[B] (or pass an int)")
+        check.require_dtype(OP, "k", k, check.INTEGERS, "use k.long()")
+        if length is None or width is None:
+            raise ValueError(f"{OP}: a tensor k needs length= and width=, so that nothing waits for the device")
+        counts = k.to(device=device, dtype=torch.int64).clamp(0, width)
+    elif isinstance(k, bool) or not isinstance(k, int):
+        raise TypeError(f"{OP}: k must be an int or an int64 tensor [B], got {k!r} of type {type(k).__name__}")
+    elif not 0 <= k <= num_scores:
+        raise ValueError(f"{OP}: k={k} is outside 0..V={num_scores}; use min(k, scores.shape[1])")
+    else:
+        length, width = num_tokens - num_scores + k if length is None else length, k if width is None else width
+    if not (0 <= length <= num_tokens and 0 <= width <= min(num_scores, num_tokens)):
+        raise ValueError(f"{OP}: length={length} must be in 0..N={num_tokens}, width={width} in 0..V={num_scores}")
+
+    obstacle = None
+    if hidden_states.dtype.is_complex or scores.dtype == torch.float64:
+        obstacle = "hidden_states are complex or scores float64; the kernels take real ones and at most float32"
+    elif num_tokens > MAX_TRITON_TOKENS:
+        obstacle = f"N={num_tokens} tokens, the kernels take N <= {MAX_TRITON_TOKENS}"
+    choice = choose(OP, backend, device, obstacle)
+    left, limit = padding_side == "left", width if isinstance(k, Tensor) else k
+    options = length, width, valid_mask, origins, raster, position_ids, list(tables), left
+    if choice.name == "reference":
+        taken = [limit] * batch if counts is None else counts.tolist()
+        return prune_stage_reference(hidden_states, scores, columns, taken, *options)
+    *results, positions, gathered = _op(hidden_states, scores.detach(), columns, counts, limit, *options, choice.name)
+    return PruneStageOutput(*results, None if position_ids is None else positions, tuple(gathered))
+
+
+def _forward(*arguments: Any) -> Outputs:
+    if arguments[-1] == "triton":
+        from toprl_kernels.stage.triton import prune_stage_triton
+
+        return prune_stage_triton(*arguments[:-1])
+    return prune_stage_eager(*arguments[:-1])
+
+
+def _fake(hidden_states: Tensor, scores: Tensor, columns: Tensor, *arguments: Any) -> Outputs:
+    _, _, length, width, _, _, _, position_ids, tables, _, _ = arguments
+    samples = columns.shape[0]
+    indices, slots = columns.new_empty(samples, length), columns.new_empty(samples, width)
+    positions = columns.new_empty(0)
+    if position_ids is not None:
+        positions = position_ids.new_empty(*position_ids.shape[:-2], samples, length)
+    return (
+        hidden_states.new_empty(samples, length, hidden_states.shape[2]),
+        indices,
+        torch.empty_like(indices, dtype=torch.bool),
+        torch.empty_like(indices),
+        torch.empty_like(indices),
+        slots,
+        torch.empty_like(slots),
+        torch.empty_like(slots, dtype=torch.bool),
+        positions,
+        [table.new_empty(samples, length, table.shape[2]) for table in tables],
+    )
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Outputs) -> None:
+    ctx.save_for_backward(output[1])
+    ctx.options, ctx.num_tables = (inputs[0].size(1), True, inputs[-1]), len(output[-1])
+
+
+def _backward(ctx: Any, gradient: Tensor, *_: object) -> tuple[Any, ...]:
+    (indices,) = ctx.saved_tensors
+    grad_hidden = backward_op(gradient, indices, *ctx.options)
+    return (grad_hidden, *[None] * 10, [None] * ctx.num_tables, None, None)
+
+
+_op = register(
+    "prune_stage(Tensor hidden_states, Tensor scores, Tensor columns, Tensor? k, SymInt limit, SymInt length, "
+    "SymInt width, Tensor? valid_mask, Tensor? origins, Tensor raster, Tensor? position_ids, Tensor[] tables, "
+    "bool left, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor[])",
+    _forward,
+    _fake,
+    setup_context=_setup_context,
+    backward=_backward,
+)

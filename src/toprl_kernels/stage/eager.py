@@ -1,0 +1,70 @@
+"""prune_stage in plain PyTorch."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from toprl_kernels.stage.reference import score_difference
+from toprl_kernels.topk.eager import compact_flags, gather_positions, gather_rows, select_ragged, unique_keys
+
+Outputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, list[Tensor]]
+
+
+def prune_stage_eager(
+    hidden_states: Tensor,
+    scores: Tensor,
+    columns: Tensor,
+    k: Tensor | None,
+    limit: int,
+    length: int,
+    width: int,
+    valid_mask: Tensor | None,
+    origins: Tensor | None,
+    raster: Tensor,
+    position_ids: Tensor | None,
+    tables: list[Tensor],
+    left: bool,
+) -> Outputs:
+    """The fields of PruneStageOutput; position ids are empty when there are none."""
+    samples = len(columns)
+    stays, scored = columns < 0, columns >= 0
+    if valid_mask is not None:
+        stays, scored = stays & valid_mask, scored & valid_mask
+    by_token = score_difference(scores)
+    if by_token.shape[1]:
+        by_token = by_token.gather(1, columns.clamp(min=0))
+    else:
+        by_token = by_token.new_zeros(columns.shape)
+    keys = unique_keys(by_token, scored).masked_fill_(stays, 2**63 - 1)
+    taken = scored.sum(dim=1, keepdim=True).clamp(max=limit)
+    taken = taken if k is None else taken.minimum(k[:, None])
+    indices = select_ragged(keys, taken + stays.sum(dim=1, keepdim=True), length, left)
+
+    valid, safe = indices >= 0, indices.clamp(min=0)
+    column = columns.gather(1, safe).masked_fill_(~valid, -1)
+    scored = column >= 0
+    places = compact_flags(scored, min(width, length), left=False)
+    places = torch.nn.functional.pad(places, (0, width - places.shape[1]), value=-1)
+    listed, slots = places >= 0, places.clamp(min=0)
+    numbers = slots.new_empty(slots.shape)
+    if width:
+        numbers = raster.gather(1, column.gather(1, slots).clamp(min=0)).masked_fill_(~listed, -1)
+    before = safe if origins is None else origins.gather(1, safe)
+    before = before.masked_fill(~valid, 0)
+    at = before.masked_fill(~valid, -1)
+    positions = indices.new_empty(0)
+    if position_ids is not None:
+        positions = gather_positions(position_ids.expand(*position_ids.shape[:-2], samples, -1), at)
+    return (
+        gather_rows(hidden_states, indices, True),
+        indices,
+        valid,
+        torch.where(scored, scored.cumsum(1) - 1, -1),
+        before,
+        slots,
+        numbers,
+        listed,
+        positions,
+        [gather_rows(table.expand(samples, -1, -1), at, True) for table in tables],
+    )

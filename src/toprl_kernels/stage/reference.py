@@ -1,0 +1,88 @@
+"""The definition of prune_stage, in Python lists."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from toprl_kernels.topk.reference import best, gather_reference, slots_of
+
+
+class PruneStageOutput(NamedTuple):
+    """What :func:`toprl_kernels.prune_stage` returns; K is the output length, W the most scored tokens of a sample."""
+
+    hidden_states: Tensor  # [B, K, d], zero in the padding
+    indices: Tensor  # [B, K] int64, ascending, -1 in the padding
+    valid_mask: Tensor  # [B, K] bool, False in the padding
+    columns: Tensor  # [B, K] int64, the next stage's: rank among the kept scored tokens, -1 for the others and padding
+    origins: Tensor  # [B, K] int64, index before all stages, 0 in the padding
+    slots: Tensor  # [B, W] int64, where the kept scored tokens are in the output, 0 in the padding
+    raster: Tensor  # [B, W] int64, their raster numbers, -1 in the padding
+    listed: Tensor  # [B, W] bool, False in the padding
+    position_ids: Tensor | None  # [..., B, K], 0 in the padding
+    tables: tuple[Tensor, ...]  # [B, K, w] each, zero in the padding
+
+
+def score_difference(scores: Tensor) -> Tensor:
+    """Keep logit minus drop logit of logits [B, V, 2], in float32 at least; scores [B, V] as they are."""
+    if scores.ndim == 2:
+        return scores
+    wide = scores if scores.dtype == torch.float64 else scores.float()
+    return wide[..., 0] - wide[..., 1]
+
+
+def prune_stage_reference(
+    hidden_states: Tensor,  # [B, N, d]
+    scores: Tensor,  # [B, V] or [B, V, 2]
+    columns: Tensor,  # [B, N]
+    counts: list[int],
+    length: int,
+    width: int,
+    valid_mask: Tensor | None,  # [B, N]
+    origins: Tensor | None,  # [B, N]
+    raster: Tensor,  # [B, V]
+    position_ids: Tensor | None,  # [..., B or 1, N0]
+    tables: list[Tensor],  # [B or 1, N0, w]
+    left: bool,
+) -> PruneStageOutput:
+    """Keep all valid tokens without a score, and the ``counts`` best with one."""
+    samples, num_tokens = columns.shape
+    chosen, new_columns, places, numbers = [], [], [], []
+    for sample, values in enumerate(score_difference(scores).tolist()):
+        column = columns[sample].tolist()
+        valid = [i for i in range(num_tokens) if valid_mask is None or bool(valid_mask[sample, i])]
+        by_token = [values[c] if c >= 0 else 0.0 for c in column]
+        kept = best(by_token, [i for i in valid if column[i] >= 0], counts[sample])
+        chosen.append(sorted(kept + [i for i in valid if column[i] < 0]))
+        first = length - len(chosen[-1]) if left else 0
+        new_columns.append([kept.index(i) if i in kept else -1 for i in chosen[-1]])
+        places.append([first + chosen[-1].index(i) for i in kept])
+        numbers.append([int(raster[sample, column[i]]) for i in kept])
+    device = scores.device
+    indices = slots_of(chosen, length, left, device)
+    if origins is None:
+        origins = torch.arange(num_tokens, device=device).expand(samples, -1)
+    listed = slots_of(places, width, False, device) >= 0
+    before = [[int(origins[sample, i]) for i in tokens] for sample, tokens in enumerate(chosen)]
+    positions = position_ids
+    if position_ids is not None:
+        rows = (
+            position_ids.expand(*position_ids.shape[:-2], samples, -1).flatten(0, -3) if position_ids.ndim > 2 else None
+        )
+        planes = [position_ids.expand(samples, -1)] if rows is None else list(rows)
+        stacked = torch.stack([gather_reference(plane, before, length, left) for plane in planes])
+        positions = stacked[0] if rows is None else stacked.view(*position_ids.shape[:-2], samples, length)
+    return PruneStageOutput(
+        gather_reference(hidden_states, chosen, length, left),
+        indices,
+        indices >= 0,
+        slots_of(new_columns, length, left, device),
+        slots_of(before, length, left, device).clamp(min=0),
+        slots_of(places, width, False, device).clamp(min=0),
+        slots_of(numbers, width, False, device),
+        listed,
+        positions,
+        tuple(gather_reference(table.expand(samples, -1, -1), before, length, left) for table in tables),
+    )
