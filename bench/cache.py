@@ -52,11 +52,6 @@ def bench_cache(case: CacheCase, settings: Settings) -> list[Row]:
     order = torch.rand(case.batch, case.num_tokens, generator=generator).argsort(dim=1)
     indices = order[:, : case.k].sort(dim=1).values.to(settings.device)  # [B, K]
 
-    def in_place() -> Built:
-        """Compacts the same cache again and again; only the first call, which is the checked one, sees its contents."""
-        own_keys, own_values = keys.clone(), values.clone()
-        return Built(lambda: list(compact_cache(own_keys, own_values, indices, inplace=True)))
-
     def gather() -> list[Tensor]:
         expanded = indices[:, None, :, None].expand(-1, case.num_kv_heads, -1, case.head_dim)
         return [keys.gather(2, expanded), values.gather(2, expanded)]
@@ -79,7 +74,6 @@ def bench_cache(case: CacheCase, settings: Settings) -> list[Row]:
     )
     providers = [
         Provider(our_name(settings.device), lambda: Built(lambda: list(compact_cache(keys, values, indices))), "ours"),
-        Provider("toprl, in place", in_place, role="ours"),
         Provider("gather", lambda: Built(gather)),
         Provider("index_select", by_rows),
     ]

@@ -49,13 +49,8 @@ RESIDENT_SHARED = {"sm_80": 164, "sm_86": 100, "sm_90": 228, "sm_100": 228}  # K
 MAX_THREADS = 1024
 # Tiles of keys and values that must be in flight up to D = 128, where shared memory is large
 IN_FLIGHT = {"masked_attention_fwd": 3, "masked_attention_bwd_dq": 3}
-CHANGING = "the rows of attention are about to change"
 # (kernel, pattern of "architecture case") -> why its problems may stay
-KNOWN = {
-    ("masked_attention_fwd", "sm_(90|100) D=(64|128) bf16|sm_(80|86|90) D=256 bf16"): CHANGING,
-    ("masked_attention_bwd_dq", "sm_(90|100) D=(64|128) bf16|sm_(80|86|90) D=256 bf16"): CHANGING,
-    ("masked_attention_bwd_dkdv", "sm_(80|86|90) D=128 bf16|sm_90 D=64 bf16|D=256 bf16"): CHANGING,
-}
+KNOWN: dict[tuple[str, str], str] = {}
 
 
 @dataclass
@@ -184,7 +179,6 @@ def _cache() -> None:
     keys, values = (torch.zeros(1, 8, 576, 128, dtype=torch.bfloat16) for _ in range(2))
     indices = torch.arange(192)[None]
     _backward(*compact_cache(keys.clone().requires_grad_(), values.clone().requires_grad_(), indices, backend="triton"))
-    compact_cache(keys, values, indices, inplace=True, backend="triton")
 
 
 def _actor(dtype: torch.dtype, tokens: int) -> None:

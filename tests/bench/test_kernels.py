@@ -32,7 +32,7 @@ PEERS = {
         "toprl (eager)|torch.topk + sort + gather|torch.topk + sort + index_select|"
         "torch.compile of topk + sort + gather"
     ),
-    "compact_cache fwd": "toprl (eager)|toprl, in place|gather|index_select",
+    "compact_cache fwd": "toprl (eager)|gather|index_select",
     "actor_score fwd": "toprl (eager)|nn.Sequential|torch.compile of nn.Sequential",
     "sample_keep_mask fwd": "toprl (eager)|plain torch",
     "decode fwd": "toprl (eager)|sdpa bool mask|sdpa all keys (bound)",
