@@ -149,11 +149,11 @@ MUTATIONS = [
         "test_library.py",
     ),
     Mutation(
-        "spilled configuration",
+        "configuration that computes products twice",
         "configs.py",
-        '_pin_attention("fwd", "sm_90 sm_100", HALF, C(128, 64, 8, 5), C(128, 64, 8, 5)',
-        '_pin_attention("fwd", "sm_90 sm_100", HALF, C(128, 64, 8, 5), C(128, 64, 4, 5)',
-        "test_ahead_of_time.py",
+        '_pin_attention("bwd_dkdv", "sm_90", HALF, C(64, 128, 8, 3), C(64, 128, 8, 2)',
+        '_pin_attention("bwd_dkdv", "sm_90", HALF, C(64, 128, 8, 3), C(32, 64, 8, 2)',
+        "test_compile_report.py",
     ),
 ]
 

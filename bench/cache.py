@@ -5,11 +5,12 @@ Useful work: each kept key and value read and written once. No FLOPs.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
-from bench.kernel_cases import CacheCase
-from bench.kernel_measure import (
+from bench.common import (
     Built,
     NotAvailableError,
     Provider,
@@ -17,11 +18,31 @@ from bench.kernel_measure import (
     Settings,
     Work,
     compare,
+    dtype_name,
     exact,
     our_name,
     shared_labels,
 )
 from toprl_kernels import compact_cache
+
+
+@dataclass(frozen=True)
+class CacheCase:
+    """Compaction of cached keys and values [B, Hkv, N, D] to ``k`` positions."""
+
+    num_tokens: int
+    k: int
+    batch: int = 1
+    num_kv_heads: int = 8
+    head_dim: int = 128
+    dtype: torch.dtype = torch.float32
+
+    @property
+    def shape(self) -> str:
+        return f"B{self.batch} Hkv{self.num_kv_heads} N{self.num_tokens} K{self.k} D{self.head_dim}"
+
+    def label(self) -> str:
+        return f"compact_cache {self.shape} {dtype_name(self.dtype)}"
 
 
 def bench_cache(case: CacheCase, settings: Settings) -> list[Row]:
@@ -30,11 +51,6 @@ def bench_cache(case: CacheCase, settings: Settings) -> list[Row]:
     keys, values = (torch.randn(*shape, generator=generator).to(settings.device, case.dtype) for _ in range(2))
     order = torch.rand(case.batch, case.num_tokens, generator=generator).argsort(dim=1)
     indices = order[:, : case.k].sort(dim=1).values.to(settings.device)  # [B, K]
-
-    def in_place() -> Built:
-        """Compacts the same cache again and again; only the first call, which is the checked one, sees its contents."""
-        own_keys, own_values = keys.clone(), values.clone()
-        return Built(lambda: list(compact_cache(own_keys, own_values, indices, inplace=True)))
 
     def gather() -> list[Tensor]:
         expanded = indices[:, None, :, None].expand(-1, case.num_kv_heads, -1, case.head_dim)
@@ -58,7 +74,6 @@ def bench_cache(case: CacheCase, settings: Settings) -> list[Row]:
     )
     providers = [
         Provider(our_name(settings.device), lambda: Built(lambda: list(compact_cache(keys, values, indices))), "ours"),
-        Provider("toprl, in place", in_place, role="ours"),
         Provider("gather", lambda: Built(gather)),
         Provider("index_select", by_rows),
     ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -9,13 +10,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from toprl_kernels import configs, tune
+from bench import tune
+from bench.tune import Problem
+from toprl_kernels import configs
 from toprl_kernels.configs import LaunchConfig
-from toprl_kernels.tune import Problem
 
 CPU = torch.device("cpu")
 KERNEL = "masked_attention_fwd"
-PINNED = configs.pinned(KERNEL, "sm_90", size=64, dtype=torch.float32)
+PINNED = configs.row(KERNEL, "sm_90", size=64, dtype=torch.float32).config
 GOOD, BAD = LaunchConfig(16, 32, 4, 1), LaunchConfig(16, 16, 8, 1)
 
 
@@ -48,32 +50,24 @@ def two_candidates(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("two_candidates")
-def test_the_fastest_wins() -> None:
-    timer = timer_of({PINNED: 3.0, GOOD: 1.0, BAD: 2.0})
-    assert tune.best_config(problem(lambda: [torch.ones(3)]), CPU, timer) == (GOOD, 1.0, 3.0)
+@pytest.mark.parametrize(
+    ("times", "expected"),
+    [((3.0, 1.0, 2.0), (GOOD, 1.0, 3.0)), ((1.0, 0.99, 0.985), (PINNED, 1.0, 1.0))],  # noise replaces nothing
+)
+def test_the_fastest_wins_by_a_margin(
+    times: tuple[float, float, float], expected: tuple[LaunchConfig, float, float]
+) -> None:
+    timer = timer_of(dict(zip((PINNED, GOOD, BAD), times, strict=True)))
+    assert tune.best_config(problem(lambda: [torch.ones(3)]), CPU, timer) == expected
 
 
 @pytest.mark.usefixtures("two_candidates")
-def test_noise_does_not_replace_the_pinned_configuration() -> None:
-    timer = timer_of({PINNED: 1.0, GOOD: 0.99, BAD: 0.985})
-    assert tune.best_config(problem(lambda: [torch.ones(3)]), CPU, timer) == (PINNED, 1.0, 1.0)
-
-
-@pytest.mark.usefixtures("two_candidates")
-def test_a_wrong_result_aborts() -> None:
+@pytest.mark.parametrize("wrong", [1.001, torch.nan])
+def test_a_wrong_result_aborts(wrong: float) -> None:
     def run() -> list[Tensor]:
-        return [torch.ones(3) * (1.001 if in_force() == GOOD else 1.0)]
+        return [torch.full((3,), wrong if in_force() == GOOD else 1.0)]
 
-    with pytest.raises(tune.WrongResultError, match=r"masked_attention_fwd test with 16,32,4,1,1 is 1.00e-03 away"):
-        tune.best_config(problem(run), CPU, timer_of({}))
-
-
-@pytest.mark.usefixtures("two_candidates")
-def test_nan_is_a_wrong_result() -> None:
-    def run() -> list[Tensor]:
-        return [torch.full((3,), torch.nan if in_force() == GOOD else 1.0)]
-
-    with pytest.raises(tune.WrongResultError):
+    with pytest.raises(tune.WrongResultError, match=r"masked_attention_fwd test with 16,32,4,1,1 is .* away"):
         tune.best_config(problem(run), CPU, timer_of({}))
 
 
@@ -90,41 +84,31 @@ def test_a_candidate_that_does_not_fit_is_passed_over(capsys: pytest.CaptureFixt
     assert "16,32,4,1,1: does not fit (OutOfResources)" in capsys.readouterr().out
 
 
-def test_every_kernel_with_candidates_reacts_to_them() -> None:
-    """The problem of a kernel must launch it with the configuration under test, or its timings say nothing."""
-    small: list[Problem] = [
-        *tune.attention_problems(CPU, tokens=20, heads=(2, 1), head_dims=(16,), dtypes=(torch.float32,)),
-        *tune.actor_problems(CPU, tokens=(20,), widths=(32, 16), dtypes=(torch.float32,)),
-    ]
-    assert {each.kernel for each in small} == set(tune.CANDIDATES)
-    asked: list[str] = []
-    select = configs.select
-
-    def recording(kernel: str, **options: object) -> LaunchConfig:
-        asked.append(kernel)
-        return select(kernel, **options)  # type: ignore[arg-type]
-
-    with pytest.MonkeyPatch.context() as patch:
-        for module in ("masked_attention.triton", "actor_score.triton"):
-            launcher = __import__(f"toprl_kernels.{module}", fromlist=["triton"])
-            patch.setattr(launcher if hasattr(launcher, "select") else configs, "select", recording)
-        for each in small:
-            asked.clear()
-            each.run()
-            assert each.kernel in asked
-
-
-def test_real_candidates_agree() -> None:
-    """Two candidates per kernel, run for real on tiny problems: block sizes must not change the result."""
+def test_real_candidates_are_launched_and_agree(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two candidates per kernel on tiny problems: each problem launches its kernel, block sizes change no result."""
     problems = [
-        *tune.attention_problems(CPU, tokens=40, heads=(2, 1), head_dims=(16,), dtypes=(torch.float32,)),
-        *tune.actor_problems(CPU, tokens=(40,), widths=(48, 16), dtypes=(torch.float32,)),
+        *tune.attention_problems(CPU, tokens=20, heads=(1, 1), head_dims=(16,), dtypes=(torch.float32,)),
+        *tune.actor_problems(CPU, tokens=(20,), widths=(48, 16), dtypes=(torch.float32,)),
     ]
-    with pytest.MonkeyPatch.context() as patch:
-        for kernel, candidates in list(tune.CANDIDATES.items()):
-            patch.setitem(tune.CANDIDATES, kernel, candidates[-2:])
-        rows = tune.tune(problems, CPU, timer_of({}))
-    assert len(rows) == len(tune.CANDIDATES)
+    assert {each.kernel for each in problems} == set(tune.CANDIDATES)
+    asked: set[str] = set()
+    for module in ("attention.triton", "actor.triton"):
+        launcher = importlib.import_module(f"toprl_kernels.{module}")
+        home = launcher if hasattr(launcher, "select") else launcher.configs
+        select = home.select
+
+        def recording(kernel: str, *, select: Callable[..., LaunchConfig] = select, **options: object) -> LaunchConfig:
+            asked.add(kernel)
+            return select(kernel, **options)
+
+        monkeypatch.setattr(home, "select", recording)
+    for each in problems:
+        asked.clear()
+        each.run()
+        assert each.kernel in asked
+    for kernel, candidates in list(tune.CANDIDATES.items()):
+        monkeypatch.setitem(tune.CANDIDATES, kernel, candidates[-1:])
+    assert len(tune.tune(problems, CPU, timer_of({}))) == len(tune.CANDIDATES)
 
 
 def test_a_bucket_keeps_the_worst_point() -> None:
@@ -159,7 +143,7 @@ def timer_on_cuda(call: Callable[[], object]) -> float:
 def test_run_writes_what_select_reads(pretended: Path) -> None:
     cuda = torch.device("cuda", 0)
     assert tune.run(cuda, "", pretended, timer_on_cuda) == pretended
-    with configs.using(pretended):
+    with tune.using(pretended):
         assert configs.select(KERNEL, size=64, dtype=torch.float32, device=cuda) == GOOD
         assert "1 timings measured on NVIDIA Test" in configs.describe(cuda)
 
@@ -172,22 +156,30 @@ def test_one_kernel_keeps_the_other_rows(pretended: Path) -> None:
     assert configs.read(pretended, "sm_90", "sm_90") == before
 
 
-def test_one_kernel_into_a_corrupt_file_is_an_error(pretended: Path) -> None:
+def test_one_kernel_into_another_file(pretended: Path) -> None:
+    """Rows of another version are replaced; a corrupt file stays as it is."""
+    cuda = torch.device("cuda", 0)
+    tune.run(cuda, "", pretended, timer_on_cuda)
+    pretended.write_text(pretended.read_text().replace(configs.triton_version(), "2.0"))
+    tune.run(cuda, "actor_score", pretended, timer_on_cuda)
+    assert configs.read(pretended, "sm_90", "sm_90").configs == {}
     pretended.write_text("{")
-    with pytest.raises(RuntimeError, match=r"measured.json cannot be used.*delete the file"):
-        tune.run(torch.device("cuda", 0), "actor_score", pretended, timer_on_cuda)
+    with pytest.raises(RuntimeError, match=r"measured.json cannot be read .*delete the file"):
+        tune.run(cuda, "actor_score", pretended, timer_on_cuda)
     assert pretended.read_text() == "{"
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens without a CUDA device, and there is one")
-def test_without_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
-    assert tune.main([]) == 2
-    assert "this needs a CUDA device" in capsys.readouterr().err
-
-
-def test_unknown_kernel(capsys: pytest.CaptureFixture[str]) -> None:
-    assert tune.main(["--kernel", "nothing"]) == 2
-    assert "--kernel nothing is in none of masked_attention_fwd" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "this needs a CUDA device"),
+        (["--kernel", "nothing"], "--kernel nothing is in none of masked_attention_fwd"),
+    ],
+)
+def test_refusals(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert tune.main(arguments) == 2
+    assert message in capsys.readouterr().err
 
 
 def test_candidates_are_possible() -> None:

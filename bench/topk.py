@@ -9,12 +9,12 @@ torch.topk promises nothing about ties; the scores here have none, so that all p
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from bench.kernel_cases import TopkCase
-from bench.kernel_measure import (
+from bench.common import (
     LEFT_OUT,
     Built,
     NotAvailableError,
@@ -23,6 +23,7 @@ from bench.kernel_measure import (
     Settings,
     Work,
     compare,
+    dtype_name,
     exact,
     our_name,
     shared_labels,
@@ -30,6 +31,26 @@ from bench.kernel_measure import (
 from toprl_kernels import topk_compact
 
 INDEX_BYTES = 8
+
+
+@dataclass(frozen=True)
+class TopkCase:
+    """Selection of ``k`` of ``num_tokens`` hidden states of width ``hidden_size``."""
+
+    num_tokens: int
+    k: int
+    hidden_size: int
+    batch: int = 1
+    mode: str = "fwd"
+    dtype: torch.dtype = torch.float32
+    compiled: bool = False
+
+    @property
+    def shape(self) -> str:
+        return f"B{self.batch} N{self.num_tokens} K{self.k} d{self.hidden_size}"
+
+    def label(self) -> str:
+        return f"topk_compact {self.mode} {self.shape} {dtype_name(self.dtype)}"
 
 
 def bench_topk(case: TopkCase, settings: Settings) -> list[Row]:

@@ -1,4 +1,4 @@
-"""Check, then time: what one case of the kernel suite does with its providers, whatever the op.
+"""What all suites share: timing, checked comparison of providers, results as CSV.
 
 Columns that need a word:
     ratio_to_ours: median time over that of our op in the same case; above 1 we are faster.
@@ -16,26 +16,240 @@ Columns that need a word:
 
 from __future__ import annotations
 
+import contextlib
+import csv
 import gc
+import importlib.metadata
 import math
+import os
+import platform
 import re
+import subprocess
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from bench.kernel_cases import dtype_name
-from bench.timing import time_interleaved, without_collector
 from toprl_kernels.testing import error_budget, max_error
 
 Row = dict[str, Any]
 Call = Callable[[], list[Tensor]]
 MIB = 2**20
+FLUSH_BYTES = 256 * MIB  # larger than the L2 cache of any current GPU
+SIZES = ("tiny", "quick", "full")
 LEFT_OUT = "left out here: the plan pays for torch.compile in other cases"
 WRONG = 100.0  # a peer this far over the budget computes something else and is not timed
+COMPARABLE = ("device", "device_type", "torch_threads", "torch", "triton", "python", "git_commit", "size")
+COLUMNS = (
+    "op mode shape dtype batch num_tokens keep pattern hidden_size provider role p20_ms p50_ms p80_ms rounds "
+    "ratio_to_ours tflops gbps floor_percent error error_budget error_ratio peak_mib note case"
+).split()
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def our_name(device: torch.device) -> str:
+    """How tables call our op: by the implementation that the automatic choice takes."""
+    forced = os.environ.get("TOPRL_KERNELS_BACKEND") == "triton"
+    return "toprl (triton)" if device.type == "cuda" or forced else "toprl (eager)"
+
+
+def environment(device: torch.device, size: str) -> Row:
+    """What a number means nothing without."""
+
+    def version(package: str) -> str | None:
+        try:
+            return importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            return None
+
+    return {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu",
+        "device_type": device.type, "cpu_count": os.cpu_count(), "torch_threads": torch.get_num_threads(),
+        "bound_threads": os.environ.get("OMP_PROC_BIND", ""), "torch": torch.__version__, "triton": version("triton"),
+        "transformers": version("transformers"), "python": platform.python_version(), "git_commit": git_commit(),
+        "size": size, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+    }  # fmt: skip
+
+
+def git_commit() -> str | None:
+    """The commit that is measured; None without git."""
+    command, here = ["git", "rev-parse", "HEAD"], Path(__file__).parent
+    try:
+        return subprocess.run(command, cwd=here, capture_output=True, text=True, timeout=10).stdout.strip() or None
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+
+
+# -- results -------------------------------------------------------------------------------------------------------
+
+
+def columns_of(rows: Sequence[Row]) -> list[str]:
+    """All keys, in order of first appearance."""
+    return list(dict.fromkeys(key for row in rows for key in row))
+
+
+def read_csv(path: Path) -> list[Row]:
+    """Rows of a results file, with numbers as numbers and empty cells as None."""
+
+    def value(text: str) -> object:
+        if text in ("True", "False", ""):
+            return {"True": True, "False": False, "": None}[text]
+        for kind in (int, float):
+            with contextlib.suppress(ValueError):
+                return kind(text)
+        return text
+
+    with path.open(newline="") as file:
+        return [{name: value(text) for name, text in row.items()} for row in csv.DictReader(file)]
+
+
+def write_csv(path: Path, rows: Sequence[Row]) -> None:
+    """Replace the file at once, so that a killed run leaves the last complete state."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(".part")
+    with part.open("w", newline="") as file:
+        writer = csv.DictWriter(file, fieldnames=columns_of(rows))
+        writer.writeheader()
+        writer.writerows(rows)
+    part.replace(path)
+
+
+class Report:
+    """Collects what a suite measures, and writes it after every case.
+
+    Args:
+        suite: name of the files: ``<suite>.csv``, and ``<suite>_<table>.csv`` of further tables.
+        where: the environment, whose columns every row of ``<suite>.csv`` carries.
+        folder: where to write; None writes nothing.
+        resume: take over the rows of an interrupted run from ``folder``.
+
+    Raises:
+        ValueError: ``resume`` without a folder, or the rows there come from another environment.
+    """
+
+    def __init__(self, suite: str, where: Row, folder: Path | None = None, *, resume: bool = False) -> None:
+        self.suite, self.where, self.folder = suite, where, folder
+        self.rows: list[Row] = []
+        self.tables: dict[str, list[Row]] = {}
+        if resume and folder is None:
+            raise ValueError("--resume needs the --output_dir of the interrupted run")
+        if resume and folder is not None and (folder / f"{suite}.csv").exists():
+            self._take_over(read_csv(folder / f"{suite}.csv"))
+
+    def _take_over(self, rows: list[Row]) -> None:
+        for row in rows:
+            for name in COMPARABLE:
+                if str(row.get(name)) != str(self.where.get(name)):
+                    raise ValueError(
+                        f"--resume: {self.suite}.csv was measured with {name}={row.get(name)!r}, this run has "
+                        f"{self.where.get(name)!r}; start anew without --resume"
+                    )
+        self.rows = [{name: value for name, value in row.items() if name not in self.where} for row in rows]
+
+    def has(self, case: str) -> bool:
+        """Whether the rows of ``case`` are there already."""
+        return any(row.get("case") == case for row in self.rows)
+
+    def add(self, rows: list[Row]) -> None:
+        """Rows of a finished case; on disk when this returns."""
+        self.rows += rows
+        if self.folder is not None:
+            write_csv(self.folder / f"{self.suite}.csv", [{**row, **self.where} for row in self.rows])
+
+    def add_table(self, name: str, rows: list[Row]) -> None:
+        """A further table, in a file of its own."""
+        self.tables[name] = rows
+        if self.folder is not None:
+            write_csv(self.folder / f"{self.suite}_{name}.csv", rows)
+
+
+# -- timing --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Milliseconds of one provider."""
+
+    p20_ms: float
+    p50_ms: float
+    p80_ms: float
+    rounds: int
+
+
+@contextlib.contextmanager
+def without_collector() -> Iterator[None]:
+    """The garbage collector off, and on again afterwards only where it was on."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
+def quantiles(samples: Sequence[float]) -> tuple[float, float, float]:
+    """p20, p50, p80 with linear interpolation."""
+    fractions = torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64)
+    p20, p50, p80 = torch.tensor(samples, dtype=torch.float64).quantile(fractions).tolist()
+    return p20, p50, p80
+
+
+def now(device: torch.device) -> float:
+    """Milliseconds, after everything that was launched."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() * 1e3
+
+
+def time_interleaved(
+    providers: Mapping[str, Callable[[], object]],
+    device: torch.device,
+    *,
+    seconds: float,
+    min_rounds: int = 5,
+    max_rounds: int = 200,
+    warm_up: int = 2,
+) -> dict[str, Timing]:
+    """Run A B C, A B C, ... for about ``seconds`` in all and return the quantiles of each provider.
+
+    On CUDA each call is timed by events after clearing the L2 cache; on the CPU by the wall clock. ``warm_up`` untimed
+    rounds come first: compilation, allocation, paging in.
+    """
+    on_cuda = device.type == "cuda"
+    scratch = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device=device) if on_cuda else None
+    for _ in range(warm_up):
+        for call in providers.values():
+            call()
+    samples: dict[str, list[float]] = {name: [] for name in providers}
+    deadline = time.perf_counter() + seconds
+    rounds = 0
+    while rounds < min_rounds or (rounds < max_rounds and time.perf_counter() < deadline):
+        for name, call in providers.items():
+            if scratch is not None:
+                scratch.zero_()
+                start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+                start.record()
+                call()
+                end.record()
+                torch.cuda.synchronize(device)
+                samples[name].append(start.elapsed_time(end))
+            else:
+                begin = time.perf_counter()
+                call()
+                samples[name].append((time.perf_counter() - begin) * 1e3)
+        rounds += 1
+    return {name: Timing(*quantiles(values), rounds) for name, values in samples.items()}
+
+
+# -- checked comparison of providers -------------------------------------------------------------------------------
 
 
 class WrongResultError(RuntimeError):
@@ -112,17 +326,17 @@ class Settings:
     min_rounds: int
 
 
-def measure_peaks(device: torch.device, dtypes: Sequence[torch.dtype], quick: bool) -> Peaks:
+def measure_peaks(device: torch.device, dtypes: Sequence[torch.dtype], size: str) -> Peaks:
     """Rates of a large matrix product per dtype and of a large copy."""
-    size = 8192 if device.type == "cuda" else 1024 if quick else 2048
-    flops = {}
+    edge = 8192 if device.type == "cuda" else {"tiny": 64, "quick": 1024, "full": 2048}[size]
+    flops, seconds = {}, 0.05 if size == "tiny" else 1.0
     for dtype in dtypes:
-        left, right = torch.randn(2, size, size, device=device).to(dtype).unbind(0)
-        timing = time_interleaved({"": lambda a=left, b=right: a @ b}, device, seconds=1.0)[""]  # type: ignore[misc]
-        flops[dtype] = 2 * size**3 / (timing.p20_ms * 1e-3)
+        left, right = torch.randn(2, edge, edge, device=device).to(dtype).unbind(0)
+        timing = time_interleaved({"": lambda a=left, b=right: a @ b}, device, seconds=seconds)[""]  # type: ignore[misc]
+        flops[dtype] = 2 * edge**3 / (timing.p20_ms * 1e-3)
     source = torch.ones(2**30 if device.type == "cuda" else 2**27, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    timing = time_interleaved({"": lambda: target.copy_(source)}, device, seconds=1.0)[""]
+    timing = time_interleaved({"": lambda: target.copy_(source)}, device, seconds=seconds)[""]
     return Peaks(flops, 2 * source.numel() / (timing.p20_ms * 1e-3))
 
 
@@ -273,13 +487,3 @@ def _add_note(row: Row, text: str) -> None:
 def shared_labels(op: str, mode: str, shape: str, dtype: torch.dtype, case: str, **axes: object) -> Row:
     """The columns that name a case. ``axes``: batch, num_tokens, keep, pattern, hidden_size."""
     return {"op": op, "mode": mode, "shape": shape, "dtype": dtype_name(dtype), "case": case, **axes}
-
-
-COLUMNS = (
-    "op mode shape dtype batch num_tokens keep pattern hidden_size provider role p20_ms p50_ms p80_ms rounds "
-    "ratio_to_ours tflops gbps floor_percent error error_budget error_ratio peak_mib note case"
-).split()
-
-
-def our_name(device: torch.device) -> str:
-    return "toprl (triton)" if device.type == "cuda" else "toprl (eager)"

@@ -1,13 +1,11 @@
-"""The tables made of the rows: targets with their verdicts, memory over N. And the order in which calls are timed."""
+"""The tables made of the rows: targets with their verdicts, memory over N."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from bench.figures import sweep_of
-from bench.kernel_targets import TARGETS, memory_table, targets_table
-from bench.timing import time_interleaved
+from bench.targets import TARGETS, memory_table, targets_table
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 BASE = {
@@ -62,34 +60,12 @@ def test_a_peer_without_a_time_passes_its_reason_on():
     assert verdict_of(rows, "FlexAttention")["verdict"] == "not measured: cannot run: no compiler"
 
 
-def test_compaction_with_and_without_gathering_over_the_floor():
-    row = {**BASE, "op": "compacted_attention"}
-    rows = [
-        {**row, "provider": "masked_attention, all kept", "role": "ours", "p50_ms": 1.05},
-        {**row, "provider": "gather q, k, v + sdpa", "role": "ours", "p50_ms": 1.21},
-        {**row, "provider": "sdpa over kept tokens (floor)", "role": "bound", "p50_ms": 1.0},
-    ]
-    rows += [{**row, "case": "faster", "p50_ms": 1.0} for row in rows]
-    found = verdict_of(rows, "tokens that compaction left")
-    assert (found["measured"], found["verdict"]) == (1.05, "met, 5% to spare")
-    found = verdict_of(rows, "gathered before it")
-    assert (found["measured"], found["verdict"]) == (1.21, "missed by 10%")
-
-
 @pytest.mark.parametrize("device", [CPU, CUDA])
 def test_the_actor_is_compared_in_both_modes(device):
     row = {**BASE, "op": "actor_score", "provider": "nn.Sequential"}
     rows = [{**row, "mode": "fwd", "ratio_to_ours": 1.2}, {**row, "mode": "fwd+bwd", "ratio_to_ours": 0.9}]
     found = verdict_of(rows, "actor_score against nn.Sequential", device)
     assert (found["measured"], found["verdict"]) == (0.9, "missed by 10%")
-
-
-@pytest.mark.parametrize("device", [CPU, CUDA])
-def test_the_slowest_op_decides_what_a_call_costs(device):
-    rows = [{"op": "one", "no_grad_us": 4.0, "grad_us": 9.0}, {"op": "other", "no_grad_us": 5.0, "grad_us": 12.0}]
-    assert verdict_of(rows, "no gradient", device)["verdict"] == "met, 50% to spare"
-    found = verdict_of(rows, "with a gradient", device)
-    assert (found["bar"], found["measured"], found["verdict"]) == ("<= 10 us", 12.0, "missed by 20%")
 
 
 def memory_rows(mode, power):
@@ -133,19 +109,3 @@ def test_targets_of_a_gpu():
     assert all(
         row["verdict"] == "not measured: the run is on cuda" for row in table(rows, CUDA) if row["device"] == "cpu"
     )
-
-
-def test_a_curve_joins_only_what_differs_in_size():
-    other = {**BASE, "provider": "a", "shape": "B1 H8/8 N2048 D128"}
-    rows = [{**BASE, "provider": "a", "num_tokens": n, "shape": f"B1 H8/2 N{n} D64"} for n in (576, 1024, 2048)]
-    assert sweep_of([other, *rows, {**rows[0], "keep": 0.1}]) == rows
-    small = {**other, "num_tokens": 576, "shape": "B1 H8/8 N576 D128", "keep": 0.1}
-    assert sweep_of([small, other]) == [other]  # of two single sizes, the base
-
-
-def test_calls_are_timed_in_turn():
-    order: list[str] = []
-    calls = {name: (lambda name=name: order.append(name)) for name in "abc"}
-    found = time_interleaved(calls, CPU, seconds=0.0, min_rounds=2, warm_up=1)
-    assert "".join(order) == "abc" * 3
-    assert all(timing.rounds == 2 and timing.p20_ms <= timing.p50_ms <= timing.p80_ms for timing in found.values())

@@ -8,9 +8,8 @@ from dataclasses import dataclass
 
 import torch
 
-from bench.kernel_cases import BASE_KEEP, BASE_SIZE
-from bench.kernel_dispatch import BAR_US
-from bench.kernel_measure import MIB, Row, our_name
+from bench.attention import BASE_KEEP, BASE_SIZE
+from bench.common import MIB, Row, our_name
 
 SOFT_BACKWARD = "soft fwd+bwd+mask"
 LINEAR = 1.15  # exponent of memory over N that still counts as linear: fixed costs bend it, N^2 would be near 2
@@ -45,7 +44,7 @@ def worst_ratio(rows: list[Row], providers: tuple[str, ...], **wanted: object) -
     timed = [row["ratio_to_ours"] for row in found if row["ratio_to_ours"] is not None]
     if timed:
         return min(timed)
-    notes = {row["note"] for row in found} - {""}
+    notes = {row["note"] for row in found} - {"", None}
     return "; ".join(sorted(notes)) or f"no row of {' or '.join(providers)} in this run"
 
 
@@ -100,29 +99,6 @@ def our_exponent(*modes: str) -> Callable[[list[Row]], float | str]:
         found = [row["exponent"] for mode in modes for row in select(table, mode=mode, provider=our_name(CPU))]
         known = [value for value in found if value is not None]
         return max(known) if known else "fewer than two sizes in this run"
-
-    return measure
-
-
-def compaction_ratio(provider: str) -> Callable[[list[Row]], float | str]:
-    """Median time of ``provider`` over that of SDPA on as many tokens, the slowest case."""
-
-    def measure(rows: list[Row]) -> float | str:
-        ratios = []
-        for floor in select(rows, op="compacted_attention", provider="sdpa over kept tokens (floor)"):
-            for row in select(rows, op="compacted_attention", case=floor["case"], provider=provider):
-                ratios.append(row["p50_ms"] / floor["p50_ms"])
-        return max(ratios) if ratios else "no row of compacted_attention in this run"
-
-    return measure
-
-
-def slowest_dispatch(column: str) -> Callable[[list[Row]], float | str]:
-    """Of all ops; their rows are those of kernel_dispatch.py."""
-
-    def measure(rows: list[Row]) -> float | str:
-        costs = [row[column] for row in rows if column in row]
-        return max(costs) if costs else "no dispatch table in this run"
 
     return measure
 
@@ -200,25 +176,12 @@ TARGETS = (
         "the same with index_select, which copies whole rows, in place of gather",
         "cpu", 1.0, True, "x", topk_ratio("torch.topk + sort + index_select"),
     ),
-    Target(
-        "masked_attention over the tokens that compaction left, over SDPA of that size, slowest size",
-        "cpu", 1.1, False, "x", compaction_ratio("masked_attention, all kept"),
-    ),
-    Target(
-        "SDPA with query, key and value gathered before it, over SDPA of that size, slowest size",
-        "cpu", 1.1, False, "x", compaction_ratio("gather q, k, v + sdpa"),
-    ),
     *(
         Target(
             "actor_score against nn.Sequential, forward and forward + backward, slowest size",
             device, 1.0, True, "x", lambda rows: worst_ratio(rows, ("nn.Sequential",), op="actor_score"),
         )
         for device in ("cpu", "cuda")
-    ),
-    *(
-        Target(f"a call before its kernel, {words}, slowest op", device, BAR_US, False, " us", slowest_dispatch(column))
-        for device in ("cpu", "cuda")
-        for words, column in (("no gradient", "no_grad_us"), ("with a gradient", "grad_us"))
     ),
     Target(
         "masked_attention, all-ones mask, D=128, N >= 2048, against the flash backend of SDPA",

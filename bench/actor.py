@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bench.kernel_cases import ActorCase
-from bench.kernel_measure import (
+from bench.common import (
     LEFT_OUT,
     Built,
     NotAvailableError,
@@ -23,6 +23,7 @@ from bench.kernel_measure import (
     Work,
     checked,
     compare,
+    dtype_name,
     our_name,
     shared_labels,
 )
@@ -30,6 +31,29 @@ from toprl_kernels import ActorWeights, actor_score, flops
 from toprl_kernels.testing import make_actor_weights
 
 STAGE = 1
+
+
+@dataclass(frozen=True)
+class ActorCase:
+    """The policy's logits for ``num_tokens`` hidden states of width ``d1``, policy width ``d2``.
+
+    ``mode`` is "fwd" or "fwd+bwd", the latter with the gradients by all weights.
+    """
+
+    num_tokens: int
+    d1: int
+    d2: int = 256
+    mode: str = "fwd"
+    batch: int = 1
+    dtype: torch.dtype = torch.float32
+    compiled: bool = False
+
+    @property
+    def shape(self) -> str:
+        return f"B{self.batch} N{self.num_tokens} d1={self.d1} d2={self.d2}"
+
+    def label(self) -> str:
+        return f"actor_score {self.mode} {self.shape} {dtype_name(self.dtype)}"
 
 
 class PlainActor(nn.Module):

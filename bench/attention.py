@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -16,9 +17,8 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-from bench import kernel_peers as peers
-from bench.kernel_cases import AttentionCase
-from bench.kernel_measure import (
+from bench import attention_peers as peers
+from bench.common import (
     LEFT_OUT,
     Built,
     Call,
@@ -30,6 +30,7 @@ from bench.kernel_measure import (
     Work,
     checked,
     compare,
+    dtype_name,
     our_name,
     shared_labels,
 )
@@ -38,7 +39,58 @@ from toprl_kernels import masked_attention
 ORACLE_ROWS = 512  # query rows of the float64 definition at a time
 CLUSTER = 64  # tokens kept or dropped together
 
+BASE_SIZE, BASE_KEEP = 2048, 0.25
+
 Attention = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]  # (query, key, value, keep_mask) -> output
+
+
+@dataclass(frozen=True)
+class AttentionCase:
+    """Self-attention over one padded-free batch in which every sample keeps ``num_kept`` tokens.
+
+    ``mask``: "hard" is bool; "soft" is uniform in (0, 1), so that no token is dropped and ``keep`` says nothing;
+    "straight-through" is float with the values of "hard". ``mode``: "fwd", "fwd+bwd" (query, key, value) or
+    "fwd+bwd+mask" (also the gradient by the mask).
+    """
+
+    num_tokens: int = BASE_SIZE
+    keep: float = BASE_KEEP
+    pattern: str = "random"  # or "clustered"
+    mask: str = "hard"
+    mode: str = "fwd"
+    batch: int = 1
+    causal: bool = True
+    num_heads: int = 8
+    num_kv_heads: int = 2
+    head_dim: int = 64
+    dtype: torch.dtype = torch.float32
+    compiled: bool = False  # whether the peers that need torch.compile take part
+
+    @property
+    def num_kept(self) -> int:
+        return max(1, round(self.keep * self.num_tokens))
+
+    @property
+    def backward(self) -> bool:
+        return self.mode != "fwd"
+
+    @property
+    def mask_gradient(self) -> bool:
+        return self.mode == "fwd+bwd+mask"
+
+    @property
+    def shape(self) -> str:
+        return f"B{self.batch} H{self.num_heads}/{self.num_kv_heads} N{self.num_tokens} D{self.head_dim}"
+
+    @property
+    def kind(self) -> str:
+        """What is computed, without the sizes; the ``mode`` column."""
+        words = [self.mask, self.mode]
+        return " ".join(words if self.causal else [*words, "non-causal"])
+
+    def label(self) -> str:
+        keep = "" if self.mask == "soft" else f" keep {self.keep:.0%} {self.pattern}"
+        return f"masked_attention {self.kind} {self.shape}{keep} {dtype_name(self.dtype)}"
 
 
 class Inputs(NamedTuple):
@@ -173,6 +225,60 @@ def bench_attention(case: AttentionCase, settings: Settings) -> list[Row]:
     return compare(labels, case.dtype, providers_of(case, x), make_check(case, x), work_of(case, x.keep), settings)
 
 
+@dataclass(frozen=True)
+class DecodeCase:
+    """One query per sample over ``num_tokens`` cached keys, of which the share ``keep`` is visible."""
+
+    num_tokens: int
+    keep: float = 1.0
+    batch: int = 1
+    num_heads: int = 32
+    num_kv_heads: int = 8
+    head_dim: int = 128
+    dtype: torch.dtype = torch.float32
+
+    def label(self) -> str:
+        return f"decode B{self.batch} N{self.num_tokens} keep {self.keep:.0%} {dtype_name(self.dtype)}"
+
+
+def bench_decode(case: DecodeCase, settings: Settings) -> list[Row]:
+    """A step of decoding against SDPA with and without the mask. Useful work: the visible keys and values, once."""
+    shapes = AttentionCase(
+        case.num_tokens, case.keep, batch=case.batch, num_heads=case.num_heads, num_kv_heads=case.num_kv_heads,
+        head_dim=case.head_dim, dtype=case.dtype,
+    )  # fmt: skip
+    x = make_inputs(shapes, settings.device)
+    query, visible = (
+        x.query[:, :, -1:],
+        x.keep.index_fill(1, torch.tensor([case.num_tokens - 1]).to(x.keep.device), True),
+    )
+    visible = visible[:, None, None]
+
+    def ours(q: Tensor = query, k: Tensor = x.key, v: Tensor = x.value, backend: str | None = None) -> list[Tensor]:
+        return [masked_attention(q, k, v, x.keep, is_causal=True, backend=backend)]
+
+    def sdpa(mask: Tensor | None) -> Built:
+        return Built(lambda: [peers.sdpa(query, x.key, x.value, mask)])
+
+    pairs = float(visible.sum())
+    moved = 2 * pairs * case.num_kv_heads * case.head_dim * case.dtype.itemsize
+    work = Work(4 * pairs * case.num_heads * case.head_dim, moved)
+    labels = shared_labels("decode", "fwd", f"B{case.batch} H{case.num_heads}/{case.num_kv_heads} D{case.head_dim}",
+                           case.dtype, case.label(), batch=case.batch, num_tokens=case.num_tokens,
+                           keep=case.keep)  # fmt: skip
+    providers = [
+        Provider(our_name(settings.device), lambda: Built(ours), role="ours"),
+        Provider("sdpa bool mask", lambda: sdpa(visible)),
+        Provider("sdpa all keys (bound)", lambda: sdpa(None), role="bound"),
+    ]
+    with torch.no_grad():
+        truth = ours(query.double(), x.key.double(), x.value.double(), "reference")
+        eager = sdpa(visible).call()
+        return compare(
+            labels, case.dtype, providers, lambda got: checked(got, eager, truth, case.dtype), work, settings
+        )
+
+
 # -- providers -----------------------------------------------------------------------------------------------------
 
 
@@ -216,17 +322,6 @@ def _hard_peers(case: AttentionCase, x: Inputs, run: Callable[[Attention], Call]
         mask = make()
         return Built(run(lambda q, k, v, _: peers.sdpa(q, k, v, mask)), mask.numel() * mask.element_size())
 
-    def compacted_given() -> Built:
-        kept = peers.compaction_of(keep, causal, dtype)
-        tensors = [kept.indices, *(block.bias for block in kept.blocks if block.bias is not None)]
-        return Built(
-            run(lambda q, k, v, _: peers.compacted_attention(q, k, v, kept)),
-            sum(tensor.numel() * tensor.element_size() for tensor in tensors),
-        )
-
-    def compacted_built(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
-        return peers.compacted_attention(query, key, value, peers.compaction_of(mask, causal, dtype))
-
     def flex_given() -> Built:
         block_mask, flex = peers.hard_block_mask(keep, causal), _compile(flex_attention)
         grouped = case.num_heads != case.num_kv_heads
@@ -244,7 +339,7 @@ def _hard_peers(case: AttentionCase, x: Inputs, run: Callable[[Attention], Call]
         )
 
     def flex_compacted() -> Built:
-        kept = peers.compaction_of(keep, causal, dtype)
+        kept = keep.nonzero()[:, 1].view(case.batch, -1)
         block_mask, flex = peers.flex_compacted_mask(kept, case.num_tokens, causal), _compile(flex_attention)
         return Built(run(lambda q, k, v, _: peers.flex_compacted(flex, q, k, v, kept, block_mask)))
 
@@ -255,8 +350,6 @@ def _hard_peers(case: AttentionCase, x: Inputs, run: Callable[[Attention], Call]
             lambda: Built(run(lambda q, k, v, mask: peers.sdpa(q, k, v, peers.bool_mask(mask, causal)))),
         ),
         Provider("sdpa float mask", lambda: sdpa_given(lambda: peers.float_mask(keep, causal, dtype))),
-        Provider("sdpa compacted + lse", compacted_given),
-        Provider("sdpa compacted + lse + build", lambda: Built(run(compacted_built))),
         _compiled("flex mask_mod", case, flex_given),
         _compiled("flex mask_mod + BlockMask", case, flex_built),
         _compiled("flex compacted + lse", case, flex_compacted),

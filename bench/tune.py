@@ -1,25 +1,31 @@
 """Time launch configurations on the GPU at hand and remember the best: opt-in, nothing runs it for you.
 
-    python -m toprl_kernels.tune                       # everything, some minutes
-    python -m toprl_kernels.tune --kernel actor_score  # one kernel or op; the other rows of the file stay
+    python bench/tune.py                       # everything, some minutes
+    python bench/tune.py --kernel actor_score  # one kernel or op; the other rows of the file stay
 
 Two things are measured: candidates for the block sizes of the matrix kernels, and actor_score's fused kernels against
-its eager path, which decides what the automatic choice runs there. The result is a JSON file that
-:func:`toprl_kernels.configs.select` reads from then on (~/.cache/toprl_kernels/<architecture>-<triton version>.json;
-the environment variable TOPRL_KERNELS_CONFIGS names another). Delete it to go back to the pinned table.
+its eager path. The result is a JSON file that :func:`toprl_kernels.configs.select` reads from then on
+(~/.cache/toprl_kernels/<architecture>-<triton version>.json; the environment variable TOPRL_KERNELS_CONFIGS names
+another). Delete it to go back to the pinned table.
 
-A candidate that does not fit the GPU is passed over. One that computes something else than the pinned configuration
-aborts the run: it must not be hidden by being slow.
+A candidate that does not fit the GPU is passed over. A candidate that computes something else than the pinned
+configuration aborts the run: being slow must not hide it.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
+import json
+import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -31,30 +37,34 @@ from toprl_kernels.testing import AttentionInputs, make_actor_weights, make_atte
 C = LaunchConfig
 Timer = Callable[[Callable[[], object]], float]  # milliseconds of one call
 
+# Two stages more than tiles in flight: the load of the list of keys takes one. Eight warps need 128 rows, four 64: with
+# fewer both halves of the warps compute the same rows (bench/compile_report.py). Small blocks are for float32.
 CANDIDATES: dict[str, list[LaunchConfig]] = {
     "masked_attention_fwd": [
-        C(128, 128, 8, 2), C(128, 64, 8, 2), C(128, 64, 8, 3), C(128, 64, 4, 3), C(128, 32, 8, 3), C(64, 64, 4, 3),
-        C(64, 64, 8, 2), C(64, 32, 4, 2), C(32, 32, 8, 1), C(16, 16, 8, 1),
+        C(128, 64, 8, 3), C(128, 64, 8, 5), C(128, 64, 8, 6), C(128, 128, 8, 5), C(128, 128, 8, 2), C(128, 64, 8, 2),
+        C(128, 32, 8, 3), C(128, 32, 8, 5), C(64, 64, 4, 3), C(64, 64, 4, 5), C(64, 64, 8, 2), C(64, 32, 4, 2),
+        C(32, 32, 8, 1), C(16, 16, 8, 1),
     ],
     "masked_attention_bwd_prepare": [C(16, 0, 4, 1), C(32, 0, 4, 1), C(32, 0, 8, 1), C(64, 0, 8, 1)],
     "masked_attention_bwd_dkdv": [
-        C(32, 128, 8, 2), C(64, 128, 8, 2), C(32, 64, 8, 2), C(64, 64, 8, 2), C(64, 64, 4, 2), C(64, 32, 8, 1),
-        C(32, 32, 8, 1), C(32, 32, 4, 2), C(16, 16, 8, 1),
+        C(32, 64, 8, 2), C(32, 128, 8, 2), C(64, 128, 8, 2), C(64, 128, 8, 1), C(32, 64, 4, 2), C(64, 64, 4, 2),
+        C(64, 64, 8, 2), C(32, 128, 8, 3), C(64, 32, 8, 1), C(32, 32, 8, 1), C(32, 32, 4, 2), C(16, 16, 8, 1),
     ],
     "masked_attention_bwd_dq": [
-        C(128, 64, 8, 3), C(128, 64, 8, 2), C(128, 32, 8, 3), C(64, 64, 4, 3), C(64, 64, 8, 2), C(64, 32, 8, 2),
-        C(64, 32, 4, 2), C(32, 32, 8, 1), C(16, 16, 8, 1),
+        C(128, 64, 8, 3), C(128, 64, 8, 5), C(128, 64, 8, 2), C(128, 32, 8, 2), C(128, 32, 8, 3), C(128, 32, 8, 5),
+        C(64, 64, 4, 3), C(64, 64, 4, 5), C(64, 32, 8, 2), C(64, 32, 4, 2), C(32, 32, 8, 1), C(16, 16, 8, 1),
     ],
     "actor_layer1": [
-        C(64, 64, 4, 3, 2), C(64, 64, 4, 3, 4), C(32, 64, 4, 3, 2), C(64, 128, 8, 2, 2), C(64, 64, 8, 3),
-        C(64, 64, 8, 2), C(32, 32, 8, 2, 4), C(64, 32, 8, 2, 4),
+        C(64, 64, 4, 3, 2), C(64, 64, 4, 3, 4), C(32, 64, 4, 3, 2), C(64, 128, 8, 2, 2), C(128, 64, 8, 3, 2),
+        C(64, 64, 8, 3), C(64, 64, 8, 2), C(32, 32, 8, 2, 4), C(64, 32, 8, 2, 4),
     ],
-    "actor_layers23": [C(64, 32, 8, 2), C(64, 64, 8, 2), C(32, 32, 4, 2), C(16, 16, 8, 1)],
+    "actor_layers23": [C(64, 32, 8, 2), C(64, 32, 4, 2), C(64, 16, 4, 2), C(32, 32, 4, 2), C(16, 16, 8, 1)],
 }  # fmt: skip
 DTYPES = (torch.bfloat16, torch.float32)
 HEAD_DIMS = (64, 128, 256)
 ACTOR_TOKENS = (576, 1024, 2048, 2880, 8 * 576, 8 * 2880)
 ACTOR_WIDTHS = ((1024, 256), (2048, 256), (4096, 256))  # (d1, d2)
+MAX_SINGLE_BLOCK = 64 * 64  # float32 products are unrolled: larger blocks take minutes to compile, and spill
 MARGIN = 0.98  # a candidate replaces the pinned configuration if it takes less than this share of its time
 
 
@@ -136,17 +146,21 @@ def actor_problems(
                 yield Problem(kernel, number, dtype, label, functools.partial(_score, hidden, weights, "triton"))
 
 
-def best_config(problem: Problem, device: torch.device, timer: Timer) -> tuple[LaunchConfig, float, float]:
-    """The fastest configuration, its milliseconds and those of the pinned one.
+def best_config(
+    problem: Problem, device: torch.device, timer: Timer, at_most: int | None = None
+) -> tuple[LaunchConfig, float, float]:
+    """The fastest of the pinned configuration and (at most so many) candidates, its milliseconds and the pinned one's.
 
     Raises:
         WrongResultError: a candidate's results differ from the pinned configuration's.
     """
     from triton.errors import TritonError
 
-    pinned = configs.pinned(problem.kernel, configs.architecture_of(device), size=problem.size, dtype=problem.dtype)
+    pinned = pinned_row(problem, device).config
     best, best_ms, pinned_ms, expected = pinned, float("inf"), float("inf"), None
-    for config in dict.fromkeys([pinned, *CANDIDATES[problem.kernel]]):
+    largest = MAX_SINGLE_BLOCK if problem.dtype == torch.float32 else 1 << 30
+    possible = [config for config in CANDIDATES[problem.kernel] if config.block_m * config.block_n <= largest]
+    for config in dict.fromkeys([pinned, *possible[:at_most]]):
         with configs.override({problem.kernel: config}):
             try:
                 results = problem.run()
@@ -164,6 +178,11 @@ def best_config(problem: Problem, device: torch.device, timer: Timer) -> tuple[L
         elif milliseconds < min(best_ms, pinned_ms * MARGIN):
             best, best_ms = config, milliseconds
     return best, best_ms, pinned_ms
+
+
+def pinned_row(problem: Problem, device: torch.device) -> configs.Row:
+    """The row of the pinned table that the problem is about."""
+    return configs.row(problem.kernel, configs.architecture_of(device), size=problem.size, dtype=problem.dtype)
 
 
 def _require_equal(
@@ -211,71 +230,120 @@ def _score(hidden: Tensor, weights: ActorWeights, backend: str) -> list[Tensor]:
 
 
 def tune(
-    problems: Sequence[Problem] | Iterator[Problem], device: torch.device, timer: Timer
+    problems: Iterable[Problem], device: torch.device, timer: Timer, at_most: int | None = None
 ) -> dict[tuple[str, str, int], LaunchConfig]:
     """The rows to write: the best configuration of every problem, also where it is the pinned one."""
     rows: dict[tuple[str, str, int], LaunchConfig] = {}
-    architecture = configs.architecture_of(device)
     for problem in problems:
-        best, best_ms, pinned_ms = best_config(problem, device, timer)
+        best, best_ms, pinned_ms = best_config(problem, device, timer, at_most)
         print(f"{problem.kernel} {problem.label}: {_text(best)} {best_ms:.4f} ms (pinned {pinned_ms:.4f} ms)")
-        kind = configs.kind_of(problem.kernel, architecture, problem.dtype)
-        largest = configs.bucket(problem.kernel, architecture, size=problem.size, dtype=problem.dtype)
+        kind, largest, _ = pinned_row(problem, device)
         rows[problem.kernel, kind, largest] = best
     return rows
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status."""
-    parser = argparse.ArgumentParser("python -m toprl_kernels.tune", description=(__doc__ or "").split("\n")[0])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kernel", default="", help="only kernels or ops whose name contains this")
     parser.add_argument(
         "--output", type=Path, help=f"the file; default: {configs.ENVIRONMENT_VARIABLE}, else the cache"
     )
+    parser.add_argument("--dry-run", action="store_true", help="tiny sizes in Triton's interpreter, to rehearse")
     options = parser.parse_args(arguments)
     names = [*CANDIDATES, "actor_score"]
     if not any(options.kernel in name for name in names):
         print(f"tune: --kernel {options.kernel} is in none of {', '.join(names)}", file=sys.stderr)
         return 2
-    if not torch.cuda.is_available():
+    if not options.dry_run and not torch.cuda.is_available():
         print(
             "tune: this needs a CUDA device, and torch.cuda.is_available() is False here. Without one the pinned "
-            "configurations apply; python -m toprl_kernels.report shows what the compiler makes of them.",
+            "configurations apply; python bench/compile_report.py shows what the compiler makes of them.",
             file=sys.stderr,
         )
         return 2
-    device = torch.device("cuda", torch.cuda.current_device())
+    device = torch.device("cpu") if options.dry_run else torch.device("cuda", torch.cuda.current_device())
     try:
-        path = run(device, options.kernel, options.output, cuda_timer)
+        path = run(device, options.kernel, options.output, wall_timer if options.dry_run else cuda_timer)
     except RuntimeError as error:
         print(f"tune: {error}", file=sys.stderr)
         return 1
     print(f"written: {path}")
-    with configs.using(path):
+    with using(path):
         print(configs.describe(device))
     return 0
 
 
 def run(device: torch.device, only: str, output: Path | None, timer: Timer) -> Path:
-    """Measure and write the file; returns its path."""
-    capability = configs.capability_name(device)
+    """Measure and write the file; returns its path. CPU tensors rehearse: tiny sizes, two candidates per kernel."""
+    rehearse = device.type == "cpu"
+    capability = "sm_90" if rehearse else configs.capability_name(device)
     path = output or configs.measurements_path(capability)
-    found = Measurements(torch.cuda.get_device_name(device), {}, {})
+    found = Measurements("rehearsal" if rehearse else torch.cuda.get_device_name(device), {}, {})
     if only and path.exists():
-        found = configs.read(path, capability, configs.architecture_of(device))
+        with contextlib.suppress(configs.OtherVersionError):  # nothing in it to keep
+            found = configs.read(path, capability, configs.architecture_of(device))
+    attention: dict[str, Any] = {}
+    actor: dict[str, Any] = {}
+    widths: tuple[dict[str, Any], dict[str, Any]] = ({}, {})
+    if rehearse:
+        attention = dict(tokens=20, heads=(1, 1), head_dims=(16,), dtypes=(torch.float32,))
+        actor = dict(tokens=(20,), dtypes=(torch.float32,))
+        widths = (dict(widths=(32, 16)), dict(widths=((32, 16),)))
     wanted = [name for name in CANDIDATES if only in name]
+    problems: list[Iterator[Problem]] = []
     if any(name.startswith("masked_attention") for name in wanted):
-        problems = (problem for problem in attention_problems(device) if problem.kernel in wanted)
-        found.configs.update(tune(problems, device, timer))
+        problems.append(attention_problems(device, **attention))
     if any(name.startswith("actor") for name in wanted):
-        problems = (problem for problem in actor_problems(device) if problem.kernel in wanted)
-        found.configs.update(tune(problems, device, timer))
-    configs.write(path, capability, found)
+        problems.append(actor_problems(device, **actor, **widths[0]))
+    chosen = (problem for each in problems for problem in each if problem.kernel in wanted)
+    found.configs.update(tune(chosen, device, timer, at_most=2 if rehearse else None))
+    write(path, capability, found)
     if only in "actor_score":
-        with configs.using(path):  # with the configurations just found
-            found.times.update(actor_times(device, timer))
-        configs.write(path, capability, found)
+        with using(path):  # with the configurations just measured
+            found.times.update(actor_times(device, timer, **actor, **widths[1]))
+        write(path, capability, found)
     return path
+
+
+def write(path: Path, capability: str, measurements: Measurements) -> None:
+    """Write a file that ``configs.read`` takes. Atomic: a reader sees the old content or the new one."""
+    content = {
+        "format": configs.FORMAT, "architecture": capability, "triton": configs.triton_version(),
+        "torch": torch.__version__, "device": measurements.device,
+        "configs": [
+            {"kernel": kernel, "dtype": kind, "size": size, "config": list(config)}
+            for (kernel, kind, size), config in measurements.configs.items()
+        ],
+        "times": [
+            {"op": op, "dtype": kind, "bucket": list(sizes), "triton_ms": times.triton, "eager_ms": times.eager}
+            for (op, kind, sizes), times in measurements.times.items()
+        ],
+    }  # fmt: skip
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    try:
+        part.write_text(json.dumps(content, indent=1))
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+    configs.forget()
+
+
+@contextlib.contextmanager
+def using(path: Path) -> Iterator[None]:
+    """Take the measurements from this file for a while."""
+    with mock.patch.dict(os.environ, {configs.ENVIRONMENT_VARIABLE: str(path)}):
+        configs.forget()
+        yield
+    configs.forget()
+
+
+def wall_timer(call: Callable[[], object]) -> float:
+    """Milliseconds of a single call, for rehearsals."""
+    begin = time.perf_counter()
+    call()
+    return (time.perf_counter() - begin) * 1e3
 
 
 def cuda_timer(call: Callable[[], object]) -> float:
