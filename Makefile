@@ -9,7 +9,7 @@ LMMS   := $(VENV)/lmms-eval
 LMMS_PIP := $(LMMS)/bin/python -m pip install --disable-pip-version-check -q --no-compile -c constraints-lmms-eval.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo reproduce test test-oldest test-upstream test-lmms-eval test-exhaustive feature-matrix lint format bench clean
+.PHONY: help install demo reproduce test test-oldest test-upstream test-lmms-eval test-exhaustive feature-matrix lint format bench gpu clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1|/' | column -t -s '|'
@@ -82,6 +82,12 @@ format: $(STAMP) ## rewrite the sources in the project's format
 
 bench: $(STAMP) ## the quick benchmark suites (about two minutes on two cores)
 	$(BIN)/python bench/run.py --quick
+
+# with whatever python has torch: machines with a GPU need no installation and may have no network
+gpu: ## on a machine with a GPU, about an hour: tests, checkers, tuning, suites; ARGS=--dry-run rehearses on a CPU
+	@for python in $(PYTHON) python $(BIN)/python; do \
+		if $$python -c 'import torch, triton, transformers' 2> /dev/null; then exec $$python bench/first_hour.py $(ARGS); fi; \
+	done; echo "gpu: no python with torch, triton and transformers; name one: make gpu PYTHON=..." >&2; exit 2
 
 clean: ## remove the virtual environment and the runs
 	rm -rf $(VENV) runs

@@ -13,7 +13,7 @@ transformers takes ``mm_encoder_outputs`` the image features are computed before
 "outside"; else it says "timed", and a vision tower of width 64 is part of the time. Weights are random, so which
 tokens survive means nothing here; how many do, and what that saves, does not depend on the weights.
 
-On a CPU shared with other processes set OMP_NUM_THREADS to the number of free cores: a thread that waits for one
+On a CPU shared with other processes set OMP_NUM_THREADS to the number of free cores: a thread that waits for another
 without a core measures the scheduler, and all methods then take the same time.
 
 Columns that need a word:
@@ -47,6 +47,7 @@ from transformers import (
     LlavaForConditionalGeneration,
 )
 
+from bench.common import quantiles
 from toprl_kernels import flops
 from toprl_models import FastV, Policy, Pruner, PyramidDrop, Schedule, StageContext, TopRLPolicy, attach
 from toprl_models.runtime.cache import cache_bytes
@@ -127,19 +128,28 @@ LLAVA_14M = replace(
 )
 
 
-def cases(quick: bool, device: torch.device) -> list[Case]:
+# for rehearsals: two crops of 4 x 4 patches
+LLAVA_TOY = Case("toy", 32, 48, 4, 2, 1, 32, 16, num_images=2, text_tokens=9, vocab_size=100, actor_size=8,
+                 dtype=torch.float32)  # fmt: skip
+
+
+def cases(size: str, device: torch.device) -> list[Case]:
+    if size == "tiny":
+        return [LLAVA_TOY]
     if device.type == "cuda":
         return [LLAVA_1_5_7B, LLAVA_NEXT_7B]
-    return [LLAVA_14M if quick else LLAVA_100M]
+    return [LLAVA_14M if size == "quick" else LLAVA_100M]
 
 
-def repeats_of(quick: bool, device: torch.device) -> int:
-    if device.type == "cuda":
-        return 10 if quick else 50
-    return 5 if quick else 11
+def repeats_of(size: str, device: torch.device) -> int:
+    return (
+        {"tiny": 1, "quick": 10, "full": 50}[size]
+        if device.type == "cuda"
+        else {"tiny": 1, "quick": 5, "full": 11}[size]
+    )
 
 
-def run(quick: bool, device: str | torch.device) -> list[dict[str, Any]]:
+def run(size: str, device: str | torch.device) -> list[dict[str, Any]]:
     """All rows of the suite, one per (case, method).
 
     Raises:
@@ -148,10 +158,10 @@ def run(quick: bool, device: str | torch.device) -> list[dict[str, Any]]:
     device = torch.device(device)
     torch.manual_seed(0)
     rows: list[dict[str, Any]] = []
-    for case in cases(quick, device):
+    for case in cases(size, device):
         with torch.no_grad():
             check_case(case, device)
-            rows += time_case(case, device, repeats_of(quick, device))
+            rows += time_case(case, device, repeats_of(size, device))
         release_memory(device)
     return rows
 
@@ -452,11 +462,3 @@ def row_of(
 def stages_text(case: Case, schedule: Schedule) -> str:
     counts = schedule.counts(case.visual_tokens)
     return " ".join(f"{layer}:{count}" for layer, count in zip(schedule.layers, counts, strict=True))
-
-
-def quantiles(samples: list[float]) -> tuple[float, float, float]:
-    """p20, p50, p80 with linear interpolation."""
-    p20, p50, p80 = torch.tensor(samples, dtype=torch.float64).quantile(
-        torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64)
-    )
-    return float(p20), float(p50), float(p80)

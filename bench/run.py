@@ -1,72 +1,47 @@
-"""Run the benchmark suites and write their results.
+"""Run the benchmark suites and write their results as CSV.
 
     python bench/run.py --suite kernels --quick
     python bench/run.py --suite all --output_dir bench/results
 
-The rows of a suite go to DIR/<suite>.json and DIR/<suite>.csv together with a description of the machine; suite
-kernels writes them after every case, so that ``--resume`` can go on where a run was cut off, and draws one figure per
-op. The last line of standard output is one line of JSON.
+Suites: kernels (every op against its peers), decode (attention of one query over a cache), stage (what one pruning
+stage costs), prefill, generate, overhead (a pruner that removes nothing), trainer. The rows of a suite go to
+DIR/<suite>.csv together with a description of the machine, further tables to DIR/<suite>_<table>.csv; kernels and
+decode write after every case, so that ``--resume`` can go on where a run was cut off. The last line of standard output
+is one line of JSON.
+
+CPU threads are bound to cores (OMP_PROC_BIND=spread, OMP_PLACES=threads, unless the environment says otherwise), and
+every provider runs before it is timed: threads that share a core for the first seconds of a process make an op with
+many parallel regions slow, and ratios meaningless.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import json
 import os
-import platform
-import subprocess
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
-# Read when torch is imported: the profiler that meters memory would write two lines per use
+# Read when torch is imported: where its threads run; the profiler that meters memory would write two lines per use
+os.environ.setdefault("OMP_PROC_BIND", "spread")
+os.environ.setdefault("OMP_PLACES", "threads")
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")
 
 import torch
 
-HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent))  # so that ``bench`` is found when this file is run as a script
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that ``bench`` is found when this file is a script
 
-from bench.report import Report, columns_of  # noqa: E402
+from bench.common import Report, Row, columns_of, environment
 
-SUITES = ("kernels", "prefill", "overhead", "trainer")
+SUITES = ("kernels", "decode", "stage", "prefill", "generate", "overhead", "trainer")
 # What a terminal has room for; the files have every column
-PRINTED = {
-    "kernels": (
-        "op mode shape keep pattern provider p50_ms ratio_to_ours tflops gbps floor_percent error_ratio peak_mib note"
-    ).split()
-}
-
-
-def environment(device: torch.device) -> dict[str, Any]:
-    """What a number means nothing without."""
-
-    def version(package: str) -> str | None:
-        try:
-            return importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            return None
-
-    commit = None
-    try:
-        done = subprocess.run(["git", "rev-parse", "HEAD"], cwd=HERE, capture_output=True, text=True, timeout=10)
-        commit = done.stdout.strip() or None
-    except (OSError, subprocess.TimeoutExpired):
-        pass  # no git here: the commit stays unknown
-    return {
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu",
-        "device_type": device.type,
-        "cpu_count": os.cpu_count(),
-        "torch_threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "triton": version("triton"),
-        "transformers": version("transformers"),
-        "python": platform.python_version(),
-        "git_commit": commit,
-        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-    }
+PRINTED = dict.fromkeys(
+    ("kernels", "decode"),
+    "op mode shape keep pattern provider p50_ms ratio_to_ours tflops gbps floor_percent error_ratio peak_mib "
+    "note".split(),
+)
 
 
 def format_cell(value: object) -> str:
@@ -77,7 +52,7 @@ def format_cell(value: object) -> str:
     return str(value)
 
 
-def print_table(rows: list[dict[str, Any]], columns: list[str] | None = None) -> None:
+def print_table(rows: list[Row], columns: list[str] | None = None) -> None:
     """Aligned columns, by default all of them."""
     columns = columns_of(rows) if columns is None else columns
     cells = [columns, *([format_cell(row.get(column)) for column in columns] for row in rows)]
@@ -86,56 +61,47 @@ def print_table(rows: list[dict[str, Any]], columns: list[str] | None = None) ->
         print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
 
 
-def run_suite(suite: str, quick: bool, device: torch.device, report: Report) -> None:
+def run_suite(suite: str, size: str, device: torch.device, report: Report) -> None:
     """The modules are imported here because each needs packages that the other does not."""
-    if suite == "kernels":
+    if suite in ("kernels", "decode"):
         from bench import kernels
 
-        kernels.run(quick, device, report)
-        if report.folder is not None:
-            draw(report, device)
+        kernels.run(size, device, report)
+    elif suite in ("generate", "overhead"):
+        from bench import generate
+
+        report.add(generate.run(suite, size, device))
+    elif suite == "stage":
+        from bench import stage
+
+        report.add(stage.run(size, device))
     elif suite == "prefill":
         from bench import prefill
 
-        report.add(prefill.run(quick, device))
-    elif suite == "overhead":
-        from bench import overhead
-
-        report.add(overhead.run(quick, device))
+        report.add(prefill.run(size, device))
     else:
         from bench import trainer
 
-        report.add(trainer.run(quick, device))
-
-
-def draw(report: Report, device: torch.device) -> None:
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError:
-        print("No figures: matplotlib is not installed (pip install 'toprl-kernels[viz]')")
-        return
-    from bench.figures import draw_figures
-
-    assert report.folder is not None
-    name = report.where["device"] if device.type == "cuda" else f"{report.where['torch_threads']} CPU threads"
-    for path in draw_figures(report.rows, report.folder / "figures", name):
-        print(f"wrote {path}")
+        report.add(trainer.run(size, device))
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--suite", choices=[*SUITES, "all"], default="all")
-    parser.add_argument("--quick", action="store_true", help="small sizes and few repetitions")
-    parser.add_argument("--output_dir", type=Path, default=None, help="write JSON and CSV here (default: do not write)")
+    parser.add_argument("--quick", dest="size", action="store_const", const="quick", default="full",
+                        help="small sizes and few repetitions")  # fmt: skip
+    parser.add_argument("--tiny", dest="size", action="store_const", const="tiny", help="sizes of a rehearsal")
+    parser.add_argument("--output_dir", type=Path, default=None, help="write CSV files here (default: do not write)")
     parser.add_argument("--resume", action="store_true", help="keep the finished cases of an interrupted run there")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     return parser.parse_args(arguments)
 
 
 def main(arguments: list[str] | None = None) -> int:
+    """Run the command; returns the exit status."""
     options = parse_arguments(arguments)
     device = torch.device(options.device)
-    where = {**environment(device), "quick": options.quick}
+    where = environment(device, options.size)
     print(" | ".join(f"{name} {value}" for name, value in where.items()))
     if device.type != "cuda":
         print(
@@ -145,14 +111,14 @@ def main(arguments: list[str] | None = None) -> int:
     for suite in SUITES if options.suite == "all" else (options.suite,):
         begin = time.perf_counter()
         report = Report(suite, where, options.output_dir, resume=options.resume)
-        run_suite(suite, options.quick, device, report)
+        run_suite(suite, options.size, device, report)
         seconds = time.perf_counter() - begin
         print(f"\n{suite} ({seconds:.0f} s)")
         print_table(report.rows, PRINTED.get(suite))
         for name, table in report.tables.items():
             print(f"\n{suite}: {name}")
             print_table(table)
-        summary["suites"][suite] = {"seconds": round(seconds, 1), **report.content()}
+        summary["suites"][suite] = {"seconds": round(seconds, 1), "rows": report.rows, **report.tables}
     print(json.dumps(summary))
     return 0
 

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from bench.timing import time_interleaved
+from bench.common import time_interleaved
 from toprl_models import Schedule, TopRLPolicy, tiny
 from training.ppo import PPOConfig, main
 from training.rollout import Rollout, rollout
@@ -32,10 +32,11 @@ KEEP_BIASES = {"initial": 1.5, "half": 0.0, "few": -1.5}  # of the actor's logit
 PREFIX = "seconds_"  # of the phases' names in metrics.jsonl
 
 
-def run(quick: bool, device: str | torch.device) -> list[dict[str, Any]]:
+def run(size: str, device: str | torch.device) -> list[dict[str, Any]]:
     """One row per phase of an iteration, then one per way of rolling out."""
     device = torch.device(device)
-    return [*_phases(4 if quick else 20, 256 if quick else 2048, device), *_rollouts(1.0 if quick else 10.0, device)]
+    iterations, train_size, budget = (20, 2048, 10.0) if size == "full" else (4, 256, 1.0)
+    return [*_phases(iterations, train_size, device), *_rollouts(budget, device)]
 
 
 def _phases(iterations: int, train_size: int, device: torch.device) -> list[dict[str, Any]]:

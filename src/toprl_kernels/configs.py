@@ -1,8 +1,8 @@
 """Which launch configuration a kernel gets: a measured one where there is a file of measurements, else the pinned one.
 
-Nothing is tuned at run time. ``python -m toprl_kernels.tune`` times candidates on the GPU at hand and writes a file
-that :func:`select` prefers from then on; the same file says which implementation is faster where that has to be
-measured (:func:`faster`). :func:`describe` says whether there is one.
+Nothing is tuned at run time. ``python bench/tune.py`` times candidates on the GPU at hand and writes a file that
+:func:`select` prefers from then on; the same file says which implementation of an op was faster (:func:`faster`).
+:func:`describe` says whether there is one.
 
 Imports neither triton nor any op, so that every module may import it.
 """
@@ -14,10 +14,10 @@ import functools
 import importlib.metadata
 import json
 import os
-import tempfile
+import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
@@ -65,105 +65,51 @@ def _pin(kernel: str, architectures: str, kind: str, rows: Rows) -> None:
 ALL = " ".join(ARCHITECTURES)
 LARGE = "sm_80 sm_90 sm_100"
 
-# Sizes: head dim D (a bucket is the power of two it is padded to). block_m queries, block_n keys.
-_pin("masked_attention_fwd", "sm_90 sm_100", HALF, {128: C(128, 64, 8, 5), 256: C(128, 64, 8, 2), 512: C(32, 64, 8, 1)})
-_pin("masked_attention_fwd", "sm_80", HALF, {128: C(128, 64, 8, 3), 256: C(64, 32, 8, 2), 512: C(32, 64, 8, 1)})
-_pin(
-    "masked_attention_fwd",
-    "sm_86",
-    HALF,
-    {64: C(64, 64, 4, 2), 128: C(128, 32, 8, 2), 256: C(64, 32, 8, 1), 512: C(16, 32, 8, 1)},
-)
-_pin(
-    "masked_attention_fwd_compact",
-    "sm_90 sm_100",
-    HALF,
-    {128: C(128, 128, 8, 3), 256: C(128, 64, 8, 2), 512: C(32, 64, 8, 1)},
-)
-_pin("masked_attention_fwd_compact", "sm_80", HALF, {128: C(128, 64, 8, 3), 256: C(64, 32, 8, 2), 512: C(32, 64, 8, 1)})
-_pin(
-    "masked_attention_fwd_compact",
-    "sm_86",
-    HALF,
-    {64: C(64, 64, 4, 2), 128: C(128, 32, 8, 2), 256: C(64, 32, 8, 1), 512: C(16, 32, 8, 1)},
-)
-_pin("masked_attention_decode", LARGE, HALF, {128: C(16, 64, 4, 4), 256: C(16, 64, 4, 3), 512: C(16, 32, 4, 2)})
-_pin("masked_attention_decode", "sm_86", HALF, {128: C(16, 64, 4, 3), 256: C(16, 32, 4, 2), 512: C(16, 32, 4, 1)})
-_pin("masked_attention_bwd_prepare", ALL, HALF, {256: C(32, 0, 8, 1), 512: C(16, 0, 8, 1)})
-_pin(
-    "masked_attention_bwd_dkdv",
-    "sm_90",
-    HALF,
-    {64: C(64, 128, 8, 2), 128: C(64, 128, 8, 2), 256: C(64, 32, 8, 1), 512: C(16, 16, 8, 1)},
-)
-_pin(
-    "masked_attention_bwd_dkdv",
-    "sm_100",
-    HALF,
-    {64: C(32, 64, 8, 2), 128: C(32, 64, 8, 1), 256: C(64, 32, 8, 1), 512: C(16, 16, 8, 1)},
-)
-_pin(
-    "masked_attention_bwd_dkdv",
-    "sm_80",
-    HALF,
-    {64: C(32, 64, 4, 2), 128: C(32, 64, 8, 2), 256: C(32, 32, 8, 1), 512: C(16, 16, 8, 1)},
-)
-_pin(
-    "masked_attention_bwd_dkdv",
-    "sm_86",
-    HALF,
-    {64: C(32, 32, 4, 2), 128: C(32, 64, 8, 2), 256: C(32, 32, 8, 1), 512: C(16, 16, 8, 1)},
-)
-_pin(
-    "masked_attention_bwd_dq",
-    "sm_90 sm_100",
-    HALF,
-    {128: C(128, 64, 8, 5), 256: C(128, 32, 8, 2), 512: C(32, 32, 8, 1)},
-)
-_pin("masked_attention_bwd_dq", "sm_80", HALF, {128: C(128, 32, 8, 3), 256: C(64, 32, 8, 2), 512: C(32, 32, 8, 1)})
-_pin(
-    "masked_attention_bwd_dq",
-    "sm_86",
-    HALF,
-    {64: C(128, 64, 8, 2), 128: C(128, 32, 8, 2), 256: C(32, 32, 8, 1), 512: C(16, 16, 8, 1)},
-)
-_pin(
-    "masked_attention_bwd_dq_compact",
-    "sm_90 sm_100",
-    HALF,
-    {128: C(128, 64, 8, 3), 256: C(128, 32, 8, 2), 512: C(32, 32, 8, 1)},
-)
-_pin(
-    "masked_attention_bwd_dq_compact",
-    "sm_80",
-    HALF,
-    {128: C(128, 32, 8, 3), 256: C(64, 32, 8, 2), 512: C(32, 32, 8, 1)},
-)
-_pin(
-    "masked_attention_bwd_dq_compact",
-    "sm_86",
-    HALF,
-    {64: C(128, 64, 8, 2), 128: C(128, 32, 8, 2), 256: C(32, 32, 8, 1), 512: C(16, 16, 8, 1)},
-)
+
+def _pin_attention(kernel: str, architectures: str, kind: str, *rows: LaunchConfig) -> None:
+    """A row per bucket of the larger head dim, padded to a power of two: the last ones of 64, 128, 256 and 512."""
+    buckets = (64, 128, 256, 512)[-len(rows) :]
+    _pin(f"masked_attention_{kernel}", architectures, kind, dict(zip(buckets, rows, strict=True)))
+
+
+# block_m queries, block_n keys. Chosen by what the loops became: no spill inside, no warp that repeats another's
+# product, three buffers of keys and values in flight where they fit (the load of the list takes one of num_stages).
+# D = 512 is there to run.
+_pin_attention("fwd", "sm_90 sm_100", HALF, C(128, 64, 8, 5), C(128, 64, 8, 5), C(128, 64, 8, 2), C(16, 64, 8, 1))
+_pin_attention("fwd", "sm_80", HALF, C(128, 64, 8, 5), C(128, 32, 8, 5), C(64, 64, 8, 2), C(16, 64, 8, 1))
+_pin_attention("fwd", "sm_86", HALF, C(128, 64, 8, 5), C(128, 32, 8, 5), C(32, 64, 8, 1), C(16, 64, 8, 1))
+_pin_attention("fwd_compact", "sm_90", HALF, C(128, 128, 8, 3), C(128, 128, 8, 3), C(128, 64, 8, 2), C(16, 64, 8, 1))
+_pin_attention("fwd_compact", "sm_100", HALF, C(128, 64, 8, 3), C(128, 64, 8, 3), C(128, 64, 8, 2), C(16, 64, 8, 1))
+_pin_attention("fwd_compact", "sm_80", HALF, C(128, 64, 8, 3), C(128, 64, 8, 3), C(64, 64, 8, 2), C(16, 64, 8, 1))
+_pin_attention("fwd_compact", "sm_86", HALF, C(128, 64, 8, 3), C(128, 32, 8, 3), C(32, 64, 8, 1), C(16, 64, 8, 1))
+_pin_attention("decode", LARGE, HALF, C(16, 64, 4, 5), C(16, 64, 4, 5), C(16, 64, 4, 3), C(16, 32, 8, 3))
+_pin_attention("decode", "sm_86", HALF, C(16, 64, 4, 5), C(16, 64, 4, 5), C(16, 32, 4, 3), C(16, 32, 8, 1))
+_pin_attention("bwd_prepare", ALL, HALF, C(32, 0, 8, 1), C(16, 0, 8, 1))
+_pin_attention("bwd_dkdv", "sm_90", HALF, C(64, 128, 8, 3), C(64, 128, 8, 2), C(32, 128, 8, 2), C(32, 32, 8, 1))
+_pin_attention("bwd_dkdv", "sm_100", HALF, C(64, 128, 8, 2), C(64, 128, 8, 2), C(32, 128, 8, 2), C(32, 32, 8, 1))
+_pin_attention("bwd_dkdv", "sm_80", HALF, C(64, 128, 8, 3), C(32, 128, 8, 3), C(32, 64, 8, 2), C(32, 32, 8, 1))
+_pin_attention("bwd_dkdv", "sm_86", HALF, C(64, 128, 8, 3), C(32, 128, 8, 3), C(16, 64, 8, 1), C(16, 32, 4, 1))
+_pin_attention("bwd_dq", "sm_90", HALF, C(128, 64, 8, 5), C(128, 64, 8, 5), C(128, 32, 8, 2), C(16, 64, 8, 1))
+_pin_attention("bwd_dq", "sm_100", HALF, C(128, 32, 8, 5), C(128, 32, 8, 5), C(64, 64, 8, 2), C(16, 64, 8, 1))
+_pin_attention("bwd_dq", "sm_80", HALF, C(128, 64, 8, 5), C(128, 32, 8, 5), C(32, 64, 8, 1), C(16, 64, 8, 1))
+_pin_attention("bwd_dq", "sm_86", HALF, C(128, 64, 8, 5), C(128, 32, 8, 2), C(32, 64, 8, 1), C(16, 32, 4, 1))
+_pin_attention("bwd_dq_compact", "sm_90", HALF, C(128, 64, 8, 3), C(128, 64, 8, 3), C(128, 32, 8, 3), C(16, 64, 8, 1))
+_pin_attention("bwd_dq_compact", "sm_100", HALF, C(128, 32, 8, 3), C(128, 32, 8, 3), C(64, 64, 8, 2), C(16, 64, 8, 1))
+_pin_attention("bwd_dq_compact", "sm_80", HALF, C(128, 64, 8, 3), C(128, 32, 8, 3), C(32, 64, 8, 1), C(16, 64, 8, 1))
+_pin_attention("bwd_dq_compact", "sm_86", HALF, C(128, 64, 8, 3), C(128, 32, 8, 2), C(32, 64, 8, 1), C(16, 32, 4, 1))
 # Full float32 products run on the FMA units and hold rows of both operands in registers: small tiles. From D = 128 on
 # two stages, not for the overlap: without, the loop-invariant operand is moved to registers as a whole, and spills.
-for kernel in ("fwd", "fwd_compact"):
-    _pin(f"masked_attention_{kernel}", LARGE, SINGLE, {64: C(32, 32, 8, 1), 512: C(16, 16, 8, 2)})
-    _pin(
-        f"masked_attention_{kernel}",
-        "sm_86",
-        SINGLE,
-        {64: C(32, 32, 8, 1), 128: C(16, 16, 8, 2), 256: C(16, 16, 4, 2), 512: C(16, 16, 8, 1)},
-    )
-_pin("masked_attention_decode", ALL, SINGLE, {64: C(16, 32, 8, 1), 512: C(16, 16, 8, 2)})
-_pin("masked_attention_bwd_prepare", ALL, SINGLE, {256: C(32, 0, 8, 1), 512: C(16, 0, 8, 1)})
-_pin("masked_attention_bwd_dkdv", LARGE, SINGLE, {64: C(32, 32, 8, 2), 128: C(32, 32, 8, 1), 512: C(16, 16, 4, 1)})
-_pin("masked_attention_bwd_dkdv", "sm_86", SINGLE, {64: C(16, 32, 8, 1), 128: C(32, 32, 8, 1), 512: C(16, 16, 4, 1)})
-for kernel in ("bwd_dq", "bwd_dq_compact"):
-    _pin(f"masked_attention_{kernel}", ALL, SINGLE, {64: C(32, 32, 8, 1), 512: C(16, 16, 8, 2)})
-for kind in (HALF, SINGLE):
-    _pin("masked_attention_merge", ALL, kind, {512: C(0, 0, 4, 1)})
-    _pin("masked_attention_bwd_finish", ALL, kind, {512: C(0, 16, 4, 1)})
+_pin_attention("fwd", ALL, SINGLE, C(32, 32, 8, 1), C(16, 16, 8, 2), C(16, 16, 8, 2), C(16, 16, 8, 2))
+_pin_attention("fwd_compact", ALL, SINGLE, C(32, 32, 8, 1), C(16, 16, 8, 2), C(16, 16, 8, 2), C(16, 16, 8, 2))
+_pin_attention("decode", ALL, SINGLE, C(16, 32, 8, 1), C(16, 16, 8, 2), C(16, 16, 8, 2), C(16, 16, 8, 2))
+_pin_attention("bwd_prepare", ALL, SINGLE, C(32, 0, 8, 1), C(16, 0, 8, 1))
+_pin_attention("bwd_dkdv", LARGE, SINGLE, C(32, 32, 8, 2), C(16, 32, 8, 1), C(16, 16, 4, 1), C(16, 16, 4, 1))
+_pin_attention("bwd_dkdv", "sm_86", SINGLE, C(16, 32, 8, 1), C(16, 32, 8, 1), C(16, 16, 4, 1), C(16, 16, 4, 1))
+_pin_attention("bwd_dq", ALL, SINGLE, C(32, 32, 8, 1), C(16, 16, 8, 2), C(16, 16, 8, 2), C(16, 16, 8, 2))
+_pin_attention("bwd_dq_compact", ALL, SINGLE, C(32, 32, 8, 1), C(16, 16, 8, 2), C(16, 16, 8, 2), C(16, 16, 8, 2))
+# block_n rows of one program
+_pin_attention("merge", ALL, ANY, C(0, 0, 4, 1))
+_pin_attention("bwd_finish", ALL, ANY, C(0, 16, 4, 1))
 # Sizes: none. block_n tokens.
 _pin("masked_attention_lists", ALL, ANY, {NO_LIMIT: C(0, 2048, 4, 1)})
 # Sizes: rows per key/value head, Nq * H / Hkv. block_n keys. splits=1: the loops read gathered keys and values; 0: they
@@ -191,54 +137,48 @@ _pin("keep_mask", ALL, ANY, {NO_LIMIT: C(0, 512, 4, 1)})
 KERNELS = tuple(dict.fromkeys(kernel for kernel, _, _ in _TABLE))
 
 
-def pinned(kernel: str, architecture: str, *, size: int, dtype: torch.dtype) -> LaunchConfig:
-    """The row of the table for an architecture named explicitly. Raises ValueError as ``configs.select`` does."""
-    return rows(kernel, architecture, dtype)[bucket(kernel, architecture, size=size, dtype=dtype)]
+class Row(NamedTuple):
+    """A row of the table: "16 bit", "32 bit" or "any", the largest size of its bucket, and the configuration."""
+
+    kind: str
+    largest: int
+    config: LaunchConfig
 
 
-def rows(kernel: str, architecture: str, dtype: torch.dtype) -> Rows:
-    """All buckets of a kernel."""
-    return _TABLE[kernel, architecture, kind_of(kernel, architecture, dtype)]
-
-
-def kind_of(kernel: str, architecture: str, dtype: torch.dtype) -> str:
-    """The element type under which the table knows ``dtype``: "16 bit", "32 bit" or "any"."""
+def row(kernel: str, architecture: str, *, size: int, dtype: torch.dtype) -> Row:
+    """Look up the pinned row for an architecture named explicitly. Raises ValueError as :func:`select` does."""
     if kernel not in KERNELS:
         raise ValueError(f"configs: kernel={kernel!r} is unknown; use one of {', '.join(KERNELS)}")
     if architecture not in SHARED_MEMORY:
         raise ValueError(f"configs: architecture={architecture!r} is unknown; use one of {', '.join(ARCHITECTURES)}")
-    for kind in (KINDS.get(dtype), ANY):
-        if kind is not None and (kernel, architecture, kind) in _TABLE:
-            return kind
+    for kind in (KINDS.get(dtype, ANY), ANY):
+        rows = _TABLE.get((kernel, architecture, kind), {})
+        for largest, config in rows.items():
+            if size <= largest:
+                return Row(kind, largest, config)
+        if rows:
+            raise ValueError(
+                f"configs: {kernel} has no row for size={size}, the largest is {max(rows)}; use backend='eager'"
+            )
     raise ValueError(f"configs: {kernel} has no row for dtype={dtype}; use float16, bfloat16 or float32")
 
 
-def bucket(kernel: str, architecture: str, *, size: int, dtype: torch.dtype) -> int:
-    """The largest size of the bucket that ``size`` falls into."""
-    buckets = rows(kernel, architecture, dtype)
-    for largest in buckets:
-        if size <= largest:
-            return largest
-    raise ValueError(
-        f"configs: {kernel} has no row for size={size}, the largest is {max(buckets)}; use backend='eager'"
-    )
+def all_rows(architecture: str) -> dict[tuple[str, str, int], LaunchConfig]:
+    """Every row of an architecture by (kernel, element type, largest size)."""
+    return {
+        (kernel, kind, largest): config
+        for (kernel, its_architecture, kind), rows in _TABLE.items()
+        if its_architecture == architecture
+        for largest, config in rows.items()
+    }
 
 
-def all_rows(architecture: str) -> Iterator[tuple[str, str, int, LaunchConfig]]:
-    """(kernel, element type, largest size, configuration) of every row of an architecture."""
-    for (kernel, row_architecture, kind), buckets in _TABLE.items():
-        if row_architecture == architecture:
-            for largest, config in buckets.items():
-                yield kernel, kind, largest, config
-
-
-INTERPRETED_ARCHITECTURE = "sm_90"  # whose rows run on CPU tensors, that is, in the interpreter
-
+_cpu_architecture = "sm_90"  # whose rows run on CPU tensors, that is, in the interpreter
 _overrides: dict[str, LaunchConfig] = {}
 
 
 def select(kernel: str, *, size: int, dtype: torch.dtype, device: torch.device) -> LaunchConfig:
-    """The configuration of ``kernel`` for tensors on ``device``: measured on this GPU if there is a file, else pinned.
+    """Return the configuration of ``kernel`` for tensors on ``device``: measured if there is a file, else pinned.
 
     Args:
         kernel: one of :data:`KERNELS`.
@@ -248,7 +188,7 @@ def select(kernel: str, *, size: int, dtype: torch.dtype, device: torch.device) 
 
     Raises:
         ValueError: unknown kernel, or a size or dtype that it has no row for.
-        RuntimeError: a GPU older than compute capability 8.0, or an unusable file of measurements.
+        RuntimeError: a GPU older than compute capability 8.0, or a corrupt file of measurements.
     """
     if _overrides and kernel in _overrides:
         return _overrides[kernel]
@@ -257,14 +197,9 @@ def select(kernel: str, *, size: int, dtype: torch.dtype, device: torch.device) 
 
 @functools.lru_cache(maxsize=4096)
 def _select(kernel: str, size: int, dtype: torch.dtype, device: torch.device) -> LaunchConfig:
-    architecture = architecture_of(device)
-    largest = bucket(kernel, architecture, size=size, dtype=dtype)
+    kind, largest, config = row(kernel, architecture_of(device), size=size, dtype=dtype)
     measurements = measured(device)
-    if measurements is not None:
-        key = (kernel, kind_of(kernel, architecture, dtype), largest)
-        if key in measurements.configs:
-            return measurements.configs[key]
-    return rows(kernel, architecture, dtype)[largest]
+    return config if measurements is None else measurements.configs.get((kernel, kind, largest), config)
 
 
 @contextlib.contextmanager
@@ -279,6 +214,19 @@ def override(replacements: Mapping[str, LaunchConfig]) -> Iterator[None]:
         _overrides.update(previous)
 
 
+@contextlib.contextmanager
+def cpu_stands_for(architecture: str) -> Iterator[None]:
+    """Give CPU tensors the rows of ``architecture``: for compiling without a GPU."""
+    global _cpu_architecture
+    previous, _cpu_architecture = _cpu_architecture, architecture
+    forget()
+    try:
+        yield
+    finally:
+        _cpu_architecture = previous
+        forget()
+
+
 INTERPRETED_MULTIPROCESSORS = 4  # what kernels on CPU tensors are divided for
 
 
@@ -290,22 +238,22 @@ def multiprocessors(device: torch.device) -> int:
 
 
 def capability_of(device: torch.device) -> tuple[int, int]:
-    """Compute capability of a CUDA device."""
+    """Return the compute capability of a CUDA device."""
     return torch.cuda.get_device_capability(device)
 
 
 @functools.cache
 def architecture_of(device: torch.device) -> str:
-    """The name under which the table knows a device.
+    """Return the name under which the table knows a device.
 
     Compute capability 8.0 and 8.7 (163 KiB of shared memory or more) share rows, as do 10.x and 11.x; 8.6, 8.9, 12.x
     and anything newer than this table get the rows that fit into 99 KiB.
 
     Raises:
-        RuntimeError: compute capability below 8.0.
+        RuntimeError: compute capability below 8.0, or an AMD GPU.
     """
     if device.type != "cuda":
-        return INTERPRETED_ARCHITECTURE
+        return _cpu_architecture
     if torch.version.hip:
         raise RuntimeError("configs: AMD GPUs are not supported; use backend='eager'")
     major, minor = capability_of(device)
@@ -316,16 +264,14 @@ def architecture_of(device: torch.device) -> str:
         )
     if major == 8:
         return "sm_80" if minor in (0, 7) else "sm_86"
-    if major == 9:
-        return "sm_90"
-    return "sm_100" if major in (10, 11) else "sm_86"
+    return {9: "sm_90", 10: "sm_100", 11: "sm_100"}.get(major, "sm_86")
 
 
 # --- measurements ---
 
 ENVIRONMENT_VARIABLE = "TOPRL_KERNELS_CONFIGS"
 FORMAT = 1
-TUNE_COMMAND = "python -m toprl_kernels.tune"
+TUNE_COMMAND = "python bench/tune.py"
 
 Bucket = tuple[int, ...]
 
@@ -338,47 +284,40 @@ class Times(NamedTuple):
 
 
 class Measurements(NamedTuple):
-    """What a tuning run found on one GPU."""
+    """What a tuning run measured on a GPU, whose name comes first."""
 
-    device: str  # its name, for the reader
+    device: str
     configs: dict[tuple[str, str, int], LaunchConfig]  # (kernel, element type, largest size of the bucket)
     times: dict[tuple[str, str, Bucket], Times]  # (op, element type, size bucket)
 
 
 class Preference(NamedTuple):
-    """The implementation to take ("eager" or "triton") and why."""
+    """The implementation that was faster ("eager" or "triton") and the measurement that says so."""
 
     name: str
     reason: str
 
 
-# Timings that come with the package, by (capability, op, element type, size bucket). There are none yet: until a
-# tuning run, the automatic choice between implementations that have to be measured is the eager one.
-PINNED_TIMES: dict[tuple[str, str, str, Bucket], Times] = {}
+class OtherVersionError(RuntimeError):
+    """A file of measurements was written for another GPU, triton or version of this package."""
 
 
 def size_bucket(sizes: Bucket) -> Bucket:
-    """Each size rounded up to a power of two."""
+    """Round each size up to a power of two."""
     return tuple(1 << max(size - 1, 0).bit_length() for size in sizes)
 
 
 @functools.lru_cache(maxsize=4096)
-def faster(op: str, sizes: Bucket, dtype: torch.dtype, device: torch.device) -> Preference:
-    """Which implementation of ``op`` was measured to be the faster one on this kind of GPU, for this size bucket.
+def faster(op: str, sizes: Bucket, dtype: torch.dtype, device: torch.device) -> Preference | None:
+    """Return which implementation of ``op`` was measured to be faster on this GPU, or None where nobody measured.
 
     Raises:
-        RuntimeError: an unusable file of measurements.
+        RuntimeError: a corrupt file of measurements.
     """
-    if device.type != "cuda":
-        return Preference("eager", f"the tensors are on {device}")
-    key = (op, KINDS.get(dtype, "none"), size_bucket(sizes))
     measurements = measured(device)
-    times = measurements.times.get(key) if measurements is not None else None
-    if times is None:
-        times = PINNED_TIMES.get((capability_name(device), *key))
-    if times is None:
-        where = f"{capability_name(device)} at this size (bucket {'x'.join(map(str, key[2]))}, {key[1]})"
-        return Preference("eager", f"nobody has timed the kernels on {where}; {TUNE_COMMAND} does")
+    times = measurements and measurements.times.get((op, KINDS.get(dtype, ""), size_bucket(sizes)))
+    if not times:
+        return None
     name = "triton" if times.triton < times.eager else "eager"
     return Preference(name, f"measured {times.triton:.4f} ms against {times.eager:.4f} ms eager")
 
@@ -389,7 +328,7 @@ def capability_name(device: torch.device) -> str:
 
 
 def triton_version() -> str:
-    """Version of the installed triton, without importing it."""
+    """Return the version of the installed triton, without importing it."""
     try:
         return importlib.metadata.version("triton")
     except importlib.metadata.PackageNotFoundError:
@@ -398,43 +337,30 @@ def triton_version() -> str:
 
 def measurements_path(capability: str) -> Path:
     """Where the measurements of a GPU are kept: the environment variable's file, else one in the user's cache."""
-    named = os.environ.get(ENVIRONMENT_VARIABLE)
-    if named:
-        return Path(named)
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return cache / "toprl_kernels" / f"{capability}-{triton_version()}.json"
+    default = cache / "toprl_kernels" / f"{capability}-{triton_version()}.json"
+    return Path(os.environ.get(ENVIRONMENT_VARIABLE) or default)
 
 
 @functools.cache
 def measured(device: torch.device) -> Measurements | None:
-    """The measurements for a device, read once per process; None where nobody has tuned.
+    """Return the measurements for a device, read once per process; None where there are none for this version.
+
+    A file of another version is left alone, with one warning.
 
     Raises:
-        RuntimeError: the file cannot be used, or the environment variable names one that does not exist.
+        RuntimeError: the file is corrupt, or the environment variable names one that does not exist.
     """
     if device.type != "cuda":
         return None
-    capability = capability_name(device)
-    path = measurements_path(capability)
+    path = measurements_path(capability_name(device))
     if not path.exists() and not os.environ.get(ENVIRONMENT_VARIABLE):
         return None
-    return read(path, capability, architecture_of(device))
-
-
-@contextlib.contextmanager
-def using(path: Path) -> Iterator[None]:
-    """Take the measurements from this file for a while."""
-    previous = os.environ.get(ENVIRONMENT_VARIABLE)
-    os.environ[ENVIRONMENT_VARIABLE] = str(path)
-    forget()
     try:
-        yield
-    finally:
-        if previous is None:
-            del os.environ[ENVIRONMENT_VARIABLE]
-        else:
-            os.environ[ENVIRONMENT_VARIABLE] = previous
-        forget()
+        return read(path, capability_name(device), architecture_of(device))
+    except OtherVersionError as error:
+        warnings.warn(str(error), stacklevel=2)
+        return None
 
 
 def forget() -> None:
@@ -444,105 +370,48 @@ def forget() -> None:
 
 
 def read(path: Path, capability: str, architecture: str) -> Measurements:
-    """Parse a file of measurements. Raises RuntimeError, naming the file and the way out, unless it fits completely."""
+    """Parse a file of measurements.
 
-    def refuse(problem: str) -> RuntimeError:
-        return RuntimeError(
-            f"the kernel measurements in {path} cannot be used: {problem}; delete the file or run {TUNE_COMMAND} "
-            f"again ({ENVIRONMENT_VARIABLE} names another file)"
-        )
-
+    Raises:
+        OtherVersionError: it is whole, but for another GPU, triton or version of this package.
+        RuntimeError: it cannot be read. Both name the file and the way out.
+    """
+    remedy = f"delete the file or run {TUNE_COMMAND} again ({ENVIRONMENT_VARIABLE} names another file)"
     try:
         content = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise refuse(f"{type(error).__name__}: {error}") from error
-    expected = {"format": FORMAT, "architecture": capability, "triton": triton_version()}
-    for name, value in expected.items():
-        if not isinstance(content, dict) or content.get(name) != value:
-            found = content.get(name) if isinstance(content, dict) else content
-            raise refuse(f"its {name} is {found!r}, here it is {value!r}")
-    try:
-        configs = {
-            (str(row["kernel"]), str(row["dtype"]), int(row["size"])): LaunchConfig(*map(int, row["config"]))
-            for row in content["configs"]
-        }
-        times = {
-            (str(row["op"]), str(row["dtype"]), tuple(map(int, row["bucket"]))): Times(
-                float(row["triton_ms"]), float(row["eager_ms"])
-            )
-            for row in content["times"]
-        }
-        device = str(content["device"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise refuse(f"a row is malformed ({type(error).__name__}: {error})") from error
-    for kernel, kind, size in configs:
-        if (kernel, kind, size) not in {row[:3] for row in all_rows(architecture)}:
-            raise refuse(f"it has a row for {kernel}, {kind}, size {size}, which this version of the package has not")
-    return Measurements(device, configs, times)
-
-
-def write(path: Path, capability: str, measurements: Measurements, **details: Any) -> None:
-    """Write a file that :func:`read` takes. Atomic: a reader sees the old content or the new one."""
-    content = {
-        "format": FORMAT,
-        "architecture": capability,
-        "triton": triton_version(),
-        "torch": torch.__version__,
-        "device": measurements.device,
-        **details,
-        "configs": [
-            {"kernel": kernel, "dtype": kind, "size": size, "config": list(config)}
-            for (kernel, kind, size), config in measurements.configs.items()
-        ],
-        "times": [
-            {"op": op, "dtype": kind, "bucket": list(sizes), "triton_ms": times.triton, "eager_ms": times.eager}
-            for (op, kind, sizes), times in measurements.times.items()
-        ],
-    }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=path.name, suffix=".tmp", delete=False) as file:
-        try:
-            json.dump(content, file, indent=1)
-            file.flush()
-            os.replace(file.name, path)
-        except BaseException:
-            os.unlink(file.name)
-            raise
-    forget()
+        found = {name: content.get(name) for name in ("format", "architecture", "triton")}
+        expected = {"format": FORMAT, "architecture": capability, "triton": triton_version()}
+        other = [f"its {name} is {found[name]!r}, not {value!r}" for name, value in expected.items()
+                 if found[name] != value]  # fmt: skip
+        if not other:
+            configs = {(r["kernel"], r["dtype"], r["size"]): C(*map(int, r["config"])) for r in content["configs"]}
+            times = {
+                (r["op"], r["dtype"], tuple(r["bucket"])): Times(float(r["triton_ms"]), float(r["eager_ms"]))
+                for r in content["times"]
+            }
+            other = [f"no row {key} in this package" for key in configs if key not in all_rows(architecture)]
+    except (OSError, AttributeError, KeyError, TypeError, ValueError) as error:
+        raise RuntimeError(
+            f"the kernel measurements in {path} cannot be read ({type(error).__name__}: {error}); {remedy}"
+        ) from error
+    if other:
+        raise OtherVersionError(f"the kernel measurements in {path} are not used: {other[0]}; {remedy}")
+    return Measurements(str(content.get("device")), configs, times)
 
 
 def describe(device: torch.device | None = None) -> str:
-    """One sentence: where the configurations of a device come from. Never raises; an unusable file is described."""
+    """Say in a sentence where the configurations of a device come from. Never raises; a corrupt file is described."""
     where = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if where.type != "cuda":
         return "launch configurations: pinned (there are measurements for GPUs only)"
     try:
-        measurements = measured(where)
-        architecture = architecture_of(where)
+        measurements, architecture = measured(where), architecture_of(where)
     except RuntimeError as error:
         return f"launch configurations: error ({error})"
     if measurements is None:
         return f"launch configurations: pinned for {architecture}; {TUNE_COMMAND} measures them on this GPU"
     return (
-        f"launch configurations: {len(measurements.configs)} of {sum(1 for _ in all_rows(architecture))} rows and "
+        f"launch configurations: {len(measurements.configs)} of {len(all_rows(architecture))} rows and "
         f"{len(measurements.times)} timings measured on {measurements.device} "
         f"({measurements_path(capability_name(where))}), the others pinned for {architecture}"
-    )
-
-
-def describe_choice(op: str, device: torch.device) -> Preference:
-    """What :func:`faster` says over all measured sizes: for :func:`toprl_kernels.explain`."""
-    if device.type != "cuda":
-        return Preference("eager", f"the tensors are on {device}")
-    measurements = measured(device)
-    capability = capability_name(device)
-    times = {key[2:]: value for key, value in PINNED_TIMES.items() if key[:2] == (capability, op)}
-    if measurements is not None:
-        times |= {key[1:]: value for key, value in measurements.times.items() if key[0] == op}
-    wins = sum(each.triton < each.eager for each in times.values())
-    if not times:
-        return Preference("eager", f"nobody has timed the kernels on {capability}; {TUNE_COMMAND} does")
-    return Preference(
-        "triton" if wins else "eager",
-        f"by measurement: Triton in {wins} of {len(times)} size buckets, eager in the others and where nobody measured",
     )

@@ -38,7 +38,7 @@ KEYS = (
 
 @pytest.fixture
 def toy(monkeypatch):
-    monkeypatch.setattr(prefill, "cases", lambda quick, device: [TOY])
+    monkeypatch.setattr(prefill, "cases", lambda size, device: [TOY])
 
 
 def check(case=TOY):
@@ -47,7 +47,7 @@ def check(case=TOY):
 
 
 def test_quick_suite(toy):
-    rows = prefill.run(quick=True, device="cpu")
+    rows = prefill.run("quick", "cpu")
     assert [row["method"] for row in rows] == ["unpruned", "fastv", "pyramiddrop", "toprl"]
     by_method = {row["method"]: row for row in rows}
     for row in rows:
@@ -70,7 +70,7 @@ def test_quick_suite(toy):
 
 def test_macs_ratio_by_hand(toy):
     """Stages before layers 1, 2 and 3 of 6; r = .529 makes 128 (1 + r + r^2 + 3 r^3) / 6 = 48."""
-    row = prefill.run(quick=True, device="cpu")[-1]
+    row = prefill.run("quick", "cpu")[-1]
     assert row["stages"] == "1:68 2:36 3:19"
     assert row["average_tokens"] == (128 + 68 + 36 + 3 * 19) / 6
 
@@ -126,7 +126,7 @@ def test_prompt_and_features():
 
 def test_pixel_values_where_features_are_not_taken(toy, monkeypatch):
     monkeypatch.setattr(prefill, "TAKES_FEATURES", False)
-    rows = prefill.run(quick=True, device="cpu")
+    rows = prefill.run("quick", "cpu")
     assert {row["vision_tower"] for row in rows} == {"timed"}
 
 
@@ -169,7 +169,7 @@ def test_a_broken_pruner_is_found_before_timing(breakage, message, toy, monkeypa
     breakage(monkeypatch)
     monkeypatch.setattr(prefill, "time_case", lambda *args: pytest.fail("timed a broken pruner"))
     with pytest.raises(prefill.WrongPrefillError, match=message):
-        prefill.run(quick=True, device="cpu")
+        prefill.run("quick", "cpu")
 
 
 def test_a_timed_prefill_that_skips_its_stages_is_found(monkeypatch):

@@ -14,7 +14,6 @@ from toprl_kernels import attention_plan, masked_attention
 from toprl_kernels.attention import eager
 from toprl_kernels.testing import make_attention_inputs
 
-BACKENDS = ["reference", "eager", "triton"]
 N = 24
 PATTERNS: dict[str, dict[str, Any]] = {
     "bidirectional": {},
@@ -51,17 +50,17 @@ def sees(name: str, i: int, j: int) -> bool:
     return allowed
 
 
-@pytest.fixture(params=["few pairs", "many pairs"])
-def size(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Both forms of the eager path."""
-    if request.param == "many pairs":
-        for name, number in (("SMALL", 0), ("FEWEST_ROWS", 4), ("FEWEST_TILE_ROWS", 4), ("TILE_BYTES", 0)):
-            monkeypatch.setattr(eager, name, number)
+@pytest.fixture(params=["reference", "eager", "eager in blocks", "triton"])
+def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """An implementation; "in blocks" is what the eager path does with many pairs."""
+    name, _, blocks = request.param.partition(" ")
+    if blocks:
+        for constant, number in (("SMALL", 0), ("FEWEST_ROWS", 4), ("FEWEST_TILE_ROWS", 4), ("TILE_BYTES", 0)):
+            monkeypatch.setattr(eager, constant, number)
+    return name
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", PATTERNS)
-@pytest.mark.usefixtures("size")
 def test_patterns(name: str, backend: str) -> None:
     """Output, log-sum-exp and gradients, with value dims of their own, are those of ordinary attention with a bias."""
     x = make_attention_inputs(1, 4, 2, N - 3, N, 16)
@@ -90,8 +89,6 @@ def test_patterns(name: str, backend: str) -> None:
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
 @pytest.mark.parametrize("mask", ["bool", "float", "with gradient"])
 @pytest.mark.parametrize("where", ["dropped", "padding", "later", "window"])
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.usefixtures("size")
 def test_an_invisible_token_changes_nothing(where: str, mask: str, bad: float, backend: str) -> None:
     """The last tokens hold NaN or infinity in query, key and value; for padding in the output's gradient too.
 
@@ -125,8 +122,6 @@ def test_an_invisible_token_changes_nothing(where: str, mask: str, bad: float, b
         torch.testing.assert_close(got, want)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.usefixtures("size")
 def test_a_visible_nan_arrives(backend: str) -> None:
     x = make_attention_inputs(1, 2, 2, N, N, 16, mask="hard")
     x.keep_mask[:, 9] = True
@@ -140,7 +135,6 @@ def test_a_visible_nan_arrives(backend: str) -> None:
         assert bool(gradient[:, :, :9].isfinite().all())
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_a_plan_is_a_mask(backend: str) -> None:
     x = make_attention_inputs(2, 2, 1, N, N, 16, padding=True)
     arguments = dict(key_padding_mask=x.key_padding_mask, is_causal=True)

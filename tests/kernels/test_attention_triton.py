@@ -13,7 +13,7 @@ from toprl_kernels.attention import triton as launch
 from toprl_kernels.configs import LaunchConfig as C
 from toprl_kernels.testing import assert_within_budget, make_attention_inputs, max_error
 
-pytestmark = pytest.mark.usefixtures("poisoned_memory")
+pytestmark = [pytest.mark.usefixtures("poisoned_memory"), pytest.mark.filterwarnings("ignore::RuntimeWarning")]
 NAMES = ["output", "grad_query", "grad_key", "grad_value", "grad_keep_mask"]
 # many blocks and unequal sides even at short lengths
 SMALL = {
@@ -393,12 +393,13 @@ def test_many_heads_are_one_grid_dimension(monkeypatch: pytest.MonkeyPatch) -> N
             grids.append(grid)
             return lambda *args, **kwargs: None
 
-    for name in dir(launch):
-        if name.startswith("masked_attention_") and name.endswith("_kernel"):
-            monkeypatch.setattr(launch, name, Record())
+    for name in ("lists", "fwd", "decode", "merge"):
+        monkeypatch.setattr(launch, f"masked_attention_{name}_kernel", Record())
     for num_tokens in (1, 17):  # decoding and not
-        run(make(1, 70_000, 70_000, num_tokens, num_tokens, 1), needs=(True, False, False, False))
-    assert all(len(grid) == 1 for grid in grids) and max(grids) >= (70_000,)
+        query = torch.zeros(1, 70_000, num_tokens, 1)
+        keep_mask = torch.ones(1, num_tokens, dtype=torch.bool)
+        launch.masked_attention_forward_triton(query, query, query, keep_mask, None, None, None, True, 1.0)
+    assert grids == [(1,), (70_000,), (70_000,), (1,), (70_000,)]
 
 
 def test_bounded_mask_gradient(device: str) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from bench import tune
 from toprl_kernels import configs
 from toprl_kernels.configs import LaunchConfig, Measurements, Times
 
@@ -50,26 +51,24 @@ def test_every_kernel_has_rows_for_every_architecture_and_type() -> None:
     for kernel in configs.KERNELS:
         for architecture in configs.ARCHITECTURES:
             for dtype in (torch.float16, torch.bfloat16, torch.float32):
-                buckets = configs.rows(kernel, architecture, dtype)
-                assert list(buckets) == sorted(buckets)
-                for config in buckets.values():
-                    assert config.num_warps in (1, 2, 4, 8, 16, 32)
-                    assert config.num_stages >= 1 and config.splits in (1, 2, 4)
-                    for block in (config.block_m, config.block_n):
-                        assert block & (block - 1) == 0  # a power of two, or 0
+                assert configs.row(kernel, architecture, size=16, dtype=dtype).config
+    for config in (config for name in configs.ARCHITECTURES for config in configs.all_rows(name).values()):
+        assert config.num_warps in (1, 2, 4, 8, 16, 32)
+        assert config.num_stages >= 1 and config.splits in (1, 2, 4)
+        for block in (config.block_m, config.block_n):
+            assert block & (block - 1) == 0  # a power of two, or 0
 
 
-def test_cpu_tensors_get_the_rows_of_sm_90() -> None:
-    assert forward(CPU) == configs.pinned("masked_attention_fwd", "sm_90", size=128, dtype=torch.bfloat16)
-
-
-def test_sizes_fall_into_the_next_bucket() -> None:
+def test_lookup() -> None:
+    """CPU tensors get the rows of sm_90, or of the architecture that they stand for; 16-bit types share rows."""
+    pinned = configs.row("masked_attention_fwd", "sm_90", size=128, dtype=torch.bfloat16)
+    assert forward(CPU) == pinned.config == forward(CPU, dtype=torch.float16) != forward(CPU, dtype=torch.float32)
     assert forward(CPU, 80) == forward(CPU, 96) == forward(CPU, 128) != forward(CPU, 129)
-    assert configs.bucket("masked_attention_fwd", "sm_90", size=129, dtype=torch.float16) == 256
-
-
-def test_16_bit_types_share_rows() -> None:
-    assert forward(CPU, dtype=torch.float16) == forward(CPU) != forward(CPU, dtype=torch.float32)
+    assert configs.row("masked_attention_fwd", "sm_90", size=129, dtype=torch.float16)[:2] == ("16 bit", 256)
+    with configs.cpu_stands_for("sm_86"):
+        other = configs.row("masked_attention_fwd", "sm_86", size=128, dtype=torch.bfloat16).config
+        assert forward(CPU) == other != pinned.config
+    assert forward(CPU) == pinned.config
 
 
 @pytest.mark.parametrize(
@@ -117,7 +116,7 @@ def test_override_is_undone() -> None:
 
 def test_a_file_replaces_its_rows_only(h100: Path) -> None:
     pinned = forward(CUDA)
-    configs.write(h100, "sm_90", measurements())
+    tune.write(h100, "sm_90", measurements())
     assert forward(CUDA) == LaunchConfig(16, 16, 1, 1) != pinned
     assert forward(CUDA, 256) == forward(CPU, 256)
     assert forward(CUDA, dtype=torch.float32) == forward(CPU, dtype=torch.float32)
@@ -127,28 +126,28 @@ def test_a_file_replaces_its_rows_only(h100: Path) -> None:
 def test_the_variable_names_another_file(h100: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     other = tmp_path / "elsewhere" / "mine.json"
     monkeypatch.setenv(configs.ENVIRONMENT_VARIABLE, str(other))
-    configs.write(other, "sm_90", measurements())
+    tune.write(other, "sm_90", measurements())
     assert forward(CUDA) == LaunchConfig(16, 16, 1, 1)
     assert not h100.exists()
 
 
 def test_round_trip_and_no_leftovers(h100: Path) -> None:
-    configs.write(h100, "sm_90", measurements())
-    configs.write(h100, "sm_90", measurements())
+    tune.write(h100, "sm_90", measurements())
+    tune.write(h100, "sm_90", measurements())
     assert configs.read(h100, "sm_90", "sm_90") == measurements()
     assert [path.name for path in h100.parent.iterdir()] == [h100.name]
 
 
 def test_a_failed_write_keeps_the_old_file(h100: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    configs.write(h100, "sm_90", measurements())
+    tune.write(h100, "sm_90", measurements())
     before = h100.read_text()
 
     def fail(*arguments: object, **options: object) -> None:
         raise OSError("disk full")
 
-    monkeypatch.setattr(json, "dump", fail)
+    monkeypatch.setattr(Path, "replace", fail)
     with pytest.raises(OSError, match="disk full"):
-        configs.write(h100, "sm_90", Measurements("other", {}, {}))
+        tune.write(h100, "sm_90", Measurements("other", {}, {}))
     assert h100.read_text() == before
     assert [path.name for path in h100.parent.iterdir()] == [h100.name]
 
@@ -161,43 +160,61 @@ def edited(**changes: object) -> str:
     return json.dumps(content | changes)
 
 
+def store(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True)
+    path.write_text(text)
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
         ("{", "JSONDecodeError"),
-        ("[]", r"its format is \[\], here it is 1"),
-        (edited(format=0), "its format is 0, here it is 1"),
-        (edited(architecture="sm_80"), "its architecture is 'sm_80', here it is 'sm_90'"),
-        (edited(triton="2.0"), "its triton is '2.0', here it is"),
-        (edited(configs=[{"kernel": "masked_attention_fwd"}]), r"a row is malformed \(KeyError: 'dtype'"),
-        (edited(times=3), "a row is malformed"),
-        (
-            edited(configs=[{"kernel": "old_kernel", "dtype": "16 bit", "size": 128, "config": [16, 16, 1, 1]}]),
-            "a row for old_kernel, 16 bit, size 128, which this version of the package has not",
-        ),
+        ("[]", "AttributeError"),
+        (edited(configs=[{"kernel": "masked_attention_fwd"}]), r"KeyError: 'dtype'"),
+        (edited(times=3), "TypeError"),
     ],
 )
-def test_an_unusable_file_is_an_error_that_names_it(h100: Path, text: str, message: str) -> None:
-    h100.parent.mkdir(parents=True)
-    h100.write_text(text)
+def test_a_corrupt_file_is_an_error_that_names_it(h100: Path, text: str, message: str) -> None:
+    store(h100, text)
     with pytest.raises(RuntimeError, match=message) as raised:
         forward(CUDA)
     assert str(h100) in str(raised.value)
-    assert "delete the file or run python -m toprl_kernels.tune again" in str(raised.value)
+    assert "delete the file or run python bench/tune.py again" in str(raised.value)
     assert str(h100) in configs.describe(CUDA)  # which reports it instead of raising
+
+
+OLD_ROW = {"kernel": "old_kernel", "dtype": "16 bit", "size": 128, "config": [16, 16, 1, 1]}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (edited(format=0), "its format is 0, not 1"),
+        (edited(architecture="sm_80"), "its architecture is 'sm_80', not 'sm_90'"),
+        (edited(triton="2.0"), "its triton is '2.0', not"),
+        (edited(configs=[OLD_ROW]), "no row .'old_kernel', '16 bit', 128. in this package"),
+    ],
+)
+def test_a_file_of_another_version_warns_once_and_is_not_used(h100: Path, text: str, message: str) -> None:
+    store(h100, text)
+    with pytest.warns(UserWarning, match=message) as told:
+        found = [forward(CUDA), forward(CUDA, 64), configs.faster("actor_score", (1, 1, 1), torch.float32, CUDA)]
+    assert found == [forward(CPU), forward(CPU, 64), None]
+    assert len(told) == 1 and str(h100) in str(told[0].message)
+    assert "pinned for sm_90" in configs.describe(CUDA)
 
 
 def test_a_named_file_must_exist(h100: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv(configs.ENVIRONMENT_VARIABLE, str(tmp_path / "missing.json"))
-    with pytest.raises(RuntimeError, match=r"missing.json cannot be used: FileNotFoundError"):
+    with pytest.raises(RuntimeError, match=r"missing.json cannot be read .FileNotFoundError"):
         forward(CUDA)
 
 
 def test_using_restores_the_variable(h100: Path, tmp_path: Path) -> None:
     other = tmp_path / "other.json"
-    configs.write(other, "sm_90", measurements())
+    tune.write(other, "sm_90", measurements())
     pinned = forward(CUDA)
-    with configs.using(other):
+    with tune.using(other):
         assert forward(CUDA) == LaunchConfig(16, 16, 1, 1)
     assert forward(CUDA) == pinned
     assert configs.ENVIRONMENT_VARIABLE not in os.environ
@@ -206,45 +223,36 @@ def test_using_restores_the_variable(h100: Path, tmp_path: Path) -> None:
 # --- which implementation ---
 
 
-def test_nobody_has_measured(h100: Path) -> None:
-    preference = configs.faster("actor_score", (2880, 4096, 256), torch.bfloat16, CUDA)
-    assert preference.name == "eager"
-    assert "nobody has timed the kernels on sm_90" in preference.reason
-    assert "python -m toprl_kernels.tune" in preference.reason
-    assert configs.describe_choice("actor_score", CUDA).name == "eager"
-
-
 @pytest.mark.parametrize(
     ("sizes", "dtype", "name"),
     [
         ((2880, 4096, 256), torch.bfloat16, "triton"),
         ((4096, 4000, 255), torch.float16, "triton"),  # the same bucket
-        ((4097, 4096, 256), torch.bfloat16, "eager"),
-        ((2880, 2048, 256), torch.bfloat16, "eager"),
-        ((2880, 4096, 256), torch.float32, "eager"),
+        ((4097, 4096, 256), torch.bfloat16, None),
+        ((2880, 2048, 256), torch.bfloat16, None),
+        ((2880, 4096, 256), torch.float32, None),
+        ((2880, 4096, 256), torch.float64, None),
     ],
 )
-def test_a_timing_speaks_for_its_bucket(h100: Path, sizes: tuple[int, ...], dtype: torch.dtype, name: str) -> None:
-    configs.write(h100, "sm_90", measurements())
-    assert configs.faster("actor_score", sizes, dtype, CUDA).name == name
+def test_a_timing_speaks_for_its_bucket(
+    h100: Path, sizes: tuple[int, ...], dtype: torch.dtype, name: str | None
+) -> None:
+    assert configs.faster("actor_score", sizes, dtype, CUDA) is None  # nobody has measured
+    tune.write(h100, "sm_90", measurements())
+    preference = configs.faster("actor_score", sizes, dtype, CUDA)
+    assert (preference and preference.name) == name
+    assert configs.faster("actor_score", sizes, dtype, CPU) is None
 
 
 def test_the_slower_one_is_not_taken(h100: Path) -> None:
-    configs.write(h100, "sm_90", Measurements("x", {}, {TIME: Times(2.0, 1.0)}))
+    tune.write(h100, "sm_90", Measurements("x", {}, {TIME: Times(2.0, 1.0)}))
     preference = configs.faster("actor_score", (2880, 4096, 256), torch.bfloat16, CUDA)
     assert preference == ("eager", "measured 2.0000 ms against 1.0000 ms eager")
-    assert "Triton in 0 of 1 size buckets" in configs.describe_choice("actor_score", CUDA).reason
-
-
-def test_pinned_times_apply_without_a_file(h100: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(configs.PINNED_TIMES, ("sm_90", *TIME), Times(1.0, 2.0))
-    assert configs.faster("actor_score", (2880, 4096, 256), torch.bfloat16, CUDA).name == "triton"
-    assert configs.describe_choice("actor_score", CUDA).name == "triton"
 
 
 def test_description(h100: Path) -> None:
     assert "pinned (there are measurements for GPUs only)" in configs.describe(CPU)
-    assert "pinned for sm_90; python -m toprl_kernels.tune measures them" in configs.describe(CUDA)
-    configs.write(h100, "sm_90", measurements())
+    assert "pinned for sm_90; python bench/tune.py measures them" in configs.describe(CUDA)
+    tune.write(h100, "sm_90", measurements())
     text = configs.describe(CUDA)
     assert "1 of " in text and "1 timings measured on NVIDIA Test" in text and str(h100) in text

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -20,7 +20,7 @@ from toprl_kernels import (
     actor_score,
     attention_plan,
     compact_cache,
-    fold_actor_weights,
+    configs,
     keep_mask_log_prob,
     masked_attention,
     prune_stage,
@@ -40,8 +40,8 @@ def call(make: Callable[[str], Call]) -> Callable[[str], Call]:
 
 
 def attention_inputs(mask: str, **options: Any) -> list[Tensor]:
-    x = make_attention_inputs(2, 4, 2, 9, 12, 16, mask=mask, **options)
-    return [*x[:4], torch.ones(2, 12, dtype=torch.bool) if x.key_padding_mask is None else x.key_padding_mask]
+    x = make_attention_inputs(1, 2, 1, 5, 7, 16, mask=mask, **options)
+    return [*x[:4], torch.ones(1, 7, dtype=torch.bool) if x.key_padding_mask is None else x.key_padding_mask]
 
 
 @call
@@ -65,9 +65,8 @@ def attention_with_a_plan(backend: str) -> Call:
     *leaves, mask, padding = attention_inputs("soft", padding=True)
 
     def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        plan = attention_plan(mask, padding, is_causal=True, window=5, backend=backend)
-        first = masked_attention(q, k, v, plan=plan, backend=backend)
-        return masked_attention(first, k, v, plan=plan, backend=backend)
+        plan = attention_plan(mask, padding, is_causal=True, window=3, backend=backend)
+        return masked_attention(q, k, v, plan=plan, backend=backend)
 
     return run, leaves
 
@@ -95,71 +94,86 @@ def log_probability(backend: str) -> Call:
 
 
 @call
-def top_k(backend: str) -> Call:
-    scores, k = torch.randn(2, 9), torch.tensor([2, 4])
-    positions = torch.arange(54).view(3, 2, 9)
-
-    def run(hidden: Tensor) -> tuple[Tensor | None, ...]:
-        first = topk_compact(hidden, scores, 6, position_ids=positions, backend=backend)
-        second = topk_compact(
-            first.hidden_states, scores[:, :6], k, valid_mask=scores[:, 3:] < 1, position_ids=first.position_ids,
-            threshold=-1.0, max_length=4, padding_side="left", return_inverse=True, backend=backend,
-        )  # fmt: skip
-        return tuple(second[:-1])
-
-    return run, [torch.randn(2, 9, 6)]
-
-
-@call
-def top_k_of_segments_and_sequences(backend: str) -> Call:
-    scores, segments = torch.randn(2, 9), torch.arange(18).view(2, 9) % 3
-    k, bounds = torch.tensor([[2, 1, 0], [1, 1, 1]]), torch.tensor([0, 2, 2, 5], dtype=torch.int32)
-
-    def run(hidden: Tensor) -> tuple[Tensor | None, ...]:
-        kept = topk_compact(hidden, scores, k, segments=segments, max_length=5, backend=backend).hidden_states[0]
-        out = topk_compact(kept, scores[0, :5], 1, cu_seqlens=bounds, backend=backend)
-        return tuple(part for part in out if part is not None)
-
-    return run, [torch.randn(2, 9, 6)]
-
-
-@call
-def pruning(backend: str) -> Call:
-    scores, columns = torch.randn(2, 4, 2), torch.tensor([[-1, 0, 1, 2, 3, -1], [0, 1, -1, 2, 3, -1]])
-    tables, positions = [torch.randn(1, 6, 3)], torch.arange(6)[None]
-
-    def run(hidden: Tensor) -> tuple[Any, ...]:
-        first = prune_stage(hidden, scores, columns, 3, position_ids=positions, tables=tables, backend=backend)
-        options = dict(origins=first.origins, raster=first.raster, position_ids=positions, tables=tables)
-        second = prune_stage(first.hidden_states, scores[:, :3, 0], first.columns, 2, **options, backend=backend)
-        return *second[:-1], *second.tables
-
-    return run, [torch.randn(2, 6, 4)]
-
-
-@call
-def cache(backend: str) -> Call:
-    indices = torch.tensor([[0, 2, 5], [1, 4, -1]])
-    return lambda keys, values: compact_cache(keys, values, indices, backend=backend), [
-        torch.randn(2, 6, 3, 4).transpose(1, 2),
-        torch.randn(2, 3, 6, 5),
+def selection(backend: str) -> Call:
+    scores = torch.randn(2, 8)
+    return lambda hidden: tuple(topk_compact(hidden, scores, 4, return_inverse=True, backend=backend)), [
+        torch.randn(2, 8, 16)
     ]
 
 
 @call
-def scoring(backend: str) -> Call:
-    """With a gradient eager is recorded operation by operation, so that the op alone runs without."""
-    valid, indices = torch.rand(14) < 0.7, torch.tensor([[0, 3, 4], [1, 6, -1]])
-    folded, bounds = fold_actor_weights(make_actor_weights(6, 4)), torch.tensor([0, 5, 14])
+def ragged_selection(backend: str) -> Call:
+    scores, k, valid = torch.randn(2, 8), torch.tensor([2, 5]), torch.rand(2, 8) < 0.8
+    positions = torch.randint(0, 9, (3, 2, 8))
 
-    def run(hidden: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
-        packed = dict(valid_mask=valid, cu_seqlens=bounds)
-        return (
-            actor_score(hidden, 0, folded, indices=indices, backend=backend),
-            actor_score(hidden.flatten(0, 1), 1, ActorWeights(*weights), **packed, backend=backend),
-        )
+    def run(hidden: Tensor) -> tuple[Any, ...]:
+        options = dict(position_ids=positions, valid_mask=valid, max_length=5, padding_side="left")
+        return tuple(topk_compact(hidden, scores, k, **options, backend=backend))
 
-    return run, [torch.randn(2, 7, 6), *make_actor_weights(6, 4)]
+    return run, [torch.randn(2, 8, 16)]
+
+
+@call
+def selection_per_segment(backend: str) -> Call:
+    scores, segments = torch.randn(2, 8), torch.arange(8).expand(2, -1) // 3
+    k = torch.tensor([[1, 2, 1], [0, 3, 2]])
+
+    def run(hidden: Tensor) -> tuple[Any, ...]:
+        return tuple(topk_compact(hidden, scores, k, segments=segments, max_length=5, backend=backend))
+
+    return run, [torch.randn(2, 8, 16)]
+
+
+@call
+def packed_selection(backend: str) -> Call:
+    scores, bounds = torch.randn(11), torch.tensor([0, 4, 4, 11])
+    return lambda hidden: tuple(topk_compact(hidden, scores, 3, cu_seqlens=bounds, backend=backend)), [
+        torch.randn(11, 16)
+    ]
+
+
+@call
+def stage(backend: str) -> Call:
+    columns = torch.tensor([[-1, 0, 1, 2, 3, -1], [-1, -1, 0, 1, 2, -1]])
+    scores, valid, k = torch.randn(2, 4, 2), torch.ones(2, 6, dtype=torch.bool), torch.tensor([2, 1])
+    table, positions = torch.randn(1, 6, 8), torch.arange(6)[None]
+
+    def run(hidden: Tensor) -> tuple[Any, ...]:
+        out = prune_stage(
+            hidden, scores, columns, k, length=5, width=2, valid_mask=valid, position_ids=positions, tables=[table],
+            backend=backend,
+        )  # fmt: skip
+        return tuple(part for part in out if isinstance(part, Tensor))
+
+    return run, [torch.randn(2, 6, 16)]
+
+
+@call
+def cache(backend: str) -> Call:
+    indices = torch.tensor([[0, 2, 3, 7], [1, 4, -1, -1]])
+    return lambda keys, values: compact_cache(keys, values, indices, backend=backend), [
+        torch.randn(2, 2, 8, 16),
+        torch.randn(2, 2, 8, 12),
+    ]
+
+
+@call
+def actor(backend: str) -> Call:
+    valid = torch.rand(2, 8) < 0.8
+
+    def run(hidden: Tensor, *weights: Tensor) -> Tensor:
+        return actor_score(hidden, 1, ActorWeights(*weights), valid_mask=valid, backend=backend)
+
+    return run, [torch.randn(2, 8, 16), *make_actor_weights(16, 8)]
+
+
+@pytest.fixture(autouse=True)
+def _small_blocks() -> Iterator[None]:
+    """Blocks that suit a dozen tokens: the interpreter computes whole blocks."""
+    names = [kernel for kernel in configs.KERNELS if kernel.startswith("masked_attention")]
+    small = dict.fromkeys(names, configs.LaunchConfig(16, 16, 4, 1))
+    with configs.override(small | {"masked_attention_lists": configs.LaunchConfig(0, 256, 4, 1)}):
+        yield
 
 
 @pytest.fixture(params=CALLS)
@@ -208,9 +222,10 @@ def test_opcheck(made: Call) -> None:
     run, leaves = made
     with Recorder() as recorder:
         torch.autograd.grad(differentiable(outputs(run, leaves)), leaves, allow_unused=True)
-        with torch.no_grad():
-            run(*leaves)
-    assert len(recorder.calls) >= 2
+        with torch.no_grad():  # some run in plain torch when a gradient is needed
+            if not recorder.calls:
+                run(*leaves)
+    assert recorder.calls
     memory = {leaf.data_ptr() for leaf in leaves}
     for function, arguments in recorder.calls:
         given = [part.detach() if isinstance(part, Tensor) else part for part in arguments]
@@ -239,7 +254,7 @@ def test_dynamic_shapes_compile_once() -> None:
         torch._dynamo.reset()
         counter = CompileCounterWithBackend("aot_eager")
         compiled = torch.compile(run, fullgraph=True, dynamic=True, backend=counter)
-        for length in (12, 21, 40):
+        for length in (12, 21, 40) if backend == "eager" else (6, 9):
             x = make_attention_inputs(2, 4, 2, length - 3, length, 16)
             torch.testing.assert_close(compiled(*x[:4], backend), run(*x[:4], backend))
         assert counter.frame_count == 1
@@ -289,8 +304,8 @@ def test_checkpointing(made: Call) -> None:
     run, leaves = made
     want = torch.autograd.grad(differentiable(outputs(run, leaves)), leaves)
     again = torch.utils.checkpoint.checkpoint(lambda *tensors: run(*tensors), *leaves, use_reentrant=False)
-    again = again if isinstance(again, tuple) else (again,)
-    torch.testing.assert_close(torch.autograd.grad(differentiable(list(again)), leaves), want, rtol=0, atol=0)
+    results = [part for part in (again if isinstance(again, tuple) else (again,)) if isinstance(part, Tensor)]
+    torch.testing.assert_close(torch.autograd.grad(differentiable(results), leaves), want, rtol=0, atol=0)
 
 
 def test_without_grad_mode_there_is_no_graph(made: Call) -> None:
@@ -299,24 +314,31 @@ def test_without_grad_mode_there_is_no_graph(made: Call) -> None:
         assert not any(result.requires_grad for result in outputs(run, leaves))
 
 
-class Token:
-    """Something that lives as long as a node of autograd's graph."""
+class Box:
+    """A saved tensor that can be referred to weakly."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
 
 
 def test_a_graph_goes_with_its_last_result(made: Call) -> None:
     """No reference cycle: activations would stay until the garbage collector comes by."""
     run, leaves = made
+    boxes: list[weakref.ref[Box]] = []
+
+    def pack(tensor: Tensor) -> Box:
+        box = Box(tensor.detach())
+        boxes.append(weakref.ref(box))
+        return box
+
     gc.collect()
     gc.disable()
     try:
-        results = outputs(run, leaves)
-        token = Token()
-        next(result.grad_fn for result in results if result.requires_grad).metadata["token"] = token
-        node = weakref.ref(token)
-        del token
-        assert node() is not None
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda box: box.tensor):
+            results = outputs(run, leaves)
+        assert boxes and boxes[0]() is not None
         del results
-        assert node() is None
+        assert not any(box() for box in boxes)
     finally:
         gc.enable()
 
@@ -334,7 +356,7 @@ def test_vmap_and_forward_mode_are_refused(made: Call) -> None:
     with forward_ad.dual_level():
         dual = forward_ad.make_dual(leaves[0].detach(), torch.ones_like(leaves[0]))
         with pytest.raises(NotImplementedError, match="forward-mode differentiation is not supported"):
-            run(dual, *leaves[1:])
+            run(dual, *(leaf.detach() for leaf in leaves[1:]))
 
 
 def test_autocast_changes_nothing_but_what_torch_casts(made: Call, name: str) -> None:

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from toprl_kernels import masked_attention
-from toprl_kernels.testing import make_attention_inputs
+from tests.kernels.test_attention_triton import COMPACT, make, run
+from toprl_kernels import configs
 
 
 def spread(tensor: Tensor, strides: tuple[int, ...]) -> Tensor:
@@ -17,17 +17,12 @@ def spread(tensor: Tensor, strides: tuple[int, ...]) -> Tensor:
     return storage.as_strided(tensor.shape, strides).copy_(tensor)
 
 
+@pytest.mark.parametrize("pinned", [{}, COMPACT], ids=["list", "gathered"])
 @pytest.mark.parametrize("strides", [(2**31, 512, 32, 1), (512, 2**31, 32, 1), (64, 32, 2**29, 1)])
-def test_masked_attention(strides: tuple[int, ...], device: str) -> None:
+def test_masked_attention(strides: tuple[int, ...], pinned: dict[str, configs.LaunchConfig], device: str) -> None:
     """Samples, heads or rows far apart, forward and backward: bitwise as with dense tensors."""
-    x = make_attention_inputs(2, 2, 2, 5, 6, 16, dtype=torch.float16, mask="mixed", device=device)
-    far = [spread(tensor, strides) for tensor in x[:3]]
-    keep_mask = x.keep_mask.clone().requires_grad_()
-
-    def results(tensors: list[Tensor]) -> tuple[Tensor, ...]:
-        leaves = [tensor.detach().requires_grad_() for tensor in tensors]
-        output = masked_attention(*leaves, keep_mask, is_causal=True, backend="triton")
-        return (output, *torch.autograd.grad(output, [*leaves, keep_mask], x.grad_output))
-
-    for left, right in zip(results(far), results(list(x[:3])), strict=True):
-        assert torch.equal(left, right)
+    case = make(2, 2, 2, 5, 6, 16, dtype=torch.float16, device=device)
+    far = case._replace(**{name: spread(getattr(case, name), strides) for name in ("query", "key", "value")})
+    with configs.override(pinned | {"masked_attention_decode": configs.LaunchConfig(16, 16, 4, 1)}):
+        for left, right in zip(run(far), run(case), strict=True):
+            assert torch.equal(left, right)

@@ -28,8 +28,8 @@ class Mutation(NamedTuple):
     lane: str  # below tests/kernels
 
 
-ATTENTION = "attention/triton_kernels.py"
-ATTENTION_LANE = "test_masked_attention_triton.py"
+ATTENTION = "attention/triton.py"
+ATTENTION_LANE = "test_attention_triton.py"
 MUTATIONS = [
     Mutation(
         "off by one in the tie rule (Triton)",
@@ -41,8 +41,8 @@ MUTATIONS = [
     Mutation(
         "missing diagonal (Triton)",
         ATTENTION,
-        "row_sum = 1.0 - load_float(token_base + MASK * token_stride + tokens)",
-        "row_sum = 0.0 * load_float(token_base + MASK * token_stride + tokens)",
+        "row_sum = 1.0 - load_float(lists + MASK * list_stride + tokens)",
+        "row_sum = 0.0 * load_float(lists + MASK * list_stride + tokens)",
         ATTENTION_LANE,
     ),
     Mutation(
@@ -55,12 +55,12 @@ MUTATIONS = [
     Mutation(
         "maximum over all keys (Triton)",
         ATTENTION,
-        "  # s_ii [M]\n    row_sum = 1.0 - load_float(token_base + MASK * token_stride + tokens)",
+        "  # s_ii [M]\n    row_sum = 1.0 - load_float(lists + MASK * list_stride + tokens)",
         "\n    s_self = row_max"
         "\n    for other in range(0, host_int(num_keys)):"
         "\n        k_other = tl.load(k_base + other * stride_kn + dims, mask=dims < HEAD_DIM, other=0.0).to(tl.float32)"
         "\n        row_max = tl.maximum(row_max, tl.sum(q.to(tl.float32) * k_other[None, :], 1) * scale_log2)"
-        "\n    row_sum = 1.0 - load_float(token_base + MASK * token_stride + tokens)"
+        "\n    row_sum = 1.0 - load_float(lists + MASK * list_stride + tokens)"
         "\n    row_sum = row_sum * tl.exp2(s_self - row_max)",
         ATTENTION_LANE,
     ),
@@ -73,9 +73,9 @@ MUTATIONS = [
     ),
     Mutation(
         "swapped strides (Triton)",
-        "attention/triton.py",
-        "*query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *output.stride()[:3],",
-        "*query.stride()[:3], *value.stride()[:3], *key.stride()[:3], *output.stride()[:3],",
+        ATTENTION,
+        "inputs = (*query.stride()[:3], *key.stride()[:3], *value.stride()[:3])",
+        "inputs = (*query.stride()[:3], *value.stride()[:3], *key.stride()[:3])",
         ATTENTION_LANE,
     ),
     Mutation(
@@ -87,17 +87,52 @@ MUTATIONS = [
     ),
     Mutation(
         "mask gradient with the self term (Triton)",
-        "attention/triton_dkdv.py",
-        "by_mask = tl.where(columns[:, None] == (rows + offset)[None, :], 0.0, by_mask)",
+        ATTENTION,
+        "by_mask = tl.where(is_self, 0.0, by_mask)",
         "by_mask = by_mask + 0.0",
         ATTENTION_LANE,
     ),
     Mutation(
         "row offsets in 32 bits (Triton)",
         ATTENTION,
-        "tl.load(base + rows.to(tl.int64)[:, None] * stride",
-        "tl.load(base + (rows[:, None] * stride).to(tl.int32)",
+        "pointers = base + rows.to(tl.int64)[:, None] * stride",
+        "pointers = base + (rows[:, None] * stride).to(tl.int32)",
         "test_large_offsets.py",
+    ),
+    Mutation(
+        "NaN of an invisible value (Triton)",
+        ATTENTION,
+        "v, poison = finite_rows(v)",
+        "_, poison = finite_rows(v)",
+        ATTENTION_LANE,
+    ),
+    Mutation(
+        "NaN of a row without a gradient (Triton)",
+        ATTENTION,
+        "is_live = in_range & is_valid & (tl.sum((do != 0.0).to(tl.int32), 1) > 0)",
+        "is_live = in_range & is_valid",
+        ATTENTION_LANE,
+    ),
+    Mutation(
+        "a range one key too long (Triton)",
+        ATTENTION,
+        "(columns[None, :] < tl.load(bounds",
+        "(columns[None, :] <= tl.load(bounds",
+        ATTENTION_LANE,
+    ),
+    Mutation(
+        "queries lost between programs that share a key block (Triton)",
+        ATTENTION,
+        "share = (GROUPS * blocks + splits - 1) // splits",
+        "share = GROUPS * blocks // splits",
+        ATTENTION_LANE,
+    ),
+    Mutation(
+        "self term missing in decoding (Triton)",
+        ATTENTION,
+        "self_weight = rest * tl.exp2(s_self - row_max)",
+        "self_weight = 0.0 * tl.exp2(s_self - row_max)",
+        ATTENTION_LANE,
     ),
     Mutation(
         "sizes of known weights not compared",
@@ -114,11 +149,11 @@ MUTATIONS = [
         "test_library.py",
     ),
     Mutation(
-        "spilled configuration",
+        "configuration that computes products twice",
         "configs.py",
-        '_pin("masked_attention_fwd", "sm_90 sm_100", HALF, {128: C(128, 64, 8, 3)',
-        '_pin("masked_attention_fwd", "sm_90 sm_100", HALF, {128: C(128, 64, 4, 3)',
-        "test_ahead_of_time.py",
+        '_pin_attention("bwd_dkdv", "sm_90", HALF, C(64, 128, 8, 3), C(64, 128, 8, 2)',
+        '_pin_attention("bwd_dkdv", "sm_90", HALF, C(64, 128, 8, 3), C(32, 64, 8, 2)',
+        "test_compile_report.py",
     ),
 ]
 

@@ -190,13 +190,11 @@ def _backward(ctx: Any, grad_logits: Tensor | None) -> tuple[Tensor | None, ...]
     needs = ctx.needs_input_grad[:number]
     if grad_logits is None or not any(needs):
         return tuple(gradients)
-    saved = ctx.saved_tensors  # read once: a checkpoint recomputes for it
+    saved = ctx.saved_tensors  # once: checkpointing recomputes a tensor for one reading
     inputs, (folded, _, _, *options) = saved[:number], saved[number:]
     leaves = [tensor.detach().requires_grad_(needed) for tensor, needed in zip(inputs, needs, strict=True)]
     with torch.enable_grad(), torch.autocast(grad_logits.device.type, enabled=False):
-        valid, indices, bounds = options
-        weights, single = ActorWeights(*leaves[1:]), folded is not None
-        logits = actor_score_eager(leaves[0], weights, valid, indices, bounds, ctx.stage, single)
+        logits = actor_score_eager(leaves[0], ActorWeights(*leaves[1:]), *options, ctx.stage, folded is not None)
         wanted = [place for place, needed in enumerate(needs) if needed]
         results = torch.autograd.grad(logits, [leaves[place] for place in wanted], grad_logits)
     for place, result in zip(wanted, results, strict=True):

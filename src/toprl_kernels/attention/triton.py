@@ -36,8 +36,8 @@ MAX_BLOCK = 128  # every block size divides it; the padding of the vectors relie
 # exp2(s - lse) is cut at 2^96; mask values under 2^-96 were flushed to 0 (see eager.py)
 MAX_EXPONENT = tl.constexpr(96.0)
 SMALLEST_MASK = tl.constexpr(2.0**-96)
-LN_2 = tl.constexpr(math.log(2))
-LOG2_E_IN_KERNEL = tl.constexpr(LOG2_E)
+# the same for kernels, which read constants of this type only
+LN_2, KERNEL_LOG2_E, KERNEL_MAX_BLOCK = tl.constexpr(math.log(2)), tl.constexpr(LOG2_E), tl.constexpr(MAX_BLOCK)
 
 # rows of the lists, int32 (floats by their bits), padded so that whole blocks can be loaded unmasked
 MASK = tl.constexpr(0)  # float32 m, by token
@@ -119,8 +119,11 @@ def masked_attention_lists_kernel(
             # the first row that sees key j is the first whose end is above j; the last, before the first that starts so
             first = first_above(bounds + 1, tokens, num_tokens, search_steps)
             last = first_above(bounds, tokens, num_tokens, search_steps)
-            tl.store(out + FIRST_SEEN_BY * list_stride + tokens, first, mask=in_buffer)
-            tl.store(out + LAST_SEEN_BY * list_stride + tokens, last, mask=in_buffer)
+        else:
+            first = tokens * 0
+            last = first
+        tl.store(out + FIRST_SEEN_BY * list_stride + tokens, first, mask=in_buffer)
+        tl.store(out + LAST_SEEN_BY * list_stride + tokens, last, mask=in_buffer)
 
 
 @triton.jit
@@ -203,7 +206,7 @@ def masked_attention_compact_kernel(
     lists = list_ptr + batch * LIST_ROWS * list_stride
     num_kept = tl.load(lists + BEFORE * list_stride + num_keys)
     is_kept = (slots < num_kept)[:, None]
-    needed = (slots < num_kept + MAX_BLOCK_IN_KERNEL)[:, None]  # zeros up to the end of the last block
+    needed = (slots < num_kept + KERNEL_MAX_BLOCK)[:, None]  # zeros up to the end of the last block
     rows = tl.load(lists + ORDER * list_stride + slots).to(tl.int64)[:, None]
     dims = tl.arange(0, BLOCK_D)[None, :]
     value_dims = tl.arange(0, BLOCK_DV)[None, :]
@@ -216,20 +219,19 @@ def masked_attention_compact_kernel(
     tl.store(vc_ptr + out * BLOCK_DV + value_dims, v, mask=needed & (value_dims < BLOCK_DV))
 
 
-MAX_BLOCK_IN_KERNEL = tl.constexpr(MAX_BLOCK)
-
-
 # --- forward ---
 
 
 @triton.jit
-def visible_pairs(slots, columns, high, tokens, range_low, range_high, CAUSAL: tl.constexpr, RANGES: tl.constexpr):
+def visible_pairs(slots, columns, high, tokens, bounds, CAUSAL: tl.constexpr, RANGES: tl.constexpr):
     """Which rows [M] see which keys of an edge block [N]."""
     visible = (slots < high)[None, :]
     if CAUSAL:
         visible = visible & (columns[None, :] <= tokens[:, None])
-    if RANGES:
-        visible = visible & (columns[None, :] >= range_low[:, None]) & (columns[None, :] < range_high[:, None])
+    if RANGES:  # read here rather than held in registers through the main loop
+        low = tl.load(bounds + 2 * tokens.to(tl.int64))[:, None]
+        visible = visible & (columns[None, :] >= low)
+        visible = visible & (columns[None, :] < tl.load(bounds + 2 * tokens.to(tl.int64) + 1)[:, None])
     return visible
 
 
@@ -248,8 +250,21 @@ def key_rows(order, slots, num_keys, COMPACT: tl.constexpr, EDGE: tl.constexpr):
 
 
 @triton.jit
+def loop_operands(
+    k_base, v_base, kc_ptr, vc_ptr, stride_kn, stride_vn, batch_kv, list_stride,
+    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, COMPACT: tl.constexpr,
+):  # fmt: skip
+    """Keys and values that the loops of one head read, and the strides of their rows."""
+    if COMPACT:
+        rows = batch_kv * list_stride
+        return kc_ptr + rows * BLOCK_D, vc_ptr + rows * BLOCK_DV, BLOCK_D, BLOCK_DV
+    else:
+        return k_base, v_base, stride_kn, stride_vn
+
+
+@triton.jit
 def forward_step(
-    q, k_base, v_base, lists, list_stride, start_n, high, tokens, range_low, range_high, num_keys, stride_kn, stride_vn,
+    q, k_base, v_base, lists, list_stride, start_n, high, tokens, bounds, num_keys, stride_kn, stride_vn,
     scale_log2, dims, value_dims, acc, row_max, row_sum,
     HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     CAUSAL: tl.constexpr, RANGES: tl.constexpr, SOFT: tl.constexpr, COMPACT: tl.constexpr, EDGE: tl.constexpr,
@@ -262,7 +277,7 @@ def forward_step(
     v = load_rows(v_base, rows, stride_vn, value_dims, VALUE_DIM)  # [N, Dv]
     if EDGE:
         v, poison = finite_rows(v)
-        visible = visible_pairs(slots, columns, high, tokens, range_low, range_high, CAUSAL, RANGES)
+        visible = visible_pairs(slots, columns, high, tokens, bounds, CAUSAL, RANGES)
         s = tl.where(visible, s + poison[None, :], float("-inf"))
     if SOFT:
         s = s * scale_log2 + load_float(lists + BIAS * list_stride + slots)[None, :]
@@ -279,7 +294,7 @@ def forward_step(
 
 @triton.jit
 def attend(
-    q, k_base, v_base, lists, list_stride, tokens, range_low, range_high, low, inner_low, inner_high, high,
+    q, k_base, v_base, lists, list_stride, tokens, bounds, low, inner_low, inner_high, high,
     num_keys, stride_kn, stride_vn, scale_log2, dims, value_dims, acc, row_max, row_sum,
     HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     CAUSAL: tl.constexpr, RANGES: tl.constexpr, SOFT: tl.constexpr, COMPACT: tl.constexpr,
@@ -287,7 +302,7 @@ def attend(
     """Online softmax over slots [low, high)."""
     for start_n in range(host_int(inner_low), host_int(inner_high), BLOCK_N):
         acc, row_max, row_sum = forward_step(
-            q, k_base, v_base, lists, list_stride, start_n, high, tokens, range_low, range_high, num_keys, stride_kn,
+            q, k_base, v_base, lists, list_stride, start_n, high, tokens, bounds, num_keys, stride_kn,
             stride_vn, scale_log2, dims, value_dims, acc, row_max, row_sum,
             HEAD_DIM, VALUE_DIM, BLOCK_M, BLOCK_N, CAUSAL, RANGES, SOFT, COMPACT, False,
         )  # fmt: skip
@@ -295,21 +310,10 @@ def attend(
     for n in range(0, host_int(edges), BLOCK_N):
         acc, row_max, row_sum = forward_step(
             q, k_base, v_base, lists, list_stride, edge_start(n, low, inner_low, inner_high, BLOCK_N), high, tokens,
-            range_low, range_high, num_keys, stride_kn, stride_vn, scale_log2, dims, value_dims, acc, row_max, row_sum,
+            bounds, num_keys, stride_kn, stride_vn, scale_log2, dims, value_dims, acc, row_max, row_sum,
             HEAD_DIM, VALUE_DIM, BLOCK_M, BLOCK_N, CAUSAL, RANGES, SOFT, COMPACT, True,
         )  # fmt: skip
     return acc, row_max, row_sum
-
-
-@triton.jit
-def row_ranges(bounds, tokens, RANGES: tl.constexpr):
-    """The interval of keys of each row; unused without ranges."""
-    range_low = tokens
-    range_high = tokens
-    if RANGES:
-        range_low = tl.load(bounds + 2 * tokens.to(tl.int64))
-        range_high = tl.load(bounds + 2 * tokens.to(tl.int64) + 1)
-    return range_low, range_high
 
 
 @triton.jit(do_not_specialize=["num_heads", "num_queries", "num_keys"])
@@ -354,20 +358,15 @@ def masked_attention_fwd_kernel(
     low, inner_low, inner_high, high = list_blocks(
         lists + BEFORE * list_stride, bounds, start_m + offset, last_token, num_keys, BLOCK_N, CAUSAL, RANGES
     )
-    range_low, range_high = row_ranges(bounds, tokens, RANGES)
-    if COMPACT:
-        compact_rows = (batch * (num_heads // GROUPS) + kv_head) * list_stride
-        acc, row_max, row_sum = attend(
-            q, kc_ptr + compact_rows * BLOCK_D, vc_ptr + compact_rows * BLOCK_DV, lists, list_stride, tokens,
-            range_low, range_high, low, inner_low, inner_high, high, num_keys, BLOCK_D, BLOCK_DV, scale_log2, dims,
-            value_dims, acc, row_max, row_sum, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, CAUSAL, RANGES, SOFT, True,
-        )  # fmt: skip
-    else:
-        acc, row_max, row_sum = attend(
-            q, k_base, v_base, lists, list_stride, tokens, range_low, range_high, low, inner_low, inner_high, high,
-            num_keys, stride_kn, stride_vn, scale_log2, dims, value_dims, acc, row_max, row_sum,
-            HEAD_DIM, VALUE_DIM, BLOCK_M, BLOCK_N, CAUSAL, RANGES, SOFT, False,
-        )  # fmt: skip
+    k_loop, v_loop, stride_k, stride_v = loop_operands(
+        k_base, v_base, kc_ptr, vc_ptr, stride_kn, stride_vn, batch * (num_heads // GROUPS) + kv_head, list_stride,
+        BLOCK_D, BLOCK_DV, COMPACT,
+    )  # fmt: skip
+    acc, row_max, row_sum = attend(
+        q, k_loop, v_loop, lists, list_stride, tokens, bounds, low, inner_low, inner_high, high, num_keys, stride_k,
+        stride_v, scale_log2, dims, value_dims, acc, row_max, row_sum, BLOCK_D if COMPACT else HEAD_DIM,
+        BLOCK_DV if COMPACT else VALUE_DIM, BLOCK_M, BLOCK_N, CAUSAL, RANGES, SOFT, COMPACT,
+    )  # fmt: skip
 
     is_valid = tl.load(lists + VALID * list_stride + tokens) != 0
     out = tl.where(is_valid[:, None], acc / row_sum[:, None], 0.0)
@@ -426,10 +425,9 @@ def masked_attention_decode_kernel(
     high = tl.minimum(high, low + length)
     inner_low = tl.minimum(tl.maximum(inner_low, low), low + length)
     inner_high = tl.minimum(tl.maximum(inner_high, inner_low), low + length)
-    range_low, range_high = row_ranges(bounds, tokens, RANGES)
     acc, row_max, row_sum = attend(
         q, k_ptr + batch * stride_kb + kv_head * stride_kh, v_ptr + batch * stride_vb + kv_head * stride_vh,
-        lists, list_stride, tokens, range_low, range_high, low, inner_low, inner_high, high, num_keys, stride_kn,
+        lists, list_stride, tokens, bounds, low, inner_low, inner_high, high, num_keys, stride_kn,
         stride_vn, scale_log2, dims, value_dims, tl.zeros([BLOCK_M, BLOCK_DV], tl.float32),
         tl.zeros([BLOCK_M], tl.float32) + NOTHING_YET, tl.zeros([BLOCK_M], tl.float32),
         HEAD_DIM, VALUE_DIM, BLOCK_M, BLOCK_N, CAUSAL, RANGES, SOFT, False,
@@ -503,8 +501,8 @@ def masked_attention_bwd_prepare_kernel(
     """The row buffer, padding included, and clean q and dO for dK/dV. Grid (B * H * row_stride / BLOCK_M,).
 
     Padding rows, rows whose dO is 0 and rows past the end are dead: lse +inf. A live row with something that is not
-    finite gets lse NaN, which every key that it sees receives. Both are 0 in the copies [B * H, row_stride, BLOCK_D], so
-    that no product of tiles meets anything that is not finite, and those loops load whole aligned blocks.
+    finite gets lse NaN, which every key that it sees receives. Both are 0 in the copies [B * H, row_stride, BLOCK_D]:
+    no product of tiles meets anything that is not finite, and the loops of dK/dV load whole aligned blocks.
     """
     num_blocks = row_stride // BLOCK_M
     rows = tl.program_id(0) % num_blocks * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -529,7 +527,7 @@ def masked_attention_bwd_prepare_kernel(
     is_live = in_range & is_valid & (tl.sum((do != 0.0).to(tl.int32), 1) > 0)
     delta = tl.sum(do.to(tl.float32) * out.to(tl.float32), 1)  # D_i [M]
     poison = tl.sum(q.to(tl.float32) * 0.0, 1) + tl.sum(do.to(tl.float32) * 0.0, 1) + delta * 0.0
-    lse = tl.load(lse_ptr + batch_head * num_queries + safe_rows) * LOG2_E_IN_KERNEL + poison
+    lse = tl.load(lse_ptr + batch_head * num_queries + safe_rows) * KERNEL_LOG2_E + poison
     is_clean = is_live & (poison == 0.0)
     delta = tl.where(is_clean, delta, 0.0)
     s_self = tl.sum(q.to(tl.float32) * k.to(tl.float32), 1) * scale_log2
@@ -549,7 +547,7 @@ def masked_attention_bwd_prepare_kernel(
 
 @triton.jit
 def query_gradient_step(
-    q, do, lse, delta, k_base, v_base, lists, list_stride, start_n, high, tokens, range_low, range_high, num_keys,
+    q, do, lse, delta, k_base, v_base, lists, list_stride, start_n, high, tokens, bounds, num_keys,
     stride_kn, stride_vn, scale_log2, dims, value_dims, dq,
     HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     CAUSAL: tl.constexpr, RANGES: tl.constexpr, SOFT: tl.constexpr, COMPACT: tl.constexpr, EDGE: tl.constexpr,
@@ -567,14 +565,14 @@ def query_gradient_step(
     dp = dot(do, tl.trans(v), tl.zeros([BLOCK_M, BLOCK_N], tl.float32))
     x = tl.exp2(s - lse[:, None]) * (dp - delta[:, None])  # m_j X_ij
     if EDGE:
-        visible = visible_pairs(slots, columns, high, tokens, range_low, range_high, CAUSAL, RANGES)
+        visible = visible_pairs(slots, columns, high, tokens, bounds, CAUSAL, RANGES)
         x = tl.where(visible, x + poison[None, :], 0.0)
     return dot(x.to(k.dtype), k, dq)
 
 
 @triton.jit
 def query_gradient(
-    q, do, lse, delta, k_base, v_base, lists, list_stride, tokens, range_low, range_high, low, inner_low, inner_high,
+    q, do, lse, delta, k_base, v_base, lists, list_stride, tokens, bounds, low, inner_low, inner_high,
     high, num_keys, stride_kn, stride_vn, scale_log2, dims, value_dims, dq,
     HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     CAUSAL: tl.constexpr, RANGES: tl.constexpr, SOFT: tl.constexpr, COMPACT: tl.constexpr,
@@ -582,7 +580,7 @@ def query_gradient(
     """dQ over slots [low, high)."""
     for start_n in range(host_int(inner_low), host_int(inner_high), BLOCK_N):
         dq = query_gradient_step(
-            q, do, lse, delta, k_base, v_base, lists, list_stride, start_n, high, tokens, range_low, range_high,
+            q, do, lse, delta, k_base, v_base, lists, list_stride, start_n, high, tokens, bounds,
             num_keys, stride_kn, stride_vn, scale_log2, dims, value_dims, dq,
             HEAD_DIM, VALUE_DIM, BLOCK_M, BLOCK_N, CAUSAL, RANGES, SOFT, COMPACT, False,
         )  # fmt: skip
@@ -590,7 +588,7 @@ def query_gradient(
     for n in range(0, host_int(edges), BLOCK_N):
         dq = query_gradient_step(
             q, do, lse, delta, k_base, v_base, lists, list_stride, edge_start(n, low, inner_low, inner_high, BLOCK_N),
-            high, tokens, range_low, range_high, num_keys, stride_kn, stride_vn, scale_log2, dims, value_dims, dq,
+            high, tokens, bounds, num_keys, stride_kn, stride_vn, scale_log2, dims, value_dims, dq,
             HEAD_DIM, VALUE_DIM, BLOCK_M, BLOCK_N, CAUSAL, RANGES, SOFT, COMPACT, True,
         )  # fmt: skip
     return dq
@@ -634,20 +632,15 @@ def masked_attention_bwd_dq_kernel(
     low, inner_low, inner_high, high = list_blocks(
         lists + BEFORE * list_stride, bounds, start_m + offset, last_token, num_keys, BLOCK_N, CAUSAL, RANGES
     )
-    range_low, range_high = row_ranges(bounds, tokens, RANGES)
-    if COMPACT:
-        compact_rows = (batch * (num_heads // GROUPS) + kv_head) * list_stride
-        dq = query_gradient(
-            q, do, lse, delta, kc_ptr + compact_rows * BLOCK_D, vc_ptr + compact_rows * BLOCK_DV, lists, list_stride,
-            tokens, range_low, range_high, low, inner_low, inner_high, high, num_keys, BLOCK_D, BLOCK_DV, scale_log2,
-            dims, value_dims, dq, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, CAUSAL, RANGES, SOFT, True,
-        )  # fmt: skip
-    else:
-        dq = query_gradient(
-            q, do, lse, delta, k_base, v_base, lists, list_stride, tokens, range_low, range_high, low, inner_low,
-            inner_high, high, num_keys, stride_kn, stride_vn, scale_log2, dims, value_dims, dq,
-            HEAD_DIM, VALUE_DIM, BLOCK_M, BLOCK_N, CAUSAL, RANGES, SOFT, False,
-        )  # fmt: skip
+    k_loop, v_loop, stride_k, stride_v = loop_operands(
+        k_base, v_base, kc_ptr, vc_ptr, stride_kn, stride_vn, batch * (num_heads // GROUPS) + kv_head, list_stride,
+        BLOCK_D, BLOCK_DV, COMPACT,
+    )  # fmt: skip
+    dq = query_gradient(
+        q, do, lse, delta, k_loop, v_loop, lists, list_stride, tokens, bounds, low, inner_low, inner_high, high,
+        num_keys, stride_k, stride_v, scale_log2, dims, value_dims, dq, BLOCK_D if COMPACT else HEAD_DIM,
+        BLOCK_DV if COMPACT else VALUE_DIM, BLOCK_M, BLOCK_N, CAUSAL, RANGES, SOFT, COMPACT,
+    )  # fmt: skip
     k_self = load_rows(k_base, tokens, stride_kn, dims, HEAD_DIM)  # [M, D]
     dq += tl.load(vector + SELF_GRAD * plane_stride)[:, None] * k_self.to(tl.float32)
     dq = tl.where((lse == float("inf"))[:, None], 0.0, dq * scale)
@@ -869,8 +862,7 @@ def masked_attention_bwd_dkdv_kernel(
     inner_high = tl.where(inner_high >= num_queries, high, inner_high // BLOCK_M * BLOCK_M)
     inner_high = tl.where(is_mixed, low, tl.minimum(tl.maximum(inner_high, low), tl.maximum(high, low)))
     inner_low = tl.minimum((inner_low + BLOCK_M - 1) // BLOCK_M * BLOCK_M, inner_high)
-    has_work = is_wanted_block(start_n, num_kept, num_keys, NEED_DM)
-    blocks = tl.where(has_work, tl.maximum(high - low, 0) // BLOCK_M, 0)  # of one head
+    blocks = tl.maximum(high - low, 0) // BLOCK_M  # of one head; none for a block of dropped keys without dm
     share = (GROUPS * blocks + splits - 1) // splits
 
     for group in range(GROUPS):
@@ -930,14 +922,6 @@ def masked_attention_bwd_dkdv_kernel(
         )  # fmt: skip
 
 
-@triton.jit
-def is_wanted_block(start_n, num_kept, num_keys, NEED_DM: tl.constexpr):
-    """Whether a block of the list has queries to loop over."""
-    if NEED_DM:
-        return start_n < num_keys
-    return start_n < num_kept
-
-
 @triton.jit(do_not_specialize=["num_heads", "num_queries", "num_keys", "num_places"])
 def masked_attention_bwd_finish_kernel(
     qc_ptr, doc_ptr, dk_ptr, dv_ptr, dk_part_ptr, dv_part_ptr, row_ptr, list_ptr,
@@ -946,7 +930,7 @@ def masked_attention_bwd_finish_kernel(
     BLOCK_DV: tl.constexpr, BLOCK_N: tl.constexpr, ROWS: tl.constexpr, NEED_DK: tl.constexpr, NEED_DV: tl.constexpr,
     NEED_DM: tl.constexpr,
 ):  # fmt: skip
-    """What SPLIT left over: sums of parts, and blocks of dropped keys. Grid (B * Hkv * key blocks * BLOCK_N / ROWS,)."""
+    """What SPLIT left over: sums of parts, and blocks of dropped keys. Grid (programs of ROWS keys,)."""
     num_blocks = (num_keys + BLOCK_N - 1) // BLOCK_N
     pieces = num_blocks * (BLOCK_N // ROWS)
     block = tl.program_id(0) % pieces // (BLOCK_N // ROWS)

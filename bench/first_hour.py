@@ -1,0 +1,285 @@
+"""The first hour on a GPU: tests, memory and race checkers, a sweep of configurations, tuning, suites, and one page.
+
+    make gpu                                    # everything; goes on where an interrupted run stopped
+    python bench/first_hour.py --budget_s 580   # as much as fits, for machines that limit a call; call it again
+    python bench/first_hour.py --dry-run        # the same on a CPU: Triton's interpreter, tiny sizes, numbers of no use
+
+Needs torch, triton, transformers and pytest, and downloads nothing: models have random weights. Each step is a process
+of under ten minutes. State, logs, CSV files and the page (``summary.md``: every target met or missed) go to
+bench/results/<gpu>/ (rehearsals: runs/rehearsal/) or --output_dir. Another commit starts anew.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "src")]  # without an installation
+
+from bench import tune  # noqa: E402
+from bench.common import Row, environment, git_commit, now, read_csv, write_csv  # noqa: E402
+from toprl_kernels import actor_score, compact_cache, configs, masked_attention, sample_keep_mask, topk_compact  # noqa: E402  # noqa: E402
+from toprl_kernels.configs import LaunchConfig as C  # noqa: E402
+from toprl_kernels.testing import make_actor_weights, make_attention_inputs  # noqa: E402
+
+STEP_S = 580
+SUITES = ("kernels", "decode", "stage", "prefill", "generate")
+SWEEP = {
+    "masked_attention_fwd": [C(128, 64, 8, 3), C(128, 64, 8, 5), C(128, 128, 8, 5)],
+    "masked_attention_bwd_dkdv": [C(32, 64, 8, 2), C(32, 128, 8, 2), C(64, 128, 8, 2)],
+    "masked_attention_bwd_dq": [C(128, 64, 8, 3), C(128, 64, 8, 5)],
+}
+SWEEP_TOKENS = (576, 2880, 8192)
+
+
+class Step(NamedTuple):
+    """A process to run. ``tool``: an executable that it needs; ``attempts``: how often it may go on after its limit."""
+
+    name: str
+    arguments: list[str]
+    tool: str = ""
+    attempts: int = 1
+
+
+def steps(folder: Path, dry_run: bool) -> Iterator[Step]:
+    """All steps, in order."""
+    output = ["--output_dir", str(folder)]
+    dry = ["--dry-run"] if dry_run else []
+    yield Step("cuda tests", ["-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/kernels/test_cuda.py",
+                              *(["--collect-only"] if dry_run else [])])  # fmt: skip
+    small = ["bench/first_hour.py", "--do", "small", *dry]
+    yield Step("small cases", small)
+    for check in ("memcheck", "racecheck"):
+        yield Step(check, ["--tool", check, "--error-exitcode", "9", sys.executable, *small], "compute-sanitizer")
+    for tokens in SWEEP_TOKENS:
+        # what was compiled is in triton's cache: after its limit a step goes on faster
+        yield Step(f"sweep {tokens}", ["bench/first_hour.py", "--do", f"sweep {tokens}", *output, *dry], attempts=3)
+    for kernel in [*tune.CANDIDATES, "actor_score"]:
+        arguments = ["--kernel", kernel, "--output", str(folder / "tuned.json"), *dry]
+        yield Step(f"tune {kernel}", ["bench/tune.py", *arguments], attempts=3)
+    for suite in SUITES:
+        more = ["--resume"] if suite in ("kernels", "decode") else []
+        size = ["--tiny", "--device", "cpu"] if dry_run else []
+        arguments = ["bench/run.py", "--suite", suite, *output, *more, *size]
+        yield Step(f"suite {suite}", arguments, attempts=8 if more else 1)
+
+
+def run_steps(folder: Path, dry_run: bool, budget_s: float, only: str = "") -> dict[str, Row]:
+    """Run what is not done, and return name -> status, seconds, note of all steps.
+
+    A status is "done", "missing" (the tool is not there), "failed", "unfinished" or "to do"; the last three are run at
+    the next call.
+    """
+    path = folder / "state.json"
+    state: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    if state.get("commit") != git_commit():
+        state = {"commit": git_commit(), "steps": {}}
+    (folder / "logs").mkdir(parents=True, exist_ok=True)
+    end = time.monotonic() + budget_s
+    for step in steps(folder, dry_run):
+        known = state["steps"].setdefault(step.name, {"status": "to do", "seconds": 0.0, "note": ""})
+        if known["status"] in ("done", "missing") or not re.search(only, step.name):
+            continue
+        for _ in range(step.attempts):
+            seconds = min(STEP_S, end - time.monotonic())
+            if seconds < 10:
+                break
+            begin = time.monotonic()
+            print(f"{step.name} ...", flush=True)
+            known["status"], known["note"] = run_step(step, folder / "logs", seconds, dry_run)
+            known["seconds"] += round(time.monotonic() - begin, 1)
+            print(f"{step.name}: {known['status']} {known['note']}", flush=True)
+            path.write_text(json.dumps(state, indent=1))
+            if known["status"] != "unfinished":
+                break
+    steps_done: dict[str, Row] = state["steps"]
+    return steps_done
+
+
+def run_step(step: Step, logs: Path, seconds: float, dry_run: bool) -> tuple[str, str]:
+    """Status and note. The output goes to a log, whose end is the note of a failure."""
+    command = [sys.executable]
+    if step.tool:
+        found = shutil.which(step.tool) or shutil.which(step.tool, path="/usr/local/cuda/bin")
+        if found is None:
+            return "missing", f"{step.tool} is not on this machine (it comes with the CUDA toolkit)"
+        command = [found]
+    variables = {"PYTHONPATH": f"{ROOT / 'src'}{os.pathsep}{ROOT}"}
+    if dry_run:
+        variables |= {"TRITON_INTERPRET": "1", "TOPRL_KERNELS_BACKEND": "triton"}
+    log = logs / f"{step.name.replace(' ', '_')}.log"
+    with log.open("w") as file:
+        try:
+            code = launch([*command, *step.arguments], variables, seconds, file)
+        except subprocess.TimeoutExpired:
+            return "unfinished", f"stopped after {seconds:.0f} s"
+    lines = log.read_text(errors="replace").strip().splitlines()
+    return ("done", "") if code == 0 else ("failed", f"exit status {code}: {lines[-1][-300:] if lines else ''}")
+
+
+def launch(command: list[str], variables: dict[str, str], seconds: float, output: Any) -> int:
+    """Exit status of a process. Raises subprocess.TimeoutExpired after ``seconds``."""
+    done = subprocess.run(
+        command, cwd=ROOT, env=os.environ | variables, timeout=seconds, stdout=output, stderr=subprocess.STDOUT
+    )
+    return done.returncode
+
+
+# -- what the steps do ---------------------------------------------------------------------------------------------
+
+
+def small_cases(device: torch.device) -> None:
+    """Every op forward and backward at odd sizes: what a memory checker finishes within minutes."""
+    options: dict[str, Any] = {"backend": "triton"}
+    for mask, dtype in (("hard", torch.bfloat16), ("mixed", torch.float32)):
+        x = make_attention_inputs(2, 2, 1, 33, 33, 32, mask=mask, padding=True, dtype=dtype, device=device)
+        query, key, value = (tensor.detach().requires_grad_() for tensor in (x.query, x.key, x.value))
+        options_of_case = {"key_padding_mask": x.key_padding_mask, "is_causal": True, **options}
+        output = masked_attention(query, key, value, x.keep_mask, **options_of_case)
+        output.backward(x.grad_output)
+    hidden = torch.randn(2, 33, 40, device=device, requires_grad=True)
+    kept = topk_compact(hidden, torch.randn(2, 33, device=device), 7, **options)
+    kept.hidden_states.sum().backward()
+    keys = torch.randn(2, 1, 33, 16, device=device, requires_grad=True)
+    sum(part.sum() for part in compact_cache(keys, keys * 1, kept.indices, **options)).backward()  # type: ignore[union-attr]
+    with torch.no_grad():
+        actor_score(hidden, 0, make_actor_weights(40, 32, device=device), **options)
+    logits = torch.randn(2, 33, 2, device=device, requires_grad=True)
+    sample_keep_mask(logits, seed=1, **options).log_prob.sum().backward()
+    now(device)
+
+
+def sweep(tokens: int, folder: Path, device: torch.device, dry_run: bool) -> None:
+    """Time the configurations of ``SWEEP`` and put their rows into sweep.csv."""
+    shape: dict[str, Any] = {"heads": (32, 8), "head_dims": (128,), "dtypes": (torch.bfloat16,)}
+    if dry_run:
+        shape = {"heads": (1, 1), "head_dims": (16,), "dtypes": (torch.float32,)}
+    timer = tune.wall_timer if dry_run else tune.cuda_timer
+    path = folder / "sweep.csv"
+    rows = [row for row in (read_csv(path) if path.exists() else []) if row["tokens"] != tokens]
+    for problem in tune.attention_problems(device, tokens=20 if dry_run else tokens, **shape):
+        pinned = tune.pinned_row(problem, device).config
+        for config in dict.fromkeys([pinned, *SWEEP.get(problem.kernel, [])]):
+            row: Row = {"kernel": problem.kernel, "tokens": tokens, "config": "x".join(map(str, config)), "note": ""}
+            try:
+                with configs.override({problem.kernel: config}):
+                    problem.run()
+                    row["ms"] = timer(functools.partial(problem.run))
+            except Exception as error:  # a configuration that does not fit is a row too
+                row |= {"ms": None, "note": f"{type(error).__name__}: {str(error).splitlines()[0][:100]}"}
+            rows.append({**row, "pinned": config == pinned})
+    write_csv(path, rows)
+
+
+# -- the page ------------------------------------------------------------------------------------------------------
+
+
+def page(folder: Path, where: Row, done: dict[str, Row]) -> str:
+    """Markdown: steps, targets, and the columns of each suite that matter."""
+    tables = {path.stem: read_csv(path) for path in sorted(folder.glob("*.csv"))}
+    title = "# Rehearsal on a CPU: numbers of no use" if where["device_type"] == "cpu" else f"# {where['device']}"
+    parts = [title, ", ".join(f"{name} {value}" for name, value in where.items() if value not in (None, ""))]
+    parts += ["## Targets", markdown(targets(tables, where["device_type"], done))]
+    parts += ["## Steps", markdown([{"step": name, **row} for name, row in done.items()])]
+    columns = {
+        "sweep": "kernel tokens config ms pinned note",
+        "stage": "case policy launches_per_stage operations_per_stage operations_once host_us_per_stage "
+        "device_us_per_stage",
+        "decode": "shape num_tokens keep batch provider p50_ms ratio_to_ours gbps floor_percent note",
+        "prefill": "case method average_tokens ms_p50 speedup macs_ratio kv_bytes",
+        "generate": "case way phase ms_p50 ratio_p50",
+    }
+    for name, chosen in columns.items():
+        rows = [{column: row[column] for column in chosen.split() if column in row} for row in tables.get(name, [])]
+        parts += [f"## {name}", markdown(rows)]
+    return "\n\n".join(parts) + "\n"
+
+
+def targets(tables: dict[str, list[Row]], device_type: str, done: dict[str, Row]) -> list[Row]:
+    """Target, bar, measured value and verdict."""
+    kernel_targets = [row for row in tables.get("kernels_targets", []) if row["device"] == device_type]
+    found = [{name: row[name] for name in ("target", "bar", "measured", "verdict")} for row in kernel_targets]
+
+    def add(target: str, bar: float, values: list[float], larger: bool) -> None:
+        worst = (min if larger else max)(values, default=None)
+        verdict = "not measured"
+        if worst is not None:
+            verdict = "met" if (worst >= bar if larger else worst <= bar) else "missed"
+        found.append({"target": target, "bar": f"{'>=' if larger else '<='} {bar:g}", "measured": worst,
+                      "verdict": verdict})  # fmt: skip
+
+    for name in ("cuda tests", "memcheck", "racecheck"):
+        status = done.get(name, {}).get("status", "to do")
+        verdict = {"done": "met", "failed": "missed"}.get(status, f"not measured: {status}")
+        found.append({"target": f"{name} without an error", "bar": "", "measured": None, "verdict": verdict})
+    actor = [row for row in tables.get("stage", []) if row["policy"] == "toprl"]
+    per_stage = "launches_per_stage" if device_type == "cuda" else "operations_per_stage"
+    add("launches of a stage with the actor", 4, [row[per_stage] for row in actor], False)
+    sdpa = [row["ratio_to_ours"] for row in tables.get("decode", []) if row["provider"] == "sdpa bool mask"]
+    add("decoding against SDPA with the mask, slowest case", 1, [ratio for ratio in sdpa if ratio], True)
+    fastest: dict[tuple[str, int], float] = {}
+    timed = [row for row in tables.get("sweep", []) if row["ms"] is not None]
+    for row in timed:
+        key = row["kernel"], row["tokens"]
+        fastest[key] = min(row["ms"], fastest.get(key, row["ms"]))
+    ratios = [row["ms"] / fastest[row["kernel"], row["tokens"]] for row in timed if row["pinned"]]
+    add("pinned configuration over the fastest of the sweep, worst case", 1.05, ratios, False)
+    return found
+
+
+def markdown(rows: list[Row]) -> str:
+    """A table, or a word where there are no rows."""
+    if not rows:
+        return "not measured"
+
+    def cell(value: object) -> str:
+        return "" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value).replace("|", "/")
+
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    lines = [columns, ["---"] * len(columns), *([cell(row.get(name)) for name in columns] for row in rows)]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command; returns 0 when every step is done, or missing its tool."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dry-run", action="store_true", help="on the CPU, in Triton's interpreter, at tiny sizes")
+    parser.add_argument("--budget_s", type=float, default=float("inf"), help="start no step after so many seconds")
+    parser.add_argument("--only", default="", metavar="PATTERN", help="only steps whose name matches")
+    parser.add_argument("--output_dir", type=Path, help="default: bench/results/<gpu>")
+    parser.add_argument("--do", default="", help=argparse.SUPPRESS)  # what a step runs: "small", "sweep N"
+    options = parser.parse_args(arguments)
+    if not options.dry_run and not torch.cuda.is_available():
+        print("first_hour: torch.cuda.is_available() is False; --dry-run rehearses on a CPU", file=sys.stderr)
+        return 2
+    device = torch.device("cpu" if options.dry_run else "cuda")
+    where = environment(device, "tiny" if options.dry_run else "full")
+    results = ROOT / "bench" / "results" / re.sub(r"\W+", "-", str(where["device"])).lower()
+    folder = (options.output_dir or (ROOT / "runs" / "rehearsal" if options.dry_run else results)).resolve()
+    if options.do == "small":
+        small_cases(device)
+        return 0
+    if options.do:
+        sweep(int(options.do.split()[1]), folder, device, options.dry_run)
+        return 0
+    done = run_steps(folder, options.dry_run, options.budget_s, options.only)
+    (folder / "summary.md").write_text(page(folder, where, done))
+    print(f"{folder / 'summary.md'}: " + ", ".join(f"{name} {row['status']}" for name, row in done.items()))
+    return 0 if all(row["status"] in ("done", "missing") for row in done.values()) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

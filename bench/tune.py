@@ -1,0 +1,361 @@
+"""Time launch configurations on the GPU at hand and remember the best: opt-in, nothing runs it for you.
+
+    python bench/tune.py                       # everything, some minutes
+    python bench/tune.py --kernel actor_score  # one kernel or op; the other rows of the file stay
+
+Two things are measured: candidates for the block sizes of the matrix kernels, and actor_score's fused kernels against
+its eager path. The result is a JSON file that :func:`toprl_kernels.configs.select` reads from then on
+(~/.cache/toprl_kernels/<architecture>-<triton version>.json; the environment variable TOPRL_KERNELS_CONFIGS names
+another). Delete it to go back to the pinned table.
+
+A candidate that does not fit the GPU is passed over. A candidate that computes something else than the pinned
+configuration aborts the run: being slow must not hide it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import functools
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+from toprl_kernels import ActorWeights, actor_score, configs, masked_attention
+from toprl_kernels.configs import Bucket, LaunchConfig, Measurements, Times
+from toprl_kernels.testing import AttentionInputs, make_actor_weights, make_attention_inputs
+
+C = LaunchConfig
+Timer = Callable[[Callable[[], object]], float]  # milliseconds of one call
+
+# Two stages more than tiles in flight: the load of the list of keys takes one. Eight warps need 128 rows, four 64: with
+# fewer both halves of the warps compute the same rows (bench/compile_report.py). Small blocks are for float32.
+CANDIDATES: dict[str, list[LaunchConfig]] = {
+    "masked_attention_fwd": [
+        C(128, 64, 8, 3), C(128, 64, 8, 5), C(128, 64, 8, 6), C(128, 128, 8, 5), C(128, 128, 8, 2), C(128, 64, 8, 2),
+        C(128, 32, 8, 3), C(128, 32, 8, 5), C(64, 64, 4, 3), C(64, 64, 4, 5), C(64, 64, 8, 2), C(64, 32, 4, 2),
+        C(32, 32, 8, 1), C(16, 16, 8, 1),
+    ],
+    "masked_attention_bwd_prepare": [C(16, 0, 4, 1), C(32, 0, 4, 1), C(32, 0, 8, 1), C(64, 0, 8, 1)],
+    "masked_attention_bwd_dkdv": [
+        C(32, 64, 8, 2), C(32, 128, 8, 2), C(64, 128, 8, 2), C(64, 128, 8, 1), C(32, 64, 4, 2), C(64, 64, 4, 2),
+        C(64, 64, 8, 2), C(32, 128, 8, 3), C(64, 32, 8, 1), C(32, 32, 8, 1), C(32, 32, 4, 2), C(16, 16, 8, 1),
+    ],
+    "masked_attention_bwd_dq": [
+        C(128, 64, 8, 3), C(128, 64, 8, 5), C(128, 64, 8, 2), C(128, 32, 8, 2), C(128, 32, 8, 3), C(128, 32, 8, 5),
+        C(64, 64, 4, 3), C(64, 64, 4, 5), C(64, 32, 8, 2), C(64, 32, 4, 2), C(32, 32, 8, 1), C(16, 16, 8, 1),
+    ],
+    "actor_layer1": [
+        C(64, 64, 4, 3, 2), C(64, 64, 4, 3, 4), C(32, 64, 4, 3, 2), C(64, 128, 8, 2, 2), C(128, 64, 8, 3, 2),
+        C(64, 64, 8, 3), C(64, 64, 8, 2), C(32, 32, 8, 2, 4), C(64, 32, 8, 2, 4),
+    ],
+    "actor_layers23": [C(64, 32, 8, 2), C(64, 32, 4, 2), C(64, 16, 4, 2), C(32, 32, 4, 2), C(16, 16, 8, 1)],
+}  # fmt: skip
+DTYPES = (torch.bfloat16, torch.float32)
+HEAD_DIMS = (64, 128, 256)
+ACTOR_TOKENS = (576, 1024, 2048, 2880, 8 * 576, 8 * 2880)
+ACTOR_WIDTHS = ((1024, 256), (2048, 256), (4096, 256))  # (d1, d2)
+MAX_SINGLE_BLOCK = 64 * 64  # float32 products are unrolled: larger blocks take minutes to compile, and spill
+MARGIN = 0.98  # a candidate replaces the pinned configuration if it takes less than this share of its time
+
+
+class WrongResultError(RuntimeError):
+    """A candidate computes something else than the pinned configuration."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Something to time: ``run`` launches ``kernel`` (and others, which stay as they are) and returns its results."""
+
+    kernel: str
+    size: int
+    dtype: torch.dtype
+    label: str
+    run: Callable[[], list[Tensor]]
+
+
+def attention_problems(
+    device: torch.device,
+    *,
+    tokens: int = 2880,
+    heads: tuple[int, int] = (32, 8),
+    head_dims: Sequence[int] = HEAD_DIMS,
+    dtypes: Sequence[torch.dtype] = DTYPES,
+) -> Iterator[Problem]:
+    """Causal attention, a hard and a soft mask after each other: they share a configuration."""
+    for dtype in dtypes:
+        for head_dim in head_dims:
+            inputs = [
+                make_attention_inputs(1, *heads, tokens, tokens, head_dim, mask=mask, dtype=dtype, device=device)
+                for mask in ("hard", "soft")
+            ]
+            label = f"D={head_dim} {str(dtype).removeprefix('torch.')}"
+            yield Problem("masked_attention_fwd", head_dim, dtype, label, functools.partial(_forward, inputs))
+            for kernel, wanted in (("bwd_prepare", (0,)), ("bwd_dkdv", (1, 2)), ("bwd_dq", (0,))):
+                backward = _Backward(inputs, wanted)
+                yield Problem(f"masked_attention_{kernel}", head_dim, dtype, label, backward)
+
+
+def _forward(inputs: Sequence[AttentionInputs]) -> list[Tensor]:
+    return [masked_attention(x.query, x.key, x.value, x.keep_mask, is_causal=True, backend="triton") for x in inputs]
+
+
+class _Backward:
+    """The gradients by some of (query, key, value), after a forward that ran once."""
+
+    def __init__(self, inputs: Sequence[AttentionInputs], wanted: tuple[int, ...]) -> None:
+        self.graphs = []
+        for x in inputs:
+            leaves = [tensor.detach().requires_grad_() for tensor in (x.query, x.key, x.value)]
+            query, key, value = leaves
+            output = masked_attention(query, key, value, x.keep_mask, is_causal=True, backend="triton")
+            self.graphs.append((output, [leaves[index] for index in wanted], x.grad_output))
+
+    def __call__(self) -> list[Tensor]:
+        gradients: list[Tensor] = []
+        for output, leaves, grad_output in self.graphs:
+            gradients += torch.autograd.grad(output, leaves, grad_output, retain_graph=True)
+        return gradients
+
+
+def actor_problems(
+    device: torch.device,
+    *,
+    tokens: Sequence[int] = (2880, 8 * 2880),
+    widths: tuple[int, int] = (4096, 256),
+    dtypes: Sequence[torch.dtype] = DTYPES,
+) -> Iterator[Problem]:
+    """actor_score without a gradient, for few and for many tokens."""
+    d1, d2 = widths
+    for dtype in dtypes:
+        weights = make_actor_weights(d1, d2, dtype=dtype, device=device)
+        for number in tokens:
+            hidden = torch.randn(1, number, d1, device=device).to(dtype)
+
+            for kernel in ("actor_layer1", "actor_layers23"):
+                label = f"N={number} {str(dtype).removeprefix('torch.')}"
+                yield Problem(kernel, number, dtype, label, functools.partial(_score, hidden, weights, "triton"))
+
+
+def best_config(
+    problem: Problem, device: torch.device, timer: Timer, at_most: int | None = None
+) -> tuple[LaunchConfig, float, float]:
+    """The fastest of the pinned configuration and (at most so many) candidates, its milliseconds and the pinned one's.
+
+    Raises:
+        WrongResultError: a candidate's results differ from the pinned configuration's.
+    """
+    from triton.errors import TritonError
+
+    pinned = pinned_row(problem, device).config
+    best, best_ms, pinned_ms, expected = pinned, float("inf"), float("inf"), None
+    largest = MAX_SINGLE_BLOCK if problem.dtype == torch.float32 else 1 << 30
+    possible = [config for config in CANDIDATES[problem.kernel] if config.block_m * config.block_n <= largest]
+    for config in dict.fromkeys([pinned, *possible[:at_most]]):
+        with configs.override({problem.kernel: config}):
+            try:
+                results = problem.run()
+            except TritonError as error:
+                if config == pinned:
+                    raise
+                print(f"  {_text(config)}: does not fit ({type(error).__name__})")
+                continue
+            if expected is None:
+                expected = results
+            _require_equal(problem, config, results, expected)
+            milliseconds = timer(problem.run)
+        if config == pinned:
+            best_ms = pinned_ms = milliseconds
+        elif milliseconds < min(best_ms, pinned_ms * MARGIN):
+            best, best_ms = config, milliseconds
+    return best, best_ms, pinned_ms
+
+
+def pinned_row(problem: Problem, device: torch.device) -> configs.Row:
+    """The row of the pinned table that the problem is about."""
+    return configs.row(problem.kernel, configs.architecture_of(device), size=problem.size, dtype=problem.dtype)
+
+
+def _require_equal(
+    problem: Problem, config: LaunchConfig, results: Sequence[Tensor], expected: Sequence[Tensor]
+) -> None:
+    limit = max(4 * torch.finfo(problem.dtype).eps, 1e-5)
+    for got, want in zip(results, expected, strict=True):
+        difference, size = (got.double() - want.double()).norm(), want.double().norm()
+        if not difference <= limit * size:
+            raise WrongResultError(
+                f"{problem.kernel} {problem.label} with {_text(config)} is {float(difference / size):.2e} away from "
+                f"the result of the pinned configuration, at most {limit:.2e} is rounding; please report this"
+            )
+
+
+def actor_times(
+    device: torch.device,
+    timer: Timer,
+    *,
+    tokens: Sequence[int] = ACTOR_TOKENS,
+    widths: Sequence[tuple[int, int]] = ACTOR_WIDTHS,
+    dtypes: Sequence[torch.dtype] = DTYPES,
+) -> dict[tuple[str, str, Bucket], Times]:
+    """actor_score by kernels and by the eager path. A bucket with several points keeps the worst for the kernels."""
+    found: dict[tuple[str, str, Bucket], Times] = {}
+    for dtype in dtypes:
+        for d1, d2 in widths:
+            weights = make_actor_weights(d1, d2, dtype=dtype, device=device)
+            for number in tokens:
+                hidden = torch.randn(1, number, d1, device=device).to(dtype)
+                calls = (functools.partial(_score, hidden, weights, backend) for backend in ("triton", "eager"))
+                times = Times(*(timer(call) for call in calls))
+                key = ("actor_score", configs.KINDS[dtype], configs.size_bucket((number, d1, d2)))
+                print(
+                    f"actor_score N={number} d1={d1} d2={d2} {dtype}: triton {times.triton:.4f} eager {times.eager:.4f}"
+                )
+                if key not in found or times.triton / times.eager > found[key].triton / found[key].eager:
+                    found[key] = times
+    return found
+
+
+def _score(hidden: Tensor, weights: ActorWeights, backend: str) -> list[Tensor]:
+    with torch.no_grad():
+        return [actor_score(hidden, 0, weights, backend=backend)]
+
+
+def tune(
+    problems: Iterable[Problem], device: torch.device, timer: Timer, at_most: int | None = None
+) -> dict[tuple[str, str, int], LaunchConfig]:
+    """The rows to write: the best configuration of every problem, also where it is the pinned one."""
+    rows: dict[tuple[str, str, int], LaunchConfig] = {}
+    for problem in problems:
+        best, best_ms, pinned_ms = best_config(problem, device, timer, at_most)
+        print(f"{problem.kernel} {problem.label}: {_text(best)} {best_ms:.4f} ms (pinned {pinned_ms:.4f} ms)")
+        kind, largest, _ = pinned_row(problem, device)
+        rows[problem.kernel, kind, largest] = best
+    return rows
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; returns the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kernel", default="", help="only kernels or ops whose name contains this")
+    parser.add_argument(
+        "--output", type=Path, help=f"the file; default: {configs.ENVIRONMENT_VARIABLE}, else the cache"
+    )
+    parser.add_argument("--dry-run", action="store_true", help="tiny sizes in Triton's interpreter, to rehearse")
+    options = parser.parse_args(arguments)
+    names = [*CANDIDATES, "actor_score"]
+    if not any(options.kernel in name for name in names):
+        print(f"tune: --kernel {options.kernel} is in none of {', '.join(names)}", file=sys.stderr)
+        return 2
+    if not options.dry_run and not torch.cuda.is_available():
+        print(
+            "tune: this needs a CUDA device, and torch.cuda.is_available() is False here. Without one the pinned "
+            "configurations apply; python bench/compile_report.py shows what the compiler makes of them.",
+            file=sys.stderr,
+        )
+        return 2
+    device = torch.device("cpu") if options.dry_run else torch.device("cuda", torch.cuda.current_device())
+    try:
+        path = run(device, options.kernel, options.output, wall_timer if options.dry_run else cuda_timer)
+    except RuntimeError as error:
+        print(f"tune: {error}", file=sys.stderr)
+        return 1
+    print(f"written: {path}")
+    with using(path):
+        print(configs.describe(device))
+    return 0
+
+
+def run(device: torch.device, only: str, output: Path | None, timer: Timer) -> Path:
+    """Measure and write the file; returns its path. CPU tensors rehearse: tiny sizes, two candidates per kernel."""
+    rehearse = device.type == "cpu"
+    capability = "sm_90" if rehearse else configs.capability_name(device)
+    path = output or configs.measurements_path(capability)
+    found = Measurements("rehearsal" if rehearse else torch.cuda.get_device_name(device), {}, {})
+    if only and path.exists():
+        with contextlib.suppress(configs.OtherVersionError):  # nothing in it to keep
+            found = configs.read(path, capability, configs.architecture_of(device))
+    attention: dict[str, Any] = {}
+    actor: dict[str, Any] = {}
+    widths: tuple[dict[str, Any], dict[str, Any]] = ({}, {})
+    if rehearse:
+        attention = dict(tokens=20, heads=(1, 1), head_dims=(16,), dtypes=(torch.float32,))
+        actor = dict(tokens=(20,), dtypes=(torch.float32,))
+        widths = (dict(widths=(32, 16)), dict(widths=((32, 16),)))
+    wanted = [name for name in CANDIDATES if only in name]
+    problems: list[Iterator[Problem]] = []
+    if any(name.startswith("masked_attention") for name in wanted):
+        problems.append(attention_problems(device, **attention))
+    if any(name.startswith("actor") for name in wanted):
+        problems.append(actor_problems(device, **actor, **widths[0]))
+    chosen = (problem for each in problems for problem in each if problem.kernel in wanted)
+    found.configs.update(tune(chosen, device, timer, at_most=2 if rehearse else None))
+    write(path, capability, found)
+    if only in "actor_score":
+        with using(path):  # with the configurations just measured
+            found.times.update(actor_times(device, timer, **actor, **widths[1]))
+        write(path, capability, found)
+    return path
+
+
+def write(path: Path, capability: str, measurements: Measurements) -> None:
+    """Write a file that ``configs.read`` takes. Atomic: a reader sees the old content or the new one."""
+    content = {
+        "format": configs.FORMAT, "architecture": capability, "triton": configs.triton_version(),
+        "torch": torch.__version__, "device": measurements.device,
+        "configs": [
+            {"kernel": kernel, "dtype": kind, "size": size, "config": list(config)}
+            for (kernel, kind, size), config in measurements.configs.items()
+        ],
+        "times": [
+            {"op": op, "dtype": kind, "bucket": list(sizes), "triton_ms": times.triton, "eager_ms": times.eager}
+            for (op, kind, sizes), times in measurements.times.items()
+        ],
+    }  # fmt: skip
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    try:
+        part.write_text(json.dumps(content, indent=1))
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+    configs.forget()
+
+
+@contextlib.contextmanager
+def using(path: Path) -> Iterator[None]:
+    """Take the measurements from this file for a while."""
+    with mock.patch.dict(os.environ, {configs.ENVIRONMENT_VARIABLE: str(path)}):
+        configs.forget()
+        yield
+    configs.forget()
+
+
+def wall_timer(call: Callable[[], object]) -> float:
+    """Milliseconds of a single call, for rehearsals."""
+    begin = time.perf_counter()
+    call()
+    return (time.perf_counter() - begin) * 1e3
+
+
+def cuda_timer(call: Callable[[], object]) -> float:
+    """Median milliseconds with a cold L2 cache."""
+    from triton.testing import do_bench
+
+    return float(do_bench(call, return_mode="median"))
+
+
+def _text(config: LaunchConfig) -> str:
+    return ",".join(map(str, config))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
