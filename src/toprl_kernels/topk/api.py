@@ -9,7 +9,7 @@ from torch import Tensor
 
 from toprl_kernels import dispatch as check
 from toprl_kernels.dispatch import choose, register
-from toprl_kernels.topk.eager import topk_compact_backward_eager, topk_compact_eager
+from toprl_kernels.topk.eager import scatter_heads, topk_compact_eager
 from toprl_kernels.topk.reference import TopkCompactOutput, topk_compact_reference
 
 OP = "topk_compact"
@@ -268,24 +268,21 @@ def _forward_fake(hidden_states: Tensor, scores: Tensor, *arguments: Any) -> Out
     )
 
 
-def _backward_implementation(gradient: Tensor, indices: Tensor, num_tokens: int, padded: bool, backend: str) -> Tensor:
+def _backward_implementation(gradient: Tensor, indices: Tensor, num_tokens: int, backend: str) -> Tensor:
+    scatter = scatter_heads
     if backend == "triton":
-        from toprl_kernels.topk.triton import topk_compact_backward_triton
-
-        return topk_compact_backward_triton(gradient, indices, num_tokens)
-    return topk_compact_backward_eager(gradient, indices, num_tokens, padded)
+        from toprl_kernels.topk.triton import scatter_heads as scatter
+    return scatter(gradient[:, None], indices, num_tokens)[:, 0]
 
 
-def _backward_fake(gradient: Tensor, indices: Tensor, num_tokens: int, padded: bool, backend: str) -> Tensor:
+def _backward_fake(gradient: Tensor, indices: Tensor, num_tokens: int, backend: str) -> Tensor:
     return gradient.new_empty(gradient.shape[0], num_tokens, gradient.shape[2])
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Outputs) -> None:
-    hidden_states, _, k, _, _, valid_mask, _, segments, _, _, threshold, _, _, backend = inputs
     ctx.save_for_backward(output[1])
     ctx.mark_non_differentiable(*output[1:])
-    padded = not (k is None and valid_mask is None and segments is None and threshold is None)
-    ctx.options = hidden_states.size(1), padded, backend
+    ctx.options = inputs[0].size(1), inputs[-1]
 
 
 def _backward(ctx: Any, gradient: Tensor, *_: object) -> tuple[Tensor | None, ...]:
@@ -294,7 +291,7 @@ def _backward(ctx: Any, gradient: Tensor, *_: object) -> tuple[Tensor | None, ..
 
 
 backward_op = register(
-    "topk_compact_backward(Tensor gradient, Tensor indices, SymInt num_tokens, bool padded, str backend) -> Tensor",
+    "topk_compact_backward(Tensor gradient, Tensor indices, SymInt num_tokens, str backend) -> Tensor",
     _backward_implementation,
     _backward_fake,
 )

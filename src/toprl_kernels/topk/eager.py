@@ -87,23 +87,42 @@ def compact_flags(flags: Tensor, length: int, left: bool) -> Tensor:
     )
 
 
-def gather_rows(hidden_states: Tensor, indices: Tensor, padded: bool) -> Tensor:
-    """hidden_states[b, indices[b, r]], [B, K, d]; zero where the index is -1, which only ``padded`` indices have."""
-    dtype, hidden_states = hidden_states.dtype, by_bytes(hidden_states)
-    samples, num_tokens, hidden_size = hidden_states.shape
-    safe = indices.clamp(min=0) if padded else indices
-    # index_select copies whole rows, where gather goes element by element
-    if samples == 1:
-        output = hidden_states[0].index_select(0, safe[0])[None]
+def gather_heads(cache: Tensor, indices: Tensor, padded: bool) -> Tensor:
+    """cache[b, h, indices[b, r]], [B, H, K, d]; zero where the index is -1, which only ``padded`` indices have."""
+    dtype, cache = cache.dtype, by_bytes(cache)
+    samples, heads, _, size = cache.shape
+    safe = (indices.clamp(min=0) if padded else indices)[:, None, :]  # [B, 1, K]
+    batch = torch.arange(samples, device=cache.device)[:, None, None] if samples > 1 else 0
+    head = torch.arange(heads, device=cache.device)[None, :, None] if heads > 1 else 0
+    if cache.numel() and cache.stride(3) == 1 and all(stride % size == 0 for stride in cache.stride()[:3]):
+        # [B, H, N, d], its transpose [B, N, H, d] and slices of either are rows of one matrix: index_select copies
+        # whole rows, an index expression goes element by element
+        strides = [stride // size for stride in cache.stride()[:3]]
+        num_rows = 1 + sum(stride * (n - 1) for stride, n in zip(strides, cache.shape[:3], strict=True))
+        rows = safe * strides[2] + (batch * strides[0] + head * strides[1])
+        flat = cache.as_strided((num_rows, size), (size, 1))
+        output = flat.index_select(0, rows.flatten()).view(samples, heads, indices.shape[1], size)
     else:
-        sample = torch.arange(samples, device=indices.device)[:, None]
-        if hidden_states.stride(0) == num_tokens * hidden_states.stride(1):
-            rows = (safe + sample * num_tokens).view(-1)
-            output = hidden_states.flatten(0, 1).index_select(0, rows).view(*indices.shape, hidden_size)
-        else:
-            output = hidden_states[sample, safe]
-    output = output.masked_fill_((indices < 0)[:, :, None], 0) if padded else output
+        batch = torch.arange(samples, device=cache.device)[:, None, None]
+        output = cache[batch, torch.arange(heads, device=cache.device)[None, :, None], safe]
+    output = output.masked_fill_((indices < 0)[:, None, :, None], 0) if padded else output
     return as_type(output, dtype)
+
+
+def scatter_heads(gradient: Tensor, indices: Tensor, num_tokens: int) -> Tensor:
+    """Transpose of :func:`gather_heads`: [B, H, N, d], zero where no index points; a sample's indices are unique."""
+    samples, heads, _, size = gradient.shape
+    total = samples * heads * num_tokens
+    matrices = torch.arange(samples * heads, device=indices.device).view(samples, heads, 1)
+    rows = torch.where(indices[:, None] < 0, total, matrices * num_tokens + indices[:, None])  # the last takes padding
+    output = gradient.new_zeros(total + 1, size)
+    output.index_copy_(0, rows.flatten(), gradient.reshape(-1, size))
+    return output[:total].view(samples, heads, num_tokens, size)
+
+
+def gather_rows(hidden_states: Tensor, indices: Tensor, padded: bool) -> Tensor:
+    """hidden_states[b, indices[b, r]], [B, K, d], as :func:`gather_heads`."""
+    return gather_heads(hidden_states[:, None], indices, padded)[:, 0]
 
 
 def gather_positions(position_ids: Tensor, indices: Tensor) -> Tensor:
@@ -166,15 +185,3 @@ def topk_compact_eager(
         slots = slots[:, :num_tokens].contiguous()
     hidden = gather_rows(hidden_states, indices, padded)
     return hidden, indices.contiguous(), indices >= 0, positions, slots, new_bounds
-
-
-def topk_compact_backward_eager(gradient: Tensor, indices: Tensor, num_tokens: int, padded: bool) -> Tensor:
-    """Transpose of :func:`gather_rows`: [B, N, d], zero where no index points; a sample's indices are unique."""
-    samples, _, hidden_size = gradient.shape
-    total = samples * num_tokens
-    rows = indices + torch.arange(samples, device=indices.device)[:, None] * num_tokens
-    if padded:
-        rows = torch.where(indices < 0, total, rows)  # one row after the end takes the padding
-    output = gradient.new_zeros(total + padded, hidden_size)
-    output.index_copy_(0, rows.view(-1), gradient.reshape(-1, hidden_size))
-    return output[:total].view(samples, num_tokens, hidden_size)

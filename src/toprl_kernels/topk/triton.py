@@ -540,8 +540,3 @@ def topk_compact_triton(
     indices, bounds = out["indices"], out["bounds"] if packed else out["indices"].new_empty(0)
     (hidden,) = gather_heads([hidden_states[:, None]], indices)
     return hidden[:, 0], indices, out["valid"], out["positions"], out["inverse"], bounds
-
-
-def topk_compact_backward_triton(gradient: Tensor, indices: Tensor, num_tokens: int) -> Tensor:
-    """Same contract as :func:`topk_compact_backward_eager`."""
-    return scatter_heads(gradient[:, None], indices, num_tokens)[:, 0]
