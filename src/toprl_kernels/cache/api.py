@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from toprl_kernels import dispatch as check
-from toprl_kernels.cache.eager import compact_cache_backward_eager, compact_cache_eager
+from toprl_kernels.cache.eager import compact_cache_eager
 from toprl_kernels.cache.reference import compact_cache_reference
 from toprl_kernels.dispatch import choose, register
+from toprl_kernels.topk.api import gather_backward
 
 OP = "compact_cache"
 
@@ -92,28 +93,6 @@ def _forward_fake(keys: Tensor, values: Tensor, indices: Tensor, backend: str) -
     return keys.new_empty(*shape, keys.shape[3]), values.new_empty(*shape, values.shape[3])
 
 
-def _backward_implementation(
-    indices: Tensor, grad_keys: Tensor | None, grad_values: Tensor | None, num_tokens: int, backend: str
-) -> tuple[Tensor, Tensor]:
-    if backend == "triton":
-        from toprl_kernels.cache.triton import compact_cache_backward_triton
-
-        return compact_cache_backward_triton(indices, grad_keys, grad_values, num_tokens)
-    return compact_cache_backward_eager(indices, grad_keys, grad_values, num_tokens)
-
-
-def _backward_fake(
-    indices: Tensor, grad_keys: Tensor | None, grad_values: Tensor | None, num_tokens: int, backend: str
-) -> tuple[Tensor, Tensor]:
-    keys, values = (
-        torch.empty(0, device=indices.device)
-        if gradient is None
-        else gradient.new_empty(*gradient.shape[:2], num_tokens, gradient.shape[3])
-        for gradient in (grad_keys, grad_values)
-    )
-    return keys, values
-
-
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     keys, _, indices, backend = inputs
     ctx.set_materialize_grads(False)
@@ -121,25 +100,15 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     ctx.options = keys.size(2), backend
 
 
-def _backward(ctx: Any, grad_keys: Tensor | None, grad_values: Tensor | None) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
     (indices,) = ctx.saved_tensors
-    wanted = [
-        gradient if gradient is not None and needed else None
-        for gradient, needed in zip((grad_keys, grad_values), ctx.needs_input_grad[:2], strict=True)
-    ]
-    if wanted == [None, None]:
-        return None, None, None, None
-    results = backward_op(indices, *wanted, *ctx.options)
-    keys, values = (None if gradient is None else result for gradient, result in zip(wanted, results, strict=True))
+    keys, values = (
+        gather_backward(gradient, indices, *ctx.options) if gradient is not None and needed else None
+        for gradient, needed in zip(gradients, ctx.needs_input_grad[:2], strict=True)
+    )
     return keys, values, None, None
 
 
-backward_op = register(
-    "compact_cache_backward(Tensor indices, Tensor? grad_keys, Tensor? grad_values, SymInt num_tokens, str backend)"
-    " -> (Tensor, Tensor)",
-    _backward_implementation,
-    _backward_fake,
-)
 _forward_op = register(
     "compact_cache(Tensor keys, Tensor values, Tensor indices, str backend) -> (Tensor, Tensor)",
     _forward,

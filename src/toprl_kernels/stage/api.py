@@ -12,7 +12,7 @@ from toprl_kernels import dispatch as check
 from toprl_kernels.dispatch import choose, register
 from toprl_kernels.stage.eager import Outputs, prune_stage_eager
 from toprl_kernels.stage.reference import PruneStageOutput, prune_stage_reference
-from toprl_kernels.topk.api import MAX_TRITON_TOKENS, backward_op
+from toprl_kernels.topk.api import MAX_TRITON_TOKENS, gather_backward
 
 OP = "prune_stage"
 MAX_TABLES = 3
@@ -171,7 +171,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Outputs) -> None:
 
 def _backward(ctx: Any, gradient: Tensor, *_: object) -> tuple[Any, ...]:
     (indices,) = ctx.saved_tensors
-    grad_hidden = backward_op(gradient, indices, *ctx.options)
+    grad_hidden = gather_backward(gradient[:, None], indices, *ctx.options)[:, 0]
     return (grad_hidden, *[None] * 10, [None] * ctx.num_tables, None, None)
 
 

@@ -272,11 +272,11 @@ def _backward_implementation(gradient: Tensor, indices: Tensor, num_tokens: int,
     scatter = scatter_heads
     if backend == "triton":
         from toprl_kernels.topk.triton import scatter_heads as scatter
-    return scatter(gradient[:, None], indices, num_tokens)[:, 0]
+    return scatter(gradient, indices, num_tokens)
 
 
 def _backward_fake(gradient: Tensor, indices: Tensor, num_tokens: int, backend: str) -> Tensor:
-    return gradient.new_empty(gradient.shape[0], num_tokens, gradient.shape[2])
+    return gradient.new_empty(*gradient.shape[:2], num_tokens, gradient.shape[3])
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Outputs) -> None:
@@ -287,11 +287,11 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Outputs) -> None:
 
 def _backward(ctx: Any, gradient: Tensor, *_: object) -> tuple[Tensor | None, ...]:
     (indices,) = ctx.saved_tensors
-    return (backward_op(gradient, indices, *ctx.options), *[None] * 13)
+    return (gather_backward(gradient[:, None], indices, *ctx.options)[:, 0], *[None] * 13)
 
 
-backward_op = register(
-    "topk_compact_backward(Tensor gradient, Tensor indices, SymInt num_tokens, str backend) -> Tensor",
+gather_backward = register(  # of any gather of rows: [B, H, K, d] to [B, H, N, d]
+    "gather_backward(Tensor gradient, Tensor indices, SymInt num_tokens, str backend) -> Tensor",
     _backward_implementation,
     _backward_fake,
 )
