@@ -194,7 +194,9 @@ def _backward(ctx: Any, grad_logits: Tensor | None) -> tuple[Tensor | None, ...]
     inputs, (folded, _, _, *options) = saved[:number], saved[number:]
     leaves = [tensor.detach().requires_grad_(needed) for tensor, needed in zip(inputs, needs, strict=True)]
     with torch.enable_grad(), torch.autocast(grad_logits.device.type, enabled=False):
-        logits = actor_score_eager(leaves[0], ActorWeights(*leaves[1:]), *options, ctx.stage, folded is not None)
+        valid, indices, bounds = options
+        weights = ActorWeights(*leaves[1:])
+        logits = actor_score_eager(leaves[0], weights, valid, indices, bounds, ctx.stage, folded is not None)
         wanted = [place for place, needed in enumerate(needs) if needed]
         results = torch.autograd.grad(logits, [leaves[place] for place in wanted], grad_logits)
     for place, result in zip(wanted, results, strict=True):

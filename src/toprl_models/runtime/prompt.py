@@ -404,7 +404,8 @@ def read_prompt(
         rank = rank - on_device(packing.before(num_visual), rank.device)[packing.number]
     columns = torch.where(visual, rank, -1)
     listed = visual_of(columns, num_visual, packing)
-    run, sizes = None, ()
+    run: Tensor | None = None
+    sizes: tuple[tuple[int, ...], ...] = ()
     if numbers_images:
         begins = visual & ~pad(visual, (1, 0))[:, :-1]
         runs = (begins if frames is None else begins | (visual & frames)).cumsum(1)

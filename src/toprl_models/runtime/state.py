@@ -187,7 +187,7 @@ def image_shares(sizes: Sequence[int], count: int) -> list[int]:
     The shares are proportional to the images' sizes, add up to the count, and never grow when it shrinks.
     """
     shares = [0] * len(sizes)
-    queue = [(-size, image) for image, size in enumerate(sizes)]
+    queue = [(-float(size), image) for image, size in enumerate(sizes)]
     heapq.heapify(queue)
     for _ in range(min(count, sum(sizes))):
         _, image = queue[0]
