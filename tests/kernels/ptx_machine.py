@@ -215,11 +215,7 @@ class Warp:
         values = np.zeros((32, size), np.uint8)
         for count in set(used[lanes].tolist()) - {0}:
             part = lanes & (used == count)
-            values[part, :count] = (
-                np.stack(self.load("global", source, 1, count, part), 1)[part]
-                if count not in CELLS
-                else self.load("global", source, count, 1, part)[0][part].copy().view(np.uint8).reshape(-1, count)
-            )
+            values[part, :count] = self.load("global", source, count, 1, part)[0][part, None].view(np.uint8)
         cells = self.shared.cells(target[lanes], size)
         self.shared.write(self, cells, size, None, PENDING)
         self.issued.append(Copy(cells, size, np.ascontiguousarray(values[lanes]).view(CELLS[size])[:, 0]))

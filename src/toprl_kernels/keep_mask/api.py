@@ -57,7 +57,7 @@ def sample_keep_mask(
         tau: temperature of the gradient, > 0.
         previous_mask: [B, N] bool, False = dropped at an earlier stage: mask, log-probability, entropy and gradient
             are 0 there.
-        backend: None, "auto", "eager", "triton" or "reference"; see :mod:`toprl_kernels.backend`.
+        backend: None, "auto", "eager", "triton" or "reference"; see :mod:`toprl_kernels.dispatch`.
 
     Returns:
         KeepMaskSample(keep_mask, log_prob, entropy), each [B, N].
