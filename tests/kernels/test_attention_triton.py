@@ -393,13 +393,13 @@ def test_many_heads_are_one_grid_dimension(monkeypatch: pytest.MonkeyPatch) -> N
             grids.append(grid)
             return lambda *args, **kwargs: None
 
-    for name in ("lists", "fwd", "decode", "merge"):
+    for name in ("lists", "compact", "fwd", "decode", "merge"):
         monkeypatch.setattr(launch, f"masked_attention_{name}_kernel", Record())
     for num_tokens in (1, 17):  # decoding and not
         query = torch.zeros(1, 70_000, num_tokens, 1)
         keep_mask = torch.ones(1, num_tokens, dtype=torch.bool)
         launch.masked_attention_forward_triton(query, query, query, keep_mask, None, None, None, True, 1.0)
-    assert grids == [(1,), (70_000,), (70_000,), (1,), (70_000,)]
+    assert grids == [(1,), (70_000,), (70_000,), (1,), (8 * 70_000,), (70_000,)]
 
 
 def test_bounded_mask_gradient(device: str) -> None:
