@@ -900,18 +900,15 @@ def masked_attention_bwd_dkdv_kernel(
         is_valid = tl.load(lists + VALID * list_stride + columns) != 0
         dm_rows = dm_ptr + (batch_kv * splits + part) * num_keys + columns
         tl.store(dm_rows, tl.where(is_valid, dm, 0.0), mask=columns < num_keys)
+    is_part = False
     if SPLIT:
-        if splits > 1:
-            rows = (tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N))[:, None]
-            if NEED_DK:
-                tl.store(dk_part_ptr + rows * BLOCK_D + dims[None, :], dk)
-            if NEED_DV:
-                tl.store(dv_part_ptr + rows * BLOCK_DV + value_dims[None, :], dv)
-        else:
-            store_key_gradients(
-                dk_ptr, dv_ptr, dk, dv, batch_kv, columns, num_keys, scale, dims, value_dims, HEAD_DIM, VALUE_DIM,
-                NEED_DK, NEED_DV,
-            )  # fmt: skip
+        is_part = splits > 1
+    if is_part:
+        rows = (tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N))[:, None]
+        if NEED_DK:
+            tl.store(dk_part_ptr + rows * BLOCK_D + dims[None, :], dk)
+        if NEED_DV:
+            tl.store(dv_part_ptr + rows * BLOCK_DV + value_dims[None, :], dv)
     else:
         store_key_gradients(
             dk_ptr, dv_ptr, dk, dv, batch_kv, columns, num_keys, scale, dims, value_dims, HEAD_DIM, VALUE_DIM,
@@ -1089,7 +1086,7 @@ def masked_attention_forward_triton(
 
 def _empty_like_query(query: Tensor, value_dim: int) -> Tensor:
     """[B, H, Nq, Dv], its dimensions in the query's order in memory, Dv dense."""
-    order = sorted(range(3), key=lambda dim: -query.stride(dim))
+    order = sorted(range(3), key=lambda dim: query.stride()[dim], reverse=True)
     output = query.new_empty(*(query.shape[dim] for dim in order), value_dim)
     return output.permute(*(order.index(dim) for dim in range(3)), 3)
 
@@ -1119,10 +1116,8 @@ def masked_attention_backward_triton(
     """Gradients with respect to query, key, value and keep_mask; None where ``needs`` says no."""
     if scale < 0:
         arguments = (key, value, keep_mask, key_padding_mask, ranges, lists, output, lse, is_causal, -scale)
-        grad_query, *others = masked_attention_backward_triton(
-            grad_output, -query, *arguments, bounded_mask_grad, needs
-        )  # type: ignore[assignment]
-        return (None if grad_query is None else -grad_query, *others)  # type: ignore[return-value]
+        mirrored = masked_attention_backward_triton(grad_output, -query, *arguments, bounded_mask_grad, needs)
+        return (None if mirrored[0] is None else -mirrored[0], *mirrored[1:])
     query, key, value = dense_rows(query), dense_rows(key), dense_rows(value)
     grad_output, output, lse = dense_rows(grad_output), dense_rows(output), lse.contiguous()
     lists = make_lists(keep_mask, key_padding_mask, ranges) if lists is None else lists
