@@ -116,9 +116,9 @@ _pin_attention("merge", ALL, ANY, C(0, 0, 4, 1))
 _pin_attention("bwd_finish", ALL, ANY, C(0, 16, 4, 1))
 # Sizes: none. block_n tokens.
 _pin("masked_attention_lists", ALL, ANY, {NO_LIMIT: C(0, 2048, 4, 1)})
-# Sizes: rows per key/value head, Nq * H / Hkv. block_n keys. splits=1: the loops read gathered keys and values; 0: they
-# read through the list. A gather moves 8 D bytes per kept key, which this many rows win back.
-_pin("masked_attention_compact", ALL, ANY, {4095: C(0, 32, 4, 1, splits=0), NO_LIMIT: C(0, 32, 4, 1, splits=1)})
+# Sizes: rows per key/value head, Nq * H / Hkv. block_n keys that a program gathers; 0 where the loops read through the
+# list instead. A gather moves 8 D bytes per kept key, which this many rows win back.
+_pin("masked_attention_compact", ALL, ANY, {4095: C(0, 0, 4, 1), NO_LIMIT: C(0, 32, 4, 1)})
 
 # Sizes: number of tokens. block_n is the number of keys held in registers at once: all of them, or a chunk.
 _pin("topk_select", ALL, ANY, {1024: C(1, 1024, 4, 1), 2048: C(1, 2048, 8, 1), 4096: C(1, 4096, 16, 1)})

@@ -25,7 +25,7 @@ SMALL = {
     "masked_attention_bwd_dq": C(32, 16, 4, 1),
     "masked_attention_bwd_dq_compact": C(32, 16, 4, 1),
 }
-COMPACT = {"masked_attention_compact": C(0, 32, 4, 1, splits=1)}
+COMPACT = {"masked_attention_compact": C(0, 32, 4, 1)}
 
 
 class Case(NamedTuple):

@@ -1011,15 +1011,16 @@ def _compacted(key: Tensor, value: Tensor, lists: Tensor, num_queries: int, size
     config = configs.select(
         "masked_attention_compact", size=num_queries * sizes["GROUPS"], dtype=key.dtype, device=key.device
     )
-    if config.splits == 0 and all(_is_aligned(tensor) for tensor in (key, value)):
+    if config.block_n == 0 and all(_is_aligned(tensor) for tensor in (key, value)):
         return []
+    block_n = config.block_n or 32
     batch, num_kv_heads, num_keys, _ = key.shape
     list_stride = lists.shape[2]
     copies = [key.new_empty(batch, num_kv_heads, list_stride, sizes[name]) for name in ("BLOCK_D", "BLOCK_DV")]
     names = ("HEAD_DIM", "VALUE_DIM", "BLOCK_D", "BLOCK_DV")
-    masked_attention_compact_kernel[(batch * num_kv_heads * (list_stride // config.block_n),)](
+    masked_attention_compact_kernel[(batch * num_kv_heads * (list_stride // block_n),)](
         key, value, *copies, lists, *key.stride()[:3], *value.stride()[:3], num_kv_heads, num_keys, list_stride,
-        BLOCK_N=config.block_n, **{name: sizes[name] for name in names}, **_options(config),
+        BLOCK_N=block_n, **{name: sizes[name] for name in names}, **_options(config),
     )  # fmt: skip
     return copies
 
