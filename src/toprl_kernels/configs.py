@@ -77,16 +77,15 @@ def _pin_attention(kernel: str, architectures: str, kind: str, *rows: LaunchConf
 
 
 # block_m queries, block_n keys. Chosen by what the loops became: no spill inside, no warp that repeats another's
-# product, three buffers of keys and values in flight where they fit (the load of the list takes one or two
-# of num_stages).
-# D = 512 is there to run.
+# product, three buffers of keys and values in flight where they fit (the load of the list takes further stages: two
+# on sm_90, four on sm_80). D = 512 is there to run.
 _pin_attention("fwd", "sm_90 sm_100", HALF, C(128, 64, 8, 5), C(128, 64, 8, 5), C(128, 64, 8, 2), C(16, 64, 8, 1))
 _pin_attention("fwd", "sm_80", HALF, C(128, 64, 8, 7), C(128, 32, 8, 7), C(64, 64, 8, 2), C(16, 64, 8, 1))
 _pin_attention("fwd", "sm_86", HALF, C(128, 64, 8, 7), C(128, 32, 8, 7), C(32, 64, 8, 1), C(16, 64, 8, 1))
 _pin_attention("fwd_compact", "sm_90", HALF, C(128, 128, 8, 3), C(128, 128, 8, 3), C(128, 64, 8, 2), C(16, 64, 8, 1))
 _pin_attention("fwd_compact", "sm_100", HALF, C(128, 64, 8, 3), C(128, 64, 8, 3), C(128, 64, 8, 2), C(16, 64, 8, 1))
 _pin_attention("fwd_compact", "sm_80", HALF, C(128, 64, 8, 4), C(128, 64, 8, 4), C(64, 64, 8, 2), C(16, 64, 8, 1))
-_pin_attention("fwd_compact", "sm_86", HALF, C(128, 64, 8, 4), C(128, 32, 8, 3), C(32, 64, 8, 1), C(16, 64, 8, 1))
+_pin_attention("fwd_compact", "sm_86", HALF, C(128, 64, 8, 4), C(128, 32, 8, 4), C(32, 64, 8, 1), C(16, 64, 8, 1))
 _pin_attention("decode", LARGE, HALF, C(16, 64, 4, 5), C(16, 64, 4, 5), C(16, 64, 4, 3), C(16, 32, 8, 3))
 _pin_attention("decode", "sm_86", HALF, C(16, 64, 4, 5), C(16, 64, 4, 5), C(16, 32, 4, 3), C(16, 32, 8, 1))
 _pin_attention("bwd_prepare", ALL, HALF, C(32, 0, 8, 1), C(16, 0, 8, 1))
