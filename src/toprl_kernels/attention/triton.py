@@ -567,30 +567,6 @@ def query_gradient_step(
     return dot(x.to(k.dtype), k, dq)
 
 
-@triton.jit
-def query_gradient(
-    q, do, lse, delta, k_base, v_base, lists, list_stride, tokens, bounds, low, inner_low, inner_high,
-    high, num_keys, stride_kn, stride_vn, scale_log2, dims, value_dims, dq,
-    HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    CAUSAL: tl.constexpr, RANGES: tl.constexpr, SOFT: tl.constexpr, COMPACT: tl.constexpr,
-):  # fmt: skip
-    """dQ over slots [low, high)."""
-    for start_n in range(host_int(inner_low), host_int(inner_high), BLOCK_N):
-        dq = query_gradient_step(
-            q, do, lse, delta, k_base, v_base, lists, list_stride, start_n, high, tokens, bounds,
-            num_keys, stride_kn, stride_vn, scale_log2, dims, value_dims, dq,
-            HEAD_DIM, VALUE_DIM, BLOCK_M, BLOCK_N, CAUSAL, RANGES, SOFT, COMPACT, False,
-        )  # fmt: skip
-    edges = inner_low - low + tl.maximum(high - inner_high, 0)
-    for n in range(0, host_int(edges), BLOCK_N):
-        dq = query_gradient_step(
-            q, do, lse, delta, k_base, v_base, lists, list_stride, edge_start(n, low, inner_low, inner_high, BLOCK_N),
-            high, tokens, bounds, num_keys, stride_kn, stride_vn, scale_log2, dims, value_dims, dq,
-            HEAD_DIM, VALUE_DIM, BLOCK_M, BLOCK_N, CAUSAL, RANGES, SOFT, COMPACT, True,
-        )  # fmt: skip
-    return dq
-
-
 @triton.jit(do_not_specialize=["num_heads", "num_queries", "num_keys"])
 def masked_attention_bwd_dq_kernel(
     q_ptr, k_ptr, v_ptr, kc_ptr, vc_ptr, do_ptr, dq_ptr, row_ptr, list_ptr, range_ptr,
@@ -633,11 +609,22 @@ def masked_attention_bwd_dq_kernel(
         k_base, v_base, kc_ptr, vc_ptr, stride_kn, stride_vn, batch * (num_heads // GROUPS) + kv_head, list_stride,
         BLOCK_D, BLOCK_DV, COMPACT,
     )  # fmt: skip
-    dq = query_gradient(
-        q, do, lse, delta, k_loop, v_loop, lists, list_stride, tokens, bounds, low, inner_low, inner_high, high,
-        num_keys, stride_k, stride_v, scale_log2, dims, value_dims, dq, BLOCK_D if COMPACT else HEAD_DIM,
-        BLOCK_DV if COMPACT else VALUE_DIM, BLOCK_M, BLOCK_N, CAUSAL, RANGES, SOFT, COMPACT,
-    )  # fmt: skip
+    LOOP_DIM: tl.constexpr = BLOCK_D if COMPACT else HEAD_DIM
+    LOOP_VALUE_DIM: tl.constexpr = BLOCK_DV if COMPACT else VALUE_DIM
+    for start_n in range(host_int(inner_low), host_int(inner_high), BLOCK_N):
+        dq = query_gradient_step(
+            q, do, lse, delta, k_loop, v_loop, lists, list_stride, start_n, high, tokens, bounds, num_keys, stride_k,
+            stride_v, scale_log2, dims, value_dims, dq, LOOP_DIM, LOOP_VALUE_DIM, BLOCK_M, BLOCK_N, CAUSAL, RANGES,
+            SOFT, COMPACT, False,
+        )  # fmt: skip
+    edges = inner_low - low + tl.maximum(high - inner_high, 0)
+    for n in range(0, host_int(edges), BLOCK_N):
+        start_n = edge_start(n, low, inner_low, inner_high, BLOCK_N)
+        dq = query_gradient_step(
+            q, do, lse, delta, k_loop, v_loop, lists, list_stride, start_n, high, tokens, bounds, num_keys, stride_k,
+            stride_v, scale_log2, dims, value_dims, dq, LOOP_DIM, LOOP_VALUE_DIM, BLOCK_M, BLOCK_N, CAUSAL, RANGES,
+            SOFT, COMPACT, True,
+        )  # fmt: skip
     k_self = load_rows(k_base, tokens, stride_kn, dims, HEAD_DIM)  # [M, D]
     dq += tl.load(vector + SELF_GRAD * plane_stride)[:, None] * k_self.to(tl.float32)
     dq = tl.where((lse == float("inf"))[:, None], 0.0, dq * scale)
