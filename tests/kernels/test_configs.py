@@ -93,7 +93,7 @@ def test_too_old_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     ("kernel", "size", "dtype", "message"),
     [
         ("nothing", 64, torch.float32, r"kernel='nothing' is unknown; use one of masked_attention_fwd"),
-        ("masked_attention_fwd", 257, torch.float32, r"no row for size=257, the largest is 256; use backend='eager'"),
+        ("masked_attention_fwd", 513, torch.float32, r"no row for size=513, the largest is 512; use backend='eager'"),
         ("masked_attention_fwd", 64, torch.float64, r"no row for dtype=torch.float64; use float16"),
     ],
 )
