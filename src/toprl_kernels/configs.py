@@ -65,6 +65,7 @@ def _pin(kernel: str, architectures: str, kind: str, rows: Rows) -> None:
 ALL = " ".join(ARCHITECTURES)
 LARGE = "sm_80 sm_90 sm_100"
 
+
 def _pin_attention(kernel: str, architectures: str, kind: str, *rows: LaunchConfig) -> None:
     """A row per bucket of the larger head dim, padded to a power of two: the last ones of 64, 128, 256 and 512."""
     buckets = (64, 128, 256, 512)[-len(rows) :]
