@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 MATRIX = pytest.StashKey["Matrix"]()
 HAS_CUDA = torch.cuda.is_available()
-if not HAS_CUDA:
+if not HAS_CUDA and "TOPRL_TESTS_COMPILED" not in os.environ:  # see test_compiled_lane.py
     os.environ["TRITON_INTERPRET"] = "1"
 
 

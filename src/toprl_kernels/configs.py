@@ -118,12 +118,9 @@ _pin("masked_attention_compact", ALL, ANY, {4095: C(0, 32, 4, 1, splits=0), NO_L
 
 # Sizes: number of tokens. block_n is the number of keys held in registers at once: all of them, or a chunk of 4,096.
 _pin("topk_select", ALL, ANY, {1024: C(1, 1024, 4, 1), 2048: C(1, 2048, 8, 1), 4096: C(1, 4096, 16, 1)})
-# Sizes: hidden size. block_m rows, block_n dimensions (at most; smaller hidden sizes take less).
+# Sizes: hidden size, or head dim of a cache. block_m rows, block_n dimensions (at most; of narrower ones, more rows).
 _pin("topk_gather", ALL, ANY, {NO_LIMIT: C(8, 1024, 8, 1)})
 _pin("topk_scatter", ALL, ANY, {NO_LIMIT: C(8, 1024, 8, 1)})
-# Sizes: none. block_n elements, rows times head dim, that a program moves.
-_pin("compact_cache", ALL, ANY, {NO_LIMIT: C(0, 8192, 8, 1)})
-_pin("compact_cache_bwd", ALL, ANY, {NO_LIMIT: C(0, 8192, 8, 1)})
 
 # Sizes: tokens of all samples. block_m tokens; block_n is the block of the inner dimension d1 (layer 1), of fc2's
 # outputs (layers 2 and 3). Few tokens: two programs share a row block, which halves what a program reads of W1 and

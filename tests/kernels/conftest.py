@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 import pytest
@@ -24,3 +25,12 @@ def poisoned_memory() -> Iterator[None]:
 def device() -> str:
     """Where Triton kernels run in this process: a GPU, or the CPU under the interpreter."""
     return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.fixture(autouse="TOPRL_TESTS_COMPILED" in os.environ, scope="session")
+def compiled() -> Iterator[None]:
+    """Run kernels compiled for a GPU that is not there: test_compiled_lane.py."""
+    from tests.kernels.ptx_simulator import simulated
+
+    with simulated(int(os.environ["TOPRL_TESTS_COMPILED"])):
+        yield

@@ -165,6 +165,7 @@ def _fake(hidden_states: Tensor, scores: Tensor, columns: Tensor, *arguments: An
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Outputs) -> None:
     ctx.save_for_backward(output[1])
+    ctx.mark_non_differentiable(*output[1:-1], *output[-1])
     ctx.options, ctx.num_tables = (inputs[0].size(1), True, inputs[-1]), len(output[-1])
 
 

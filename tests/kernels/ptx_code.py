@@ -1,0 +1,498 @@
+"""A kernel's PTX as Python: each basic block becomes a function over the 32 lanes of a warp.
+
+See ptx_simulator.py. An instruction that is not known raises NotImplementedError, which names it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from tests.kernels.ptx_machine import CELLS, LANES, Array, Mask, Warp, numpy_kind
+
+
+def left_operand(registers: Sequence[Array]) -> Array:
+    """A [16, 16] of a warp, in the layout of mma.m16n8k16 (PTX manual)."""
+    halves = np.stack(registers).view(np.uint16).reshape(2, 2, 8, 4, 2)  # k / 8, row / 8, row % 8, k % 8 / 2, k % 2
+    return halves.transpose(1, 2, 0, 3, 4).reshape(16, 16)
+
+
+def right_operand(registers: Sequence[Array]) -> Array:
+    """B [16, 8], transposed."""
+    halves = np.stack(registers).view(np.uint16).reshape(2, 8, 4, 2)  # k / 8, column, k % 8 / 2, k % 2
+    return halves.transpose(1, 0, 2, 3).reshape(8, 16)
+
+
+def multiply(left: Array, right: Array, registers: Sequence[Array], widen: Callable[..., Array]) -> list[Array]:
+    """left [16, 16] @ right [n, 16]^T + the accumulators [16, n]; rounded once."""
+    # column / 8, row / 8, column % 2, row % 8, column % 8 / 2
+    acc = np.stack(registers).view(np.float32).reshape(-1, 2, 2, 8, 4).transpose(1, 3, 0, 4, 2).reshape(16, -1)
+    left, right = (widen(np.ascontiguousarray(x)).astype(np.float64) for x in (left, right))
+    total = (left @ right.T + acc).astype(np.float32).reshape(2, 8, -1, 4, 2).transpose(2, 0, 4, 1, 3)
+    return list(total.reshape(-1, 32).view(np.uint32))
+
+
+def multiply_tiles(
+    warp: Warp,
+    a: Any,
+    b: Array,
+    slots: list[int],
+    keep: Array,
+    widen: Callable[..., Array],
+    transposed: tuple[bool, ...],
+) -> None:
+    """wgmma: 16 of the 64 rows of a group of four warps. ``a``: registers, or a descriptor as ``b``."""
+    left = left_operand(a) if isinstance(a, list) else warp.load_tile(a, (warp.mark - 1) % 4 * 16, 16, transposed[0])
+    right = warp.load_tile(b, 0, 2 * len(slots), transposed[1])
+    registers = [np.where(keep, warp.accumulator(slot), np.uint32(0)) for slot in slots]
+    warp.tiles.results.update(zip(slots, multiply(left, right, registers, widen), strict=True))
+    for slot in slots:
+        warp.registers[slot] = np.full(32, 0xFFFFFFFF, np.uint32)
+
+
+def shuffle(mode: str, value: Array, by: Array, clamp: Array) -> tuple[Array, Array]:
+    """shfl.sync: the value of another lane, and whether that lane is in range."""
+    by, segment, limit = (by & 31).astype(int), (clamp >> 8 & 31).astype(int), (clamp & 31).astype(int)
+    largest, smallest = LANES & segment | limit & ~segment, LANES & segment
+    source = {"up": LANES - by, "down": LANES + by, "bfly": LANES ^ by, "idx": smallest | by & ~segment}[mode]
+    inside = source >= largest if mode == "up" else source <= largest
+    return value[np.where(inside, source, LANES)], inside
+
+
+def from_bfloat16(bits: Array) -> Array:
+    return (bits.astype(np.uint32) << np.uint32(16)).view(np.float32)
+
+
+def from_float16(bits: Array) -> Array:
+    return bits.view(np.float16).astype(np.float32)
+
+
+def to_bfloat16(value: Array) -> Array:
+    bits = value.view(np.uint32)
+    rounded = (bits + np.uint32(0x7FFF) + (bits >> np.uint32(16) & np.uint32(1))) >> np.uint32(16)
+    return np.where(np.isnan(value), 0x7FFF, rounded).astype(np.uint16)
+
+
+def divide(a: Array, b: Array) -> Array:
+    """Integers, towards zero; -1 for a divisor of 0."""
+    quotient = np.abs(a) // np.maximum(np.abs(b), 1)
+    return np.where(b == 0, np.array(-1).astype(a.dtype), np.where((a < 0) != (b < 0), -quotient, quotient))
+
+
+def permute(a: Array, b: Array, selector: Array) -> Array:
+    """prmt: each byte of the result is one of the eight of b:a, or its sign."""
+    source = np.stack([a, b], 1).view(np.uint8)
+    nibbles = selector[:, None] >> np.arange(0, 16, 4, dtype=np.uint32) & 15
+    chosen = np.take_along_axis(source, (nibbles & 7).astype(int), 1)
+    return np.where(nibbles & 8, np.where(chosen >> 7, 255, 0), chosen).astype(np.uint8).view(np.uint32)[:, 0]
+
+
+# operation -> numpy expression; the types of operands and result are the instruction's last part
+UNSIGNED = {  # that mean the same for signed operands
+    "add": "{0}+{1}", "sub": "{0}-{1}", "mul.lo": "{0}*{1}", "mad.lo": "{0}*{1}+{2}", "and": "{0}&{1}",
+    "or": "{0}|{1}", "xor": "{0}^{1}", "not": "~{0}", "mov": "{0}", "shl": "{0}<<{1}",
+    "prmt": "permute({0},{1},{2})",
+}  # fmt: skip
+INTEGER = {
+    "shr": "{0}>>{1}", "min": "minimum({0},{1})", "max": "maximum({0},{1})", "neg": "-{0}", "abs": "abs({0})",
+    "div": "divide({0},{1})", "rem": "{0}-divide({0},{1})*{1}",
+    "popc": "np.unpackbits({0}.view(u1).reshape(32,-1),axis=1).sum(1).astype(u4)",
+}  # fmt: skip
+FLOAT = {
+    "add": "{0}+{1}", "sub": "{0}-{1}", "mul": "{0}*{1}", "fma": "({0}.astype(f8)*{1}+{2})", "neg": "-{0}",
+    "abs": "abs({0})", "div": "{0}/{1}", "rcp": "1/{0}", "sqrt": "np.sqrt({0})", "rsqrt": "1/np.sqrt({0})",
+    "ex2": "np.exp2({0})", "lg2": "np.log2({0})", "mov": "{0}", "min": "np.fmin({0},{1})", "max": "np.fmax({0},{1})",
+    "min.NaN": "minimum({0},{1})", "max.NaN": "maximum({0},{1})",
+}  # fmt: skip
+COMPARE = {"eq": "==", "lt": "<", "le": "<=", "gt": ">", "ge": ">=", "lo": "<", "ls": "<=", "hi": ">", "hs": ">="}
+REDUCE = {"add": "sum", "min": "min", "max": "max", "and": "bitwise_and.reduce", "or": "bitwise_or.reduce"}
+NAMESPACE: dict[str, Any] = {
+    "divide": divide, "permute": permute, "shuffle": shuffle, "multiply": multiply, "multiply_tiles": multiply_tiles,
+    "left_operand": left_operand, "right_operand": right_operand, "to_bfloat16": to_bfloat16,
+    "from_bfloat16": from_bfloat16, "from_float16": from_float16, "np": np, "bool_": np.bool_, "abs": np.abs,
+    "where": np.where, "minimum": np.minimum, "maximum": np.maximum, "isnan": np.isnan, "full": np.full,
+    **{f"{kind}{size}": np.dtype(f"{kind}{size}").type for kind in "iu" for size in (1, 2, 4, 8)},
+    "f2": np.float16, "f4": np.float32, "f8": np.float64,
+}  # fmt: skip
+
+
+class Block(NamedTuple):
+    """A basic block, cut at barriers. ``run(warp, registers, mask)`` returns the lanes that take the branch."""
+
+    run: Callable[[Warp, list[Array], Mask], Array | None]
+    lines: list[int]
+    kind: str  # "next", "branch", "barrier" or "exit"
+    target: int
+    next: int
+
+
+class Line(NamedTuple):
+    number: int
+    guard: str  # predicate register, "!" before it if negated
+    parts: list[str]  # of the opcode
+    operands: list[str]
+
+
+INSTRUCTION = re.compile(r"(?:@(!?%\w+)\s+)?([a-z][\w.:]*)\s*(.*);$")
+OPERAND = re.compile(r"\{[^}]*\}|\[[^]]*\]|[^\s,][^,]*")
+
+
+class Kernel:
+    """A kernel's PTX as Python functions, one per basic block, in reverse postorder."""
+
+    def __init__(self, name: str, ptx: str, num_warps: int) -> None:
+        self.name, self.num_warps, self.text = name, num_warps, ptx.splitlines()
+        self.file = f"<PTX of {name}>"
+        self.registers: list[type] = []  # numpy type of each
+        self.slots: dict[str, int] = {}
+        self.kinds = {  # "%rd" -> numpy type
+            prefix: np.bool_ if kind == "pred" else CELLS[int(kind[1:]) // 8]
+            for kind, prefix in re.findall(r"\.reg \.(\w+)\s+(%\w+)<", ptx)
+        }
+        self.parameters = [
+            (label, kind) for kind, label in re.findall(r"^\s*\.param \.(\w+)[^\n]*?(\w+_param_\d+)", ptx, re.MULTILINE)
+        ]
+        self.namespace = dict(NAMESPACE)
+        self.blocks = self._blocks()
+        self.ran: set[int] = set()  # blocks
+
+    def _blocks(self) -> list[Block]:
+        pieces: list[list[Line]] = [[]]
+        labels: dict[str, int] = {}
+        start = next(i for i, text in enumerate(self.text) if text.startswith("{"))
+        for number, text in enumerate(self.text[start:], start + 1):
+            text = text.split("//")[0].strip()
+            if text == "}":
+                break
+            if re.fullmatch(r"\$\w+:", text):
+                if pieces[-1]:
+                    pieces.append([])
+                labels[text[:-1]] = len(pieces) - 1
+            elif match := INSTRUCTION.match(text):
+                line = Line(number, match[1] or "", match[2].split("."), OPERAND.findall(match[3]))
+                pieces[-1].append(line)
+                if line.parts[0] in ("bra", "ret", "exit") or line.parts[:2] in (["bar", "sync"], ["barrier", "sync"]):
+                    pieces.append([])
+        end = len(pieces)
+        ends = []
+        for index, lines in enumerate(pieces):
+            last = lines[-1] if lines else None
+            if last is None or last.parts[0] not in ("bra", "ret", "exit", "bar", "barrier"):
+                ends.append(("next", end, index + 1))
+            elif last.parts[0] in ("bar", "barrier"):
+                if last.parts[1] == "sync" and last.operands != ["0"]:
+                    raise NotImplementedError(self.describe(last.number, "only barrier 0 of all warps"))
+                ends.append(("barrier" if last.parts[1] == "sync" else "next", end, index + 1))
+            else:
+                target = labels[last.operands[0]] if last.parts[0] == "bra" else end
+                ends.append(("branch", target, index + 1) if last.guard else ("next", end, target))
+        place = self._reverse_postorder(ends, end)
+        ordered = sorted(place, key=place.__getitem__)
+        place[end] = len(ordered)
+        numbers = [[line.number for line in lines] for lines in pieces]
+        return [
+            Block(self._function(pieces[i]), numbers[i], ends[i][0], place[ends[i][1]], place[ends[i][2]])
+            for i in ordered
+        ]
+
+    @staticmethod
+    def _reverse_postorder(ends: list[tuple[str, int, int]], end: int) -> dict[int, int]:
+        """Block -> place. The successor that comes later in the text is visited first: a loop before what follows."""
+        done: list[int] = []
+        seen = {end}
+        stack = [(0, False)]
+        while stack:
+            block, is_left = stack.pop()
+            if is_left:
+                done.append(block)
+            elif block not in seen:
+                seen.add(block)
+                kind, target, following = ends[block]
+                successors = {following, target} if kind == "branch" else {following}
+                stack += [(block, True), *((successor, False) for successor in sorted(successors))]
+        return {block: place for place, block in enumerate(reversed(done))}
+
+    def describe(self, number: int, error: object) -> str:
+        source = next((text for text in reversed(self.text[:number]) if ".loc" in text), "")
+        comment = source.partition("//")[2].strip()
+        return f"{self.name}, PTX line {number} ({comment}): {self.text[number - 1].strip()}: {error}"
+
+    def _function(self, lines: list[Line]) -> Callable[[Warp, list[Array], Mask], Array | None]:
+        first = lines[0].number if lines else 2
+        code = [""] * (first - 2) + ["def run(warp, R, m):"]
+        for line in lines:
+            code += [""] * (line.number - 1 - len(code))
+            try:
+                code.append(" " + self._statement(line))
+            except (KeyError, ValueError) as error:
+                raise NotImplementedError(self.describe(line.number, f"not simulated ({error!r})")) from None
+        if not lines:
+            code.append(" pass")
+        exec(compile("\n".join(code), self.file, "exec"), self.namespace)
+        result: Callable[[Warp, list[Array], Mask], Array | None] = self.namespace.pop("run")
+        return result
+
+    # --- operands ---
+
+    def _slot(self, register: str) -> int:
+        if register not in self.slots:
+            self.slots[register] = len(self.registers)
+            self.registers.append(self.kinds[re.sub(r"\d+$", "", register)])
+        return self.slots[register]
+
+    def _value(self, token: str, kind: str) -> str:
+        """Expression for an operand as an array of ``kind``, such as "u4" or "bool_"."""
+        token = token.strip()
+        dtype: Any = np.dtype(NAMESPACE[kind])
+        if token in ("%tid.x", "%tid.y", "%tid.z", "%laneid") or re.match(r"%n?(tid|ctaid)\.", token):
+            return f"warp.special[{token!r}].astype({kind})"
+        if token.startswith("%"):
+            slot = self._slot(token)
+            held = np.dtype(self.registers[slot])
+            text = f"R[{slot}]"
+            if held.itemsize != dtype.itemsize:
+                text += f".astype(u{dtype.itemsize})"
+            return text if dtype.kind in "ub" else f"{text}.view({kind})"
+        if token.startswith(("0f", "0d")):
+            bits = int(token[2:], 16)
+        else:
+            bits = 0 if token == "global_smem" else int(token.rstrip("U"), 0)
+        name = f"c_{bits & (1 << 64) - 1:x}_{kind}"
+        if dtype.kind == "b":
+            self.namespace[name] = np.full(32, bool(bits))
+        else:
+            unsigned = CELLS[dtype.itemsize]
+            self.namespace[name] = np.full(32, bits & (1 << 8 * dtype.itemsize) - 1, unsigned).view(dtype)
+        return name
+
+    def _assign(self, register: str, text: str, kind: str, guard: str) -> str:
+        """Statement that puts an array of ``kind`` into a register, where the lanes are on."""
+        if register == "_":
+            return "pass"
+        slot = self._slot(register)
+        held, dtype = np.dtype(self.registers[slot]), np.dtype(NAMESPACE[kind])
+        if held != dtype:
+            if held.itemsize != dtype.itemsize:  # the sign is kept
+                text = f"({text}).astype({'i' if dtype.kind == 'i' else 'u'}{held.itemsize})"
+            text = f"({text}).view(u{held.itemsize})" if dtype.kind != "u" or held.itemsize != dtype.itemsize else text
+        return f"R[{slot}]={text} if {guard} is None else where({guard},{text},R[{slot}])"
+
+    def _address(self, token: str, kind: str) -> str:
+        base, _, offset = token.strip("[] ").partition("+")
+        if not base.strip().startswith("%"):
+            return self._value(str(int(offset or 0)), kind)
+        text = self._value(base.strip(), kind)
+        return text if int(offset or 0) == 0 else f"{text}+{self._value(str(int(offset)), kind)}"
+
+    # --- instructions ---
+
+    def _statement(self, line: Line) -> str:
+        """Python for one instruction."""
+        if line.parts[0] == "bra":
+            return "pass" if not line.guard else f"return {self._guard(line)}"
+        if line.parts[0] in ("ret", "exit"):
+            return "pass" if not line.guard else f"return {self._guard(line)}"
+        if line.guard:
+            return f"g={self._guard(line)}; g=g if m is None else g&m; {self._body(line, 'g')}"
+        return self._body(line, "m")
+
+    def _guard(self, line: Line) -> str:
+        text = self._value(line.guard.lstrip("!"), "bool_")
+        return f"~{text}" if line.guard.startswith("!") else text
+
+    def _body(self, line: Line, guard: str) -> str:
+        parts, operands = line.parts, line.operands
+        base, last = parts[0], parts[-1]
+        if base in ("bar", "barrier", "membar", "fence", "griddepcontrol"):
+            return "pass"
+        if base in ("ld", "st"):
+            return self._access(parts, operands, guard)
+        if parts[:2] == ["cp", "async"]:
+            return self._copy(parts, operands, guard)
+        if base == "ldmatrix":
+            count = int(next(part for part in parts if re.fullmatch(r"x[124]", part))[1:])
+            results = operands[0].strip("{} ").split(",")
+            load = f"L=warp.load_matrices({self._address(operands[1], 'u4')},{count},{'trans' in parts})"
+            return self._together(guard, load, results)
+        if base == "mma":
+            if parts[3] != "m16n8k16" or parts[-4] != "f32" or last != "f32" or parts[-3] != parts[-2]:
+                raise ValueError("mma")
+            widen = {"bf16": "from_bfloat16", "f16": "from_float16"}[parts[-2]]
+            a, b, c = (self._list(operand) for operand in operands[1:])
+            call = f"L=multiply(left_operand({a}),right_operand({b}),{c},{widen})"
+            return self._together(guard, call, operands[0].strip("{} ").split(","))
+        if base == "wgmma":
+            return self._tiles(parts, operands, guard)
+        if base == "stmatrix":
+            arguments = f"{self._address(operands[0], 'u4')},{self._list(operands[1])},{'trans' in parts}"
+            return f"warp.together({guard}); warp.store_matrices({arguments})"
+        if base == "shfl":
+            value, by, clamp = (self._value(operand, "u4") for operand in operands[1:4])
+            target, _, inside = operands[0].partition("|")
+            text = f"L=shuffle({parts[2]!r},{value},{by},{clamp})"
+            extra = f"; R[{self._slot(inside)}]=L[1]" if inside else ""
+            return self._together(guard, text, [target]) + extra
+        if base == "redux":
+            kind = last.replace("s", "i").replace("b", "u")
+            kind = kind[0] + str(int(kind[1:]) // 8)
+            function = f"np.{REDUCE[parts[2]]}"
+            return self._together(
+                guard, f"L=[full(32,{function}({self._value(operands[1], kind)}),{kind}).view(u4)]", operands[:1]
+            )
+        if base == "vote" and parts[2] == "ballot":
+            return self._together(
+                guard,
+                f"L=[full(32,np.packbits({self._value(operands[1], 'bool_')},bitorder='little').view(u4)[0],u4)]",
+                operands[:1],
+            )
+        if base in ("atom", "red") and parts[-2] == "add":
+            kind, space = numpy_kind(last), next(part for part in parts if part in ("global", "shared"))
+            pointer = self._address(operands[-2], "u4" if space == "shared" else "u8")
+            call = f"L=warp.add_atomically({space!r},{pointer},{self._value(operands[-1], kind)},{guard})"
+            return call + (f"; {self._assign(operands[0], 'L', kind, guard)}" if base == "atom" else "")
+        return self._arithmetic(parts, operands, guard)
+
+    def _list(self, operand: str) -> str:
+        return "[" + ",".join(self._value(token, "u4") for token in operand.strip("{} ").split(",")) + "]"
+
+    def _tiles(self, parts: list[str], operands: list[str], guard: str) -> str:
+        """wgmma. Shared memory is read, and results are NaN, until the group is waited for."""
+        if parts[1] != "mma_async":
+            wait = f"warp.wait_tiles({''.join(operands)})"
+            return {"fence": "pass", "commit_group": "warp.commit_tiles()", "wait_group": wait}[parts[1]]
+        d, a, b, accumulate, *scales = operands
+        transposed = tuple(scale != "0" for scale in scales[2:])
+        if scales[:2] != ["1", "1"] or parts[-3] != "f32" or not parts[4].endswith("k16"):
+            raise ValueError("wgmma")
+        left = self._list(a) if "{" in a else self._value(a, "u8")
+        pair = (False, *transposed) if "{" in a else transposed
+        widen = {"bf16": "from_bfloat16", "f16": "from_float16"}[parts[-1]]
+        slots = [self._slot(register.strip()) for register in d.strip("{} ").split(",")]
+        keep = f"{self._value(accumulate, 'bool_')}"
+        call = f"multiply_tiles(warp,{left},{self._value(b, 'u8')},{slots},{keep},{widen},{pair})"
+        return f"warp.together({guard}); {call}"
+
+    def _together(self, guard: str, call: str, results: list[str]) -> str:
+        """An instruction of the whole warp."""
+        stores = "; ".join(f"R[{self._slot(result.strip())}]=L[{i}]" for i, result in enumerate(results))
+        return f"warp.together({guard}); {call}; {stores}"
+
+    def _access(self, parts: list[str], operands: list[str], guard: str) -> str:
+        kind = numpy_kind(parts[-1])
+        size = int(kind[1:])
+        if parts[:2] == ["ld", "param"]:
+            value = f"warp.parameters[{operands[1].strip('[] ')!r}].view({kind})"
+            return self._assign(operands[0], value, kind, guard)
+        space = next(part for part in parts if part in ("global", "shared"))
+        address = "u4" if space == "shared" else "u8"
+        if parts[0] == "ld":
+            results = [result.strip() for result in operands[0].strip("{} ").split(",")]
+            call = f"L=warp.load({space!r},{self._address(operands[1], address)},{size},{len(results)},{guard})"
+            view = "" if kind[0] == "u" else f".view({kind})"
+            return "; ".join(
+                [call, *(self._assign(result, f"L[{i}]{view}", kind, guard) for i, result in enumerate(results))]
+            )
+        values = ",".join(self._value(value, f"u{size}") for value in operands[1].strip("{} ").split(","))
+        return f"warp.store({space!r},{self._address(operands[0], address)},[{values}],{guard})"
+
+    def _copy(self, parts: list[str], operands: list[str], guard: str) -> str:
+        if parts[2] == "commit_group":
+            return "warp.commit()"
+        if parts[2] == "wait_group":
+            return f"warp.wait({operands[0]})"
+        if parts[2] == "wait_all":
+            return "warp.commit(); warp.wait(0)"
+        size = int(operands[2], 0)
+        used = self._value(operands[3] if len(operands) > 3 else str(size), "u4")
+        return f"warp.copy({self._address(operands[0], 'u4')},{self._address(operands[1], 'u8')},{size},{used},{guard})"
+
+    def _arithmetic(self, parts: list[str], operands: list[str], guard: str) -> str:
+        base, last = parts[0], parts[-1]
+        target, *sources = operands
+        if base == "cvt":
+            return self._convert(parts, target, sources, guard)
+        if base == "mov" and "{" in target + sources[0]:
+            return self._pack(target, sources[0], guard)
+        kind = numpy_kind(last)
+        size, letter = (0, "b") if last == "pred" else (int(kind[1:]), kind[0])
+        if base == "setp":
+            a, b = (self._value(source, kind) for source in sources[:2])
+            return self._assign(target, self._comparison(parts, a, b, letter), "bool_", guard)
+        if base == "selp":
+            a, b = (self._value(source, f"u{size}") for source in sources[:2])
+            return self._assign(target, f"where({self._value(sources[2], 'bool_')},{a},{b})", f"u{size}", guard)
+        if len(parts) > 2 and parts[1] == "wide":
+            wide = f"{letter}{2 * size}"
+            a, b = (f"{self._value(source, kind)}.astype({wide})" for source in sources[:2])
+            text = f"{a}*{b}" + (f"+{self._value(sources[2], wide)}" if base == "mad" else "")
+            return self._assign(target, text, wide, guard)
+        if parts[:2] == ["mul", "hi"]:
+            wide = {2: f"{letter}4", 4: f"{letter}8"}[size]
+            a, b = (f"{self._value(source, kind)}.astype({wide})" for source in sources)
+            return self._assign(target, f"({a}*{b}>>{wide}({8 * size})).astype({kind})", kind, guard)
+        if base == "bfe":
+            a, (position, length) = self._value(sources[0], kind), (int(source) for source in sources[1:])
+            text = f"({a}<<{kind}({8 * size - position - length}))>>{kind}({8 * size - length})"
+            return self._assign(target, text, kind, guard)
+        name = ".".join(part for part in parts[:-1] if part not in ("rn", "ftz", "approx", "full", "rz"))
+        if letter == "f":
+            text = FLOAT[name].format(*(self._value(source, kind) for source in sources))
+            return self._assign(target, f"({text}).astype({kind})" if name == "fma" else text, kind, guard)
+        if name in UNSIGNED:
+            kind = "bool_" if last == "pred" else f"u{size}"
+        table = UNSIGNED if name in UNSIGNED else INTEGER
+        return self._assign(target, table[name].format(*(self._value(source, kind) for source in sources)), kind, guard)
+
+    @staticmethod
+    def _comparison(parts: list[str], a: str, b: str, letter: str) -> str:
+        operation = parts[1]
+        if parts[2:-1] not in ([], ["ftz"]):
+            raise ValueError("setp with a second condition")
+        if operation in ("nan", "num"):
+            return f"{'' if operation == 'nan' else '~'}(isnan({a})|isnan({b}))"
+        if letter == "f" and operation.endswith("u"):  # true for NaN, too
+            opposite = {"equ": None, "neu": "eq", "ltu": "ge", "leu": "gt", "gtu": "le", "geu": "lt"}[operation]
+            return f"~(({a}<{b})|({a}>{b}))" if opposite is None else f"~({a}{COMPARE[opposite]}{b})"
+        if operation == "ne":
+            return f"({a}<{b})|({a}>{b})" if letter == "f" else f"{a}!={b}"
+        return f"{a}{COMPARE[operation]}{b}"
+
+    def _pack(self, target: str, source: str, guard: str) -> str:
+        """mov between a register and several narrower ones."""
+        if "{" in source:
+            tokens = source.strip("{} ").split(",")
+            narrow = np.dtype(self.registers[self._slot(target)]).itemsize // len(tokens)
+            values = ",".join(self._value(token, f"u{narrow}") for token in tokens)
+            wide = f"u{narrow * len(tokens)}"
+            return self._assign(target, f"np.stack([{values}],1).view({wide})[:,0]", wide, guard)
+        tokens = [token.strip() for token in target.strip("{} ").split(",")]
+        wide = np.dtype(self.registers[self._slot(source)]).itemsize
+        narrow = f"u{wide // len(tokens)}"
+        split = f"L={self._value(source, f'u{wide}')}.view({narrow}).reshape(32,-1).T.copy()"
+        return "; ".join([split, *(self._assign(token, f"L[{i}]", narrow, guard) for i, token in enumerate(tokens))])
+
+    def _convert(self, parts: list[str], target: str, sources: list[str], guard: str) -> str:
+        kinds = [part for part in parts[1:] if re.fullmatch(r"(bf16|f16)(x2)?|[fsu](8|16|32|64)", part)]
+        result, source = kinds
+        if result in ("bf16x2", "f16x2"):  # the first operand goes to the upper half
+            upper, lower = (self._narrow(self._value(token, "f4"), result[:-2]) for token in sources)
+            return self._assign(target, f"{lower}.astype(u4)|{upper}.astype(u4)<<u4(16)", "u4", guard)
+        if result in ("bf16", "f16"):
+            return self._assign(target, self._narrow(self._value(sources[0], numpy_kind(source)), result), "u2", guard)
+        if source in ("bf16", "f16"):
+            widen = "from_bfloat16" if source == "bf16" else "from_float16"
+            return self._assign(target, f"{widen}({self._value(sources[0], 'u2')})", "f4", guard)
+        kind = numpy_kind(result)
+        value = self._value(sources[0], numpy_kind(source))
+        if source[0] == "f" and result[0] != "f":
+            value = {"rzi": "np.trunc({})", "rni": "np.rint({})", "rmi": "np.floor({})", "rpi": "np.ceil({})"}[
+                parts[1]
+            ].format(value)
+        return self._assign(target, f"{value}.astype({kind})", kind, guard)
+
+    @staticmethod
+    def _narrow(value: str, kind: str) -> str:
+        return f"to_bfloat16({value})" if kind == "bf16" else f"{value}.astype(np.float16).view(u2)"
