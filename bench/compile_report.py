@@ -39,7 +39,15 @@ from unittest import mock
 import torch
 
 import toprl_kernels
-from toprl_kernels import actor_score, compact_cache, configs, masked_attention, sample_keep_mask, topk_compact
+from toprl_kernels import (
+    actor_score,
+    compact_cache,
+    configs,
+    masked_attention,
+    prune_stage,
+    sample_keep_mask,
+    topk_compact,
+)
 from toprl_kernels.configs import LaunchConfig
 from toprl_kernels.testing import make_actor_weights
 
@@ -50,7 +58,9 @@ MAX_THREADS = 1024
 # Tiles of keys and values that must be in flight up to D = 128, where shared memory is large
 IN_FLIGHT = {"masked_attention_fwd": 3, "masked_attention_bwd_dq": 3}
 # (kernel, pattern of "architecture case") -> why its problems may stay
-KNOWN: dict[tuple[str, str], str] = {}
+KNOWN = {
+    ("masked_attention_decode", "sm_(90|100) .*bf16"): "16 packed rows; the instructions of sm_90 and later want 64",
+}
 
 
 @dataclass
@@ -116,7 +126,8 @@ class Kernel:
             narrow = sum(count for name, count in loop.loads.items() if re.search(r"\.[US](8|16)\b", name))
             if narrow >= wide:  # a few of a vector are nothing
                 told.append(f"{where}{wide} loads of 16 bytes, {narrow} of 1 or 2")
-            if loop.buffers < self.in_flight:
+            is_main = loop.instructions == min(each.instructions for each in self.loops)  # the others are its edges
+            if is_main and loop.buffers < self.in_flight:
                 told.append(f"{where}{loop.buffers} buffers, wait {loop.wait}")
         return told
 
@@ -136,9 +147,12 @@ def cases() -> Iterator[tuple[str, Callable[[], object]]]:
         for size in (64, 128, 256):
             yield f"D={size} {name} soft", lambda d=dtype, size=size: _attention(d, size, soft=True)  # type: ignore[misc]
     yield "D=128 bf16 hard", lambda: _attention(half, 128, soft=False)
+    for size in (64, 128, 256):  # few queries: keys are read through their list, not gathered first
+        yield f"D={size} bf16 listed", lambda size=size: _attention(half, size, soft=False, num_queries=768)  # type: ignore[misc]
     yield "decode D=128 bf16", lambda: _attention(half, 128, soft=False, num_queries=1)
     for tokens in (576, 1500, 2880, 65536):
         yield f"N={tokens}", lambda n=tokens: _topk(n)  # type: ignore[misc]
+        yield f"stage N={tokens}", lambda n=tokens: _stage(n)  # type: ignore[misc]
     yield "bf16", _cache
     for name, dtype, tokens in (("bf16", half, 2880), ("bf16", half, 3 * 2880), ("fp32", single, 2880)):
         yield f"N={tokens} {name}", lambda d=dtype, n=tokens: _actor(d, n)  # type: ignore[misc]
@@ -170,6 +184,18 @@ def _topk(tokens: int) -> None:
     output = topk_compact(
         hidden, torch.zeros(1, tokens), torch.tensor([192]), position_ids=torch.zeros(3, 1, tokens).long(),
         max_length=192, valid_mask=torch.ones(1, tokens).bool(), padding_side="left", return_inverse=True,
+        backend="triton",
+    )  # fmt: skip
+    _backward(output.hidden_states)
+
+
+def _stage(tokens: int) -> None:
+    visual = tokens // 2
+    columns = torch.cat([torch.full((1, tokens - visual), -1), torch.arange(visual)[None]], dim=1)
+    tables = [torch.zeros(1, tokens, 128, dtype=torch.bfloat16) for _ in range(2)]
+    output = prune_stage(
+        torch.empty(1, tokens, 4096 if tokens == 2880 else 64, dtype=torch.bfloat16, requires_grad=True),
+        torch.zeros(1, visual, 2), columns, 64, position_ids=torch.zeros(3, 1, tokens).long(), tables=tables,
         backend="triton",
     )  # fmt: skip
     _backward(output.hidden_states)
