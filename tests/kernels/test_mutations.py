@@ -34,8 +34,8 @@ MUTATIONS = [
     Mutation(
         "off by one in the tie rule (Triton)",
         "topk/triton.py",
-        "equal_before = (before & 0xFFFF) - equal.to(tl.int32)",
-        "equal_before = (before & 0xFFFF) - equal.to(tl.int32) - 1",
+        "taken = above | (equal & (equal_before < ties))",
+        "taken = above | (equal & (equal_before <= ties))",
         "test_topk_compact_lanes.py",
     ),
     Mutation(
@@ -48,8 +48,8 @@ MUTATIONS = [
     Mutation(
         "missing diagonal (eager)",
         "attention/eager.py",
-        "rest = 1.0 - mask[:, None, offset:]",
-        "rest = 0.0 * mask[:, None, offset:]",
+        "torch.log1p(-mask[:, own])",
+        "torch.log(0.0 * mask[:, own])",
         "test_masked_attention.py",
     ),
     Mutation(
@@ -67,8 +67,8 @@ MUTATIONS = [
     Mutation(
         "maximum over all keys (definition)",
         "attention/reference.py",
-        "counts = allowed & (gate > 0)",
-        "counts = allowed | (gate > 0)",
+        "counts = (allowed & (gate > 0)) | (is_self & ~is_row)",
+        "counts = allowed | (gate > 0) | (is_self & ~is_row)",
         "test_masked_attention.py",
     ),
     Mutation(
