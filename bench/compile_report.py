@@ -60,6 +60,11 @@ IN_FLIGHT = {"masked_attention_fwd": 3, "masked_attention_bwd_dq": 3}
 # (kernel, pattern of "architecture case") -> why its problems may stay
 KNOWN = {
     ("masked_attention_decode", "sm_(90|100) .*bf16"): "16 packed rows; the instructions of sm_90 and later want 64",
+    ("masked_attention_bwd_dkdv", "sm_(80|86) D=256 bf16"): "64 keys for 8 warps; 4 warps spill inside the loop",
+    (
+        "masked_attention_bwd_dq",
+        "D=256 fp32",
+    ): "float32 rows of D = 256 on the FMA units: every block size tried spills",
 }
 
 

@@ -26,7 +26,7 @@ ROOT = Path(__file__).parents[2]
 MINIMUM = {
     "masked_attention_lists": 2, "masked_attention_compact": 3, "masked_attention_fwd": 10,
     "masked_attention_decode": 1, "masked_attention_bwd_prepare": 4, "masked_attention_bwd_dkdv": 7,
-    "masked_attention_bwd_dq": 10, "topk_select": 3, "topk_gather": 1, "compact_cache": 1, "compact_cache_bwd": 1,
+    "masked_attention_bwd_dq": 10, "topk_select": 3, "topk_gather": 1,
     "actor_layer1": 3, "actor_layers23": 2, "keep_mask_fwd": 1, "keep_mask_bwd": 1,
 }  # fmt: skip
 
