@@ -39,7 +39,15 @@ from unittest import mock
 import torch
 
 import toprl_kernels
-from toprl_kernels import actor_score, compact_cache, configs, masked_attention, sample_keep_mask, topk_compact
+from toprl_kernels import (
+    actor_score,
+    compact_cache,
+    configs,
+    masked_attention,
+    prune_stage,
+    sample_keep_mask,
+    topk_compact,
+)
 from toprl_kernels.configs import LaunchConfig
 from toprl_kernels.testing import make_actor_weights
 
@@ -139,6 +147,8 @@ def cases() -> Iterator[tuple[str, Callable[[], object]]]:
     yield "decode D=128 bf16", lambda: _attention(half, 128, soft=False, num_queries=1)
     for tokens in (576, 1500, 2880, 65536):
         yield f"N={tokens}", lambda n=tokens: _topk(n)  # type: ignore[misc]
+    for tokens in (636, 2940):
+        yield f"stage N={tokens}", lambda n=tokens: _stage(n)  # type: ignore[misc]
     yield "bf16", _cache
     for name, dtype, tokens in (("bf16", half, 2880), ("bf16", half, 3 * 2880), ("fp32", single, 2880)):
         yield f"N={tokens} {name}", lambda d=dtype, n=tokens: _actor(d, n)  # type: ignore[misc]
@@ -173,6 +183,17 @@ def _topk(tokens: int) -> None:
         backend="triton",
     )  # fmt: skip
     _backward(output.hidden_states)
+
+
+def _stage(tokens: int) -> None:
+    columns, valid = torch.zeros(1, tokens).long(), torch.ones(1, tokens).bool()
+    logits, tables = torch.zeros(1, tokens - 60, 2), [torch.zeros(1, 3000, 128, dtype=torch.bfloat16)] * 2
+    prune_stage(
+        torch.empty(1, tokens, 4096, dtype=torch.bfloat16), logits, columns, torch.tensor([192]), length=252,
+        width=192, valid_mask=valid, origins=columns, raster=columns[:, 60:],
+        position_ids=torch.zeros(3, 1, 3000).long(),
+        tables=tables, padding_side="left", backend="triton",
+    )  # fmt: skip
 
 
 def _cache() -> None:
