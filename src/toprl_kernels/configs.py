@@ -73,15 +73,15 @@ def _pin_attention(kernel: str, architectures: str, kind: str, *rows: LaunchConf
 
 
 # block_m queries, block_n keys. Chosen by what the loops became: no spill inside, no warp that repeats another's
-# product, three buffers of keys and values in flight where they fit (the load of the list takes one of num_stages).
-# D = 512 is there to run.
+# product, three buffers of keys and values in flight where they fit (the load of the list takes further stages: two
+# on sm_90, four on sm_80). D = 512 is there to run.
 _pin_attention("fwd", "sm_90 sm_100", HALF, C(128, 64, 8, 5), C(128, 64, 8, 5), C(128, 64, 8, 2), C(16, 64, 8, 1))
-_pin_attention("fwd", "sm_80", HALF, C(128, 64, 8, 5), C(128, 32, 8, 5), C(64, 64, 8, 2), C(16, 64, 8, 1))
-_pin_attention("fwd", "sm_86", HALF, C(128, 64, 8, 5), C(128, 32, 8, 5), C(32, 64, 8, 1), C(16, 64, 8, 1))
+_pin_attention("fwd", "sm_80", HALF, C(128, 64, 8, 7), C(128, 32, 8, 7), C(64, 64, 8, 2), C(16, 64, 8, 1))
+_pin_attention("fwd", "sm_86", HALF, C(128, 64, 8, 7), C(128, 32, 8, 7), C(32, 64, 8, 1), C(16, 64, 8, 1))
 _pin_attention("fwd_compact", "sm_90", HALF, C(128, 128, 8, 3), C(128, 128, 8, 3), C(128, 64, 8, 2), C(16, 64, 8, 1))
 _pin_attention("fwd_compact", "sm_100", HALF, C(128, 64, 8, 3), C(128, 64, 8, 3), C(128, 64, 8, 2), C(16, 64, 8, 1))
-_pin_attention("fwd_compact", "sm_80", HALF, C(128, 64, 8, 3), C(128, 64, 8, 3), C(64, 64, 8, 2), C(16, 64, 8, 1))
-_pin_attention("fwd_compact", "sm_86", HALF, C(128, 64, 8, 3), C(128, 32, 8, 3), C(32, 64, 8, 1), C(16, 64, 8, 1))
+_pin_attention("fwd_compact", "sm_80", HALF, C(128, 64, 8, 4), C(128, 64, 8, 4), C(64, 64, 8, 2), C(16, 64, 8, 1))
+_pin_attention("fwd_compact", "sm_86", HALF, C(128, 64, 8, 4), C(128, 32, 8, 4), C(32, 64, 8, 1), C(16, 64, 8, 1))
 _pin_attention("decode", LARGE, HALF, C(16, 64, 4, 5), C(16, 64, 4, 5), C(16, 64, 4, 3), C(16, 32, 8, 3))
 _pin_attention("decode", "sm_86", HALF, C(16, 64, 4, 5), C(16, 64, 4, 5), C(16, 32, 4, 3), C(16, 32, 8, 1))
 _pin_attention("bwd_prepare", ALL, HALF, C(32, 0, 8, 1), C(16, 0, 8, 1))
@@ -91,12 +91,12 @@ _pin_attention("bwd_dkdv", "sm_80", HALF, C(64, 128, 8, 3), C(32, 128, 8, 3), C(
 _pin_attention("bwd_dkdv", "sm_86", HALF, C(64, 128, 8, 3), C(32, 128, 8, 3), C(16, 64, 8, 1), C(16, 32, 4, 1))
 _pin_attention("bwd_dq", "sm_90", HALF, C(128, 64, 8, 5), C(128, 64, 8, 5), C(128, 32, 8, 2), C(16, 64, 8, 1))
 _pin_attention("bwd_dq", "sm_100", HALF, C(128, 32, 8, 5), C(128, 32, 8, 5), C(64, 64, 8, 2), C(16, 64, 8, 1))
-_pin_attention("bwd_dq", "sm_80", HALF, C(128, 64, 8, 5), C(128, 32, 8, 5), C(32, 64, 8, 1), C(16, 64, 8, 1))
-_pin_attention("bwd_dq", "sm_86", HALF, C(128, 64, 8, 5), C(128, 32, 8, 2), C(32, 64, 8, 1), C(16, 32, 4, 1))
+_pin_attention("bwd_dq", "sm_80", HALF, C(128, 64, 8, 7), C(128, 32, 8, 7), C(32, 64, 8, 1), C(16, 64, 8, 1))
+_pin_attention("bwd_dq", "sm_86", HALF, C(128, 64, 8, 7), C(128, 32, 8, 2), C(32, 64, 8, 1), C(16, 32, 4, 1))
 _pin_attention("bwd_dq_compact", "sm_90", HALF, C(128, 64, 8, 3), C(128, 64, 8, 3), C(128, 32, 8, 3), C(16, 64, 8, 1))
 _pin_attention("bwd_dq_compact", "sm_100", HALF, C(128, 32, 8, 3), C(128, 32, 8, 3), C(64, 64, 8, 2), C(16, 64, 8, 1))
-_pin_attention("bwd_dq_compact", "sm_80", HALF, C(128, 64, 8, 3), C(128, 32, 8, 3), C(32, 64, 8, 1), C(16, 64, 8, 1))
-_pin_attention("bwd_dq_compact", "sm_86", HALF, C(128, 64, 8, 3), C(128, 32, 8, 2), C(32, 64, 8, 1), C(16, 32, 4, 1))
+_pin_attention("bwd_dq_compact", "sm_80", HALF, C(128, 64, 8, 4), C(128, 32, 8, 4), C(32, 64, 8, 1), C(16, 64, 8, 1))
+_pin_attention("bwd_dq_compact", "sm_86", HALF, C(128, 64, 8, 4), C(128, 32, 8, 2), C(32, 64, 8, 1), C(16, 32, 4, 1))
 # Full float32 products run on the FMA units and hold rows of both operands in registers: small tiles. From D = 128 on
 # two stages, not for the overlap: without, the loop-invariant operand is moved to registers as a whole, and spills.
 _pin_attention("fwd", ALL, SINGLE, C(32, 32, 8, 1), C(16, 16, 8, 2), C(16, 16, 8, 2), C(16, 16, 8, 2))
@@ -112,9 +112,9 @@ _pin_attention("merge", ALL, ANY, C(0, 0, 4, 1))
 _pin_attention("bwd_finish", ALL, ANY, C(0, 16, 4, 1))
 # Sizes: none. block_n tokens.
 _pin("masked_attention_lists", ALL, ANY, {NO_LIMIT: C(0, 2048, 4, 1)})
-# Sizes: rows per key/value head, Nq * H / Hkv. block_n keys. splits=1: the loops read gathered keys and values; 0: they
-# read through the list. A gather moves 8 D bytes per kept key, which this many rows win back.
-_pin("masked_attention_compact", ALL, ANY, {4095: C(0, 32, 4, 1, splits=0), NO_LIMIT: C(0, 32, 4, 1, splits=1)})
+# Sizes: rows per key/value head, Nq * H / Hkv. block_n keys that a program gathers; 0 where the loops read through the
+# list instead. A gather moves 8 D bytes per kept key, which this many rows win back.
+_pin("masked_attention_compact", ALL, ANY, {4095: C(0, 0, 4, 1), NO_LIMIT: C(0, 32, 4, 1)})
 
 # Sizes: number of tokens. block_n is the number of keys held in registers at once: all of them, or a chunk of 4,096.
 _pin("topk_select", ALL, ANY, {1024: C(1, 1024, 4, 1), 2048: C(1, 2048, 8, 1), 4096: C(1, 4096, 16, 1)})

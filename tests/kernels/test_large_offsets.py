@@ -22,7 +22,8 @@ def spread(tensor: Tensor, strides: tuple[int, ...]) -> Tensor:
 def test_masked_attention(strides: tuple[int, ...], pinned: dict[str, configs.LaunchConfig], device: str) -> None:
     """Samples, heads or rows far apart, forward and backward: bitwise as with dense tensors."""
     case = make(2, 2, 2, 5, 6, 16, dtype=torch.float16, device=device)
-    far = case._replace(**{name: spread(getattr(case, name), strides) for name in ("query", "key", "value")})
+    query, key, value = (spread(tensor, strides) for tensor in case[:3])
+    far = case._replace(query=query, key=key, value=value)
     with configs.override(pinned | {"masked_attention_decode": configs.LaunchConfig(16, 16, 4, 1)}):
         for left, right in zip(run(far), run(case), strict=True):
             assert torch.equal(left, right)

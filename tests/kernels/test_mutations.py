@@ -34,8 +34,8 @@ MUTATIONS = [
     Mutation(
         "off by one in the tie rule (Triton)",
         "topk/triton.py",
-        "equal_before = (before & 0xFFFF) - equal.to(tl.int32)",
-        "equal_before = (before & 0xFFFF) - equal.to(tl.int32) - 1",
+        "taken = above | (equal & (equal_before < ties))",
+        "taken = above | (equal & (equal_before <= ties))",
         "test_topk_compact_lanes.py",
     ),
     Mutation(
@@ -48,8 +48,8 @@ MUTATIONS = [
     Mutation(
         "missing diagonal (eager)",
         "attention/eager.py",
-        "rest = 1.0 - mask[:, None, offset:]",
-        "rest = 0.0 * mask[:, None, offset:]",
+        "torch.log1p(-mask[:, own])",
+        "torch.log(0.0 * mask[:, own])",
         "test_masked_attention.py",
     ),
     Mutation(
@@ -67,8 +67,8 @@ MUTATIONS = [
     Mutation(
         "maximum over all keys (definition)",
         "attention/reference.py",
-        "counts = allowed & (gate > 0)",
-        "counts = allowed | (gate > 0)",
+        "counts = (allowed & (gate > 0)) | (is_self & ~is_row)",
+        "counts = allowed | (gate > 0) | (is_self & ~is_row)",
         "test_masked_attention.py",
     ),
     Mutation(
@@ -135,18 +135,25 @@ MUTATIONS = [
         ATTENTION_LANE,
     ),
     Mutation(
-        "sizes of known weights not compared",
-        "_known.py",
-        "[list(tensor.shape) for tensor in tensors]",
-        "[[None for size in tensor.shape] for tensor in tensors]",
-        "test_known.py",
+        "NaN of an invisible token enters a product, eager",
+        "attention/eager.py",
+        "if all(map(_is_finite, (query, key, value))):",
+        "if True:",
+        "test_attention_patterns.py",
     ),
     Mutation(
-        "an input left out when who runs is decided",
-        "cache/api.py",
-        "requires_grad=keys.requires_grad or values.requires_grad",
-        "requires_grad=keys.requires_grad",
-        "test_library.py",
+        "NaN of an invisible token enters a product (Triton)",
+        ATTENTION,
+        "return tl.where((poison == 0.0)[:, None], tile, 0.0), poison",
+        "return tile, poison",
+        "test_attention_patterns.py",
+    ),
+    Mutation(
+        "gradients of registered ops lost",
+        "dispatch.py",
+        "op.register_autograd(backward, setup_context=setup_context)",
+        "pass",
+        "test_every_op.py",
     ),
     Mutation(
         "configuration that computes products twice",

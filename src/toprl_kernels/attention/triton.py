@@ -570,30 +570,6 @@ def query_gradient_step(
     return dot(x.to(k.dtype), k, dq)
 
 
-@triton.jit
-def query_gradient(
-    q, do, lse, delta, k_base, v_base, lists, list_stride, tokens, bounds, low, inner_low, inner_high,
-    high, num_keys, stride_kn, stride_vn, scale_log2, dims, value_dims, dq,
-    HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    CAUSAL: tl.constexpr, RANGES: tl.constexpr, SOFT: tl.constexpr, COMPACT: tl.constexpr,
-):  # fmt: skip
-    """dQ over slots [low, high)."""
-    for start_n in range(host_int(inner_low), host_int(inner_high), BLOCK_N):
-        dq = query_gradient_step(
-            q, do, lse, delta, k_base, v_base, lists, list_stride, start_n, high, tokens, bounds,
-            num_keys, stride_kn, stride_vn, scale_log2, dims, value_dims, dq,
-            HEAD_DIM, VALUE_DIM, BLOCK_M, BLOCK_N, CAUSAL, RANGES, SOFT, COMPACT, False,
-        )  # fmt: skip
-    edges = inner_low - low + tl.maximum(high - inner_high, 0)
-    for n in range(0, host_int(edges), BLOCK_N):
-        dq = query_gradient_step(
-            q, do, lse, delta, k_base, v_base, lists, list_stride, edge_start(n, low, inner_low, inner_high, BLOCK_N),
-            high, tokens, bounds, num_keys, stride_kn, stride_vn, scale_log2, dims, value_dims, dq,
-            HEAD_DIM, VALUE_DIM, BLOCK_M, BLOCK_N, CAUSAL, RANGES, SOFT, COMPACT, True,
-        )  # fmt: skip
-    return dq
-
-
 @triton.jit(do_not_specialize=["num_heads", "num_queries", "num_keys"])
 def masked_attention_bwd_dq_kernel(
     q_ptr, k_ptr, v_ptr, kc_ptr, vc_ptr, do_ptr, dq_ptr, row_ptr, list_ptr, range_ptr,
@@ -636,11 +612,22 @@ def masked_attention_bwd_dq_kernel(
         k_base, v_base, kc_ptr, vc_ptr, stride_kn, stride_vn, batch * (num_heads // GROUPS) + kv_head, list_stride,
         BLOCK_D, BLOCK_DV, COMPACT,
     )  # fmt: skip
-    dq = query_gradient(
-        q, do, lse, delta, k_loop, v_loop, lists, list_stride, tokens, bounds, low, inner_low, inner_high, high,
-        num_keys, stride_k, stride_v, scale_log2, dims, value_dims, dq, BLOCK_D if COMPACT else HEAD_DIM,
-        BLOCK_DV if COMPACT else VALUE_DIM, BLOCK_M, BLOCK_N, CAUSAL, RANGES, SOFT, COMPACT,
-    )  # fmt: skip
+    LOOP_DIM: tl.constexpr = BLOCK_D if COMPACT else HEAD_DIM
+    LOOP_VALUE_DIM: tl.constexpr = BLOCK_DV if COMPACT else VALUE_DIM
+    for start_n in range(host_int(inner_low), host_int(inner_high), BLOCK_N):
+        dq = query_gradient_step(
+            q, do, lse, delta, k_loop, v_loop, lists, list_stride, start_n, high, tokens, bounds, num_keys, stride_k,
+            stride_v, scale_log2, dims, value_dims, dq, LOOP_DIM, LOOP_VALUE_DIM, BLOCK_M, BLOCK_N, CAUSAL, RANGES,
+            SOFT, COMPACT, False,
+        )  # fmt: skip
+    edges = inner_low - low + tl.maximum(high - inner_high, 0)
+    for n in range(0, host_int(edges), BLOCK_N):
+        start_n = edge_start(n, low, inner_low, inner_high, BLOCK_N)
+        dq = query_gradient_step(
+            q, do, lse, delta, k_loop, v_loop, lists, list_stride, start_n, high, tokens, bounds, num_keys, stride_k,
+            stride_v, scale_log2, dims, value_dims, dq, LOOP_DIM, LOOP_VALUE_DIM, BLOCK_M, BLOCK_N, CAUSAL, RANGES,
+            SOFT, COMPACT, True,
+        )  # fmt: skip
     k_self = load_rows(k_base, tokens, stride_kn, dims, HEAD_DIM)  # [M, D]
     dq += tl.load(vector + SELF_GRAD * plane_stride)[:, None] * k_self.to(tl.float32)
     dq = tl.where((lse == float("inf"))[:, None], 0.0, dq * scale)
@@ -903,18 +890,15 @@ def masked_attention_bwd_dkdv_kernel(
         is_valid = tl.load(lists + VALID * list_stride + columns) != 0
         dm_rows = dm_ptr + (batch_kv * splits + part) * num_keys + columns
         tl.store(dm_rows, tl.where(is_valid, dm, 0.0), mask=columns < num_keys)
+    is_part = False
     if SPLIT:
-        if splits > 1:
-            rows = (tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N))[:, None]
-            if NEED_DK:
-                tl.store(dk_part_ptr + rows * BLOCK_D + dims[None, :], dk)
-            if NEED_DV:
-                tl.store(dv_part_ptr + rows * BLOCK_DV + value_dims[None, :], dv)
-        else:
-            store_key_gradients(
-                dk_ptr, dv_ptr, dk, dv, batch_kv, columns, num_keys, scale, dims, value_dims, HEAD_DIM, VALUE_DIM,
-                NEED_DK, NEED_DV,
-            )  # fmt: skip
+        is_part = splits > 1
+    if is_part:
+        rows = (tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N))[:, None]
+        if NEED_DK:
+            tl.store(dk_part_ptr + rows * BLOCK_D + dims[None, :], dk)
+        if NEED_DV:
+            tl.store(dv_part_ptr + rows * BLOCK_DV + value_dims[None, :], dv)
     else:
         store_key_gradients(
             dk_ptr, dv_ptr, dk, dv, batch_kv, columns, num_keys, scale, dims, value_dims, HEAD_DIM, VALUE_DIM,
@@ -1022,15 +1006,16 @@ def _compacted(key: Tensor, value: Tensor, lists: Tensor, num_queries: int, size
     config = configs.select(
         "masked_attention_compact", size=num_queries * sizes["GROUPS"], dtype=key.dtype, device=key.device
     )
-    if config.splits == 0 and all(_is_aligned(tensor) for tensor in (key, value)):
+    if config.block_n == 0 and all(_is_aligned(tensor) for tensor in (key, value)):
         return []
+    block_n = config.block_n or 32
     batch, num_kv_heads, num_keys, _ = key.shape
     list_stride = lists.shape[2]
     copies = [key.new_empty(batch, num_kv_heads, list_stride, sizes[name]) for name in ("BLOCK_D", "BLOCK_DV")]
     names = ("HEAD_DIM", "VALUE_DIM", "BLOCK_D", "BLOCK_DV")
-    masked_attention_compact_kernel[(batch * num_kv_heads * (list_stride // config.block_n),)](
+    masked_attention_compact_kernel[(batch * num_kv_heads * (list_stride // block_n),)](
         key, value, *copies, lists, *key.stride()[:3], *value.stride()[:3], num_kv_heads, num_keys, list_stride,
-        BLOCK_N=config.block_n, **{name: sizes[name] for name in names}, **_options(config),
+        BLOCK_N=block_n, **{name: sizes[name] for name in names}, **_options(config),
     )  # fmt: skip
     return copies
 
@@ -1125,10 +1110,8 @@ def masked_attention_backward_triton(
     """Gradients with respect to query, key, value and keep_mask; None where ``needs`` says no."""
     if scale < 0:
         arguments = (key, value, keep_mask, key_padding_mask, ranges, lists, output, lse, is_causal, -scale)
-        grad_query, *others = masked_attention_backward_triton(
-            grad_output, -query, *arguments, bounded_mask_grad, needs
-        )  # type: ignore[assignment]
-        return (None if grad_query is None else -grad_query, *others)  # type: ignore[return-value]
+        mirrored = masked_attention_backward_triton(grad_output, -query, *arguments, bounded_mask_grad, needs)
+        return (None if mirrored[0] is None else -mirrored[0], *mirrored[1:])
     query, key, value = dense_rows(query), dense_rows(key), dense_rows(value)
     grad_output, output, lse = dense_rows(grad_output), dense_rows(output), lse.contiguous()
     lists = make_lists(keep_mask, key_padding_mask, ranges) if lists is None else lists
