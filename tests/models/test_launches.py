@@ -135,3 +135,26 @@ def test_ragged_rows_wait_for_nothing(rooms: dict[str, list[str]]) -> None:
     assert [trace.counts for trace in pruner.trace] == [(32, 20), (16, 10), (8, 8)]
     for stage in range(3):
         assert not (WAITS | UPLOADS) & set(rooms[f"stage {stage}"])
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="runs interpreted kernels on CPU tensors")
+@pytest.mark.parametrize("rows", [1, 2])
+def test_kernels_prune_like_the_eager_path(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A whole prefill on interpreted kernels: the same tokens and logits, padded rows with budgets of their own too."""
+    model, _ = tiny.load()
+    torch.manual_seed(0)
+    policy = TopRLPolicy(tiny.HIDDEN_SIZE, [layer for layer, _ in STAGES], actor_size=16).eval()
+    torch.nn.init.normal_(policy.head.weight)
+    inputs = inputs_of("red", rows)
+    inputs["pixel_values"] = torch.randn_like(inputs["pixel_values"])
+    if rows == 2:
+        visual = inputs["input_ids"] == model.config.image_token_id
+        inputs["attention_mask"][1] &= ~(visual & (visual.cumsum(1) > 40))[1]
+    results = []
+    for backend in ("eager", "triton"):
+        monkeypatch.setenv("TOPRL_KERNELS_BACKEND", backend)
+        with attach(model, policy, schedule=Schedule(STAGES)) as pruner, torch.no_grad():
+            results.append((model(**inputs).logits, [trace.indices for trace in pruner.trace]))
+    (eager, kept), (triton, kept_by_kernels) = results
+    assert all(map(torch.equal, kept, kept_by_kernels))
+    assert torch.equal(eager, triton)  # gathers are exact
