@@ -135,6 +135,19 @@ def test_a_visible_nan_arrives(backend: str) -> None:
         assert bool(gradient[:, :, :9].isfinite().all())
 
 
+def test_samples_that_keep_all_and_some(backend: str) -> None:
+    """One sample keeps everything, and the other's list is as long as the sequence, but not in its order."""
+    x = make_attention_inputs(2, 2, 1, N, N, 16, mask="hard")
+    x.keep_mask[0], x.keep_mask[1, :5] = True, False
+    results = []
+    for name, dtype in ((backend, torch.float32), ("reference", torch.float64)):
+        leaves = [tensor.to(dtype).requires_grad_() for tensor in x[:3]]
+        output = masked_attention(*leaves, x.keep_mask, is_causal=True, backend=name)
+        results.append([output, *torch.autograd.grad(output, leaves, x.grad_output.to(dtype))])
+    for got, want in zip(*results, strict=True):
+        torch.testing.assert_close(got.double(), want, rtol=1e-4, atol=1e-5)
+
+
 def test_a_plan_is_a_mask(backend: str) -> None:
     x = make_attention_inputs(2, 2, 1, N, N, 16, padding=True)
     arguments = dict(key_padding_mask=x.key_padding_mask, is_causal=True)

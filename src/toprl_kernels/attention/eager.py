@@ -117,7 +117,7 @@ class Kept:
 
     def scattered(self, gradient: Tensor, num_keys: int) -> Tensor:
         """Put rows [B, Hkv, K, D] to their tokens, [B, Hkv, N, D]; tails are 0."""
-        if self.tokens.shape[1] == num_keys:
+        if self.tokens.shape == (1, num_keys):  # nothing was gathered
             return gradient
         result = gradient.new_zeros(*gradient.shape[:2], num_keys, gradient.shape[3])
         return result.scatter_add_(2, self.tokens[:, None, :, None].expand_as(gradient), gradient)
