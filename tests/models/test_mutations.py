@@ -49,10 +49,8 @@ def waits_in_mask_mode(family: str) -> None:
 
 
 def renumbered_positions(patch: pytest.MonkeyPatch) -> None:
-    def gather_tables(tables: Any, kept: Tensor | None) -> Any:
-        return tables if kept is None else tuple(table[:, : kept.shape[1]] for table in tables)
-
-    patch.setattr(shortened, "gather_tables", gather_tables)
+    prune_stage = compact.prune_stage
+    patch.setattr(compact, "prune_stage", lambda *args, **options: prune_stage(*args, **options | {"origins": None}))
 
 
 def gapped_positions_reach_the_layers(patch: pytest.MonkeyPatch) -> None:
