@@ -130,7 +130,8 @@ def test_without_a_cache_the_decision_of_the_prompt_stays(family: str, reader: s
             for use_cache in (True, False)
         )
     assert torch.equal(cached.tokens, uncached.tokens)
-    torch.testing.assert_close(cached.logits, uncached.logits, atol=1e-4, rtol=0)
+    # products of other shapes are rounded otherwise; how far depends on the machine (1.2e-4 was seen)
+    torch.testing.assert_close(cached.logits, uncached.logits, atol=3e-4, rtol=0)
 
 
 def test_a_drawn_decision_stays_too() -> None:
