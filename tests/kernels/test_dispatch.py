@@ -72,8 +72,8 @@ def test_triton_refuses_what_it_cannot_do() -> None:
         masked_attention(*wide[:4], backend="triton")
     with pytest.raises(RuntimeError, match=r"scores has dtype float64"):
         topk_compact(torch.zeros(1, 2, 1), torch.zeros(1, 2).double(), 1, backend="triton")
-    with pytest.raises(RuntimeError, match=r"N=65537.*N <= 65536"):
-        topk_compact(torch.zeros(1, 65537, 1), torch.zeros(1, 65537), 1, backend="triton")
+    with pytest.raises(RuntimeError, match=r"N=1048577.*N <= 1048576"):
+        topk_compact(torch.zeros(1, 2**20 + 1, 1), torch.zeros(1, 2**20 + 1), 1, backend="triton")
     with pytest.raises(RuntimeError, match=r"hidden_states has dtype float64"):
         actor_score(torch.zeros(1, 2, 4).double(), 0, make_actor_weights(4, 2), backend="triton")
     with pytest.raises(RuntimeError, match=r"logits has dtype float64"):
