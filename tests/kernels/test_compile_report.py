@@ -41,7 +41,9 @@ def report(folder: Path, *arguments: str) -> tuple[int, list[dict[str, Any]]]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("architecture", ["sm_80", "sm_86", "sm_90", "sm_100"])
+@pytest.mark.parametrize(
+    "architecture", ["sm_80", pytest.param("sm_86", marks=pytest.mark.exhaustive), "sm_90", "sm_100"]
+)
 def test_every_shipped_kernel(architecture: str, tmp_path: Path) -> None:
     """Shared memory, spills, matrix instructions, redundancy, load widths and tiles in flight; see ``problems``."""
     status, rows = report(tmp_path, "--arch", architecture.removeprefix("sm_"))
