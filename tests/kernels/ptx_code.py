@@ -98,7 +98,7 @@ UNSIGNED = {  # that mean the same for signed operands
 }  # fmt: skip
 INTEGER = {
     "shr": "{0}>>{1}", "min": "minimum({0},{1})", "max": "maximum({0},{1})", "neg": "-{0}", "abs": "abs({0})",
-    "div": "divide({0},{1})", "rem": "{0}-divide({0},{1})*{1}",
+    "max.relu": "maximum(maximum({0},{1}),0)", "div": "divide({0},{1})", "rem": "{0}-divide({0},{1})*{1}",
     "popc": "np.unpackbits({0}.view(u1).reshape(32,-1),axis=1).sum(1).astype(u4)",
 }  # fmt: skip
 FLOAT = {
@@ -416,10 +416,12 @@ class Kernel:
             return self._convert(parts, target, sources, guard)
         if base == "mov" and "{" in target + sources[0]:
             return self._pack(target, sources[0], guard)
-        kind = numpy_kind(last)
+        kind = "f2" if last == "bf16" else numpy_kind(last)
         size, letter = (0, "b") if last == "pred" else (int(kind[1:]), kind[0])
         if base == "setp":
-            a, b = (self._value(source, kind) for source in sources[:2])
+            a, b = (self._value(source, "u2" if last == "bf16" else kind) for source in sources[:2])
+            if last == "bf16":
+                a, b = f"from_bfloat16({a})", f"from_bfloat16({b})"
             return self._assign(target, self._comparison(parts, a, b, letter), "bool_", guard)
         if base == "selp":
             a, b = (self._value(source, f"u{size}") for source in sources[:2])
