@@ -53,13 +53,11 @@ def multiply_tiles(
         warp.registers[slot] = np.full(32, 0xFFFFFFFF, np.uint32)
 
 
-def shuffle(mode: str, value: Array, by: Array, clamp: Array) -> tuple[Array, Array]:
-    """shfl.sync: the value of another lane, and whether that lane is in range."""
-    by, segment, limit = (by & 31).astype(int), (clamp >> 8 & 31).astype(int), (clamp & 31).astype(int)
-    largest, smallest = LANES & segment | limit & ~segment, LANES & segment
-    source = {"up": LANES - by, "down": LANES + by, "bfly": LANES ^ by, "idx": smallest | by & ~segment}[mode]
-    inside = source >= largest if mode == "up" else source <= largest
-    return value[np.where(inside, source, LANES)], inside
+def shuffle(mode: str, value: Array, by: Array) -> Array:
+    """shfl.sync over the whole warp: the value of another lane, or a lane's own where there is no other."""
+    by = by.astype(int)
+    source = {"up": np.where(LANES < by, LANES, LANES - by), "bfly": LANES ^ by, "idx": by & 31}[mode]
+    return value[source]
 
 
 def from_bfloat16(bits: Array) -> Array:
@@ -83,11 +81,10 @@ def divide(a: Array, b: Array) -> Array:
 
 
 def permute(a: Array, b: Array, selector: Array) -> Array:
-    """prmt: each byte of the result is one of the eight of b:a, or its sign."""
+    """prmt: each byte of the result is one of the eight of b:a."""
     source = np.stack([a, b], 1).view(np.uint8)
-    nibbles = selector[:, None] >> np.arange(0, 16, 4, dtype=np.uint32) & 15
-    chosen = np.take_along_axis(source, (nibbles & 7).astype(int), 1)
-    return np.where(nibbles & 8, np.where(chosen >> 7, 255, 0), chosen).astype(np.uint8).view(np.uint32)[:, 0]
+    nibbles = selector[:, None] >> np.arange(0, 16, 4, dtype=np.uint32) & 7
+    return np.take_along_axis(source, nibbles.astype(int), 1).view(np.uint32)[:, 0]
 
 
 # operation -> numpy expression; the types of operands and result are the instruction's last part
@@ -97,18 +94,21 @@ UNSIGNED = {  # that mean the same for signed operands
     "prmt": "permute({0},{1},{2})",
 }  # fmt: skip
 INTEGER = {
-    "shr": "{0}>>{1}", "min": "minimum({0},{1})", "max": "maximum({0},{1})", "neg": "-{0}", "abs": "abs({0})",
-    "max.relu": "maximum(maximum({0},{1}),0)", "div": "divide({0},{1})", "rem": "{0}-divide({0},{1})*{1}",
+    "shr": "{0}>>{1}", "min": "minimum({0},{1})", "max": "maximum({0},{1})", "neg": "-{0}",
+    "min.relu": "maximum(minimum({0},{1}),0)", "max.relu": "maximum(maximum({0},{1}),0)",
+    "div": "divide({0},{1})", "rem": "{0}-divide({0},{1})*{1}",
     "popc": "np.unpackbits({0}.view(u1).reshape(32,-1),axis=1).sum(1).astype(u4)",
 }  # fmt: skip
 FLOAT = {
     "add": "{0}+{1}", "sub": "{0}-{1}", "mul": "{0}*{1}", "fma": "({0}.astype(f8)*{1}+{2})", "neg": "-{0}",
-    "abs": "abs({0})", "div": "{0}/{1}", "rcp": "1/{0}", "sqrt": "np.sqrt({0})", "rsqrt": "1/np.sqrt({0})",
-    "ex2": "np.exp2({0})", "lg2": "np.log2({0})", "mov": "{0}", "min": "np.fmin({0},{1})", "max": "np.fmax({0},{1})",
-    "min.NaN": "minimum({0},{1})", "max.NaN": "maximum({0},{1})",
+    "abs": "abs({0})", "div": "{0}/{1}", "sqrt": "np.sqrt({0})", "ex2": "np.exp2({0})", "mov": "{0}",
+    "min": "np.fmin({0},{1})", "max": "np.fmax({0},{1})", "min.NaN": "minimum({0},{1})",
 }  # fmt: skip
-COMPARE = {"eq": "==", "lt": "<", "le": "<=", "gt": ">", "ge": ">=", "lo": "<", "ls": "<=", "hi": ">", "hs": ">="}
-REDUCE = {"add": "sum", "min": "min", "max": "max", "and": "bitwise_and.reduce", "or": "bitwise_or.reduce"}
+COMPARE = {
+    "eq": "{0}=={1}", "ne": "{0}!={1}", "lt": "{0}<{1}", "le": "{0}<={1}", "gt": "{0}>{1}", "ge": "{0}>={1}",
+    # true for NaN, too; numpy's != is
+    "neu": "{0}!={1}", "ltu": "~({0}>={1})", "leu": "~({0}>{1})", "nan": "isnan({0})|isnan({1})",
+}  # fmt: skip
 NAMESPACE: dict[str, Any] = {
     "divide": divide, "permute": permute, "shuffle": shuffle, "multiply": multiply, "multiply_tiles": multiply_tiles,
     "left_operand": left_operand, "right_operand": right_operand, "to_bfloat16": to_bfloat16,
@@ -124,7 +124,7 @@ class Block(NamedTuple):
 
     run: Callable[[Warp, list[Array], Mask], Array | None]
     lines: list[int]
-    kind: str  # "next", "branch", "barrier" or "exit"
+    kind: str  # "next", "branch" or "barrier"
     target: int
     next: int
 
@@ -174,21 +174,18 @@ class Kernel:
             elif match := INSTRUCTION.match(text):
                 line = Line(number, match[1] or "", match[2].split("."), OPERAND.findall(match[3]))
                 pieces[-1].append(line)
-                if line.parts[0] in ("bra", "ret", "exit") or line.parts[:2] in (["bar", "sync"], ["barrier", "sync"]):
+                if line.parts[0] in ("bra", "ret") or line.parts[:2] == ["bar", "sync"]:
                     pieces.append([])
         end = len(pieces)
         ends = []
         for index, lines in enumerate(pieces):
             last = lines[-1] if lines else None
-            if last is None or last.parts[0] not in ("bra", "ret", "exit", "bar", "barrier"):
-                ends.append(("next", end, index + 1))
-            elif last.parts[0] in ("bar", "barrier"):
-                if last.parts[1] == "sync" and last.operands != ["0"]:
-                    raise NotImplementedError(self.describe(last.number, "only barrier 0 of all warps"))
-                ends.append(("barrier" if last.parts[1] == "sync" else "next", end, index + 1))
-            else:
+            if last is not None and last.parts[0] in ("bra", "ret"):
                 target = labels[last.operands[0]] if last.parts[0] == "bra" else end
                 ends.append(("branch", target, index + 1) if last.guard else ("next", end, target))
+            else:
+                is_barrier = last is not None and last.parts[:2] == ["bar", "sync"]
+                ends.append(("barrier" if is_barrier else "next", end, index + 1))
         place = self._reverse_postorder(ends, end)
         ordered = sorted(place, key=place.__getitem__)
         place[end] = len(ordered)
@@ -247,7 +244,7 @@ class Kernel:
         """Expression for an operand as an array of ``kind``, such as "u4" or "bool_"."""
         token = token.strip()
         dtype: Any = np.dtype(NAMESPACE[kind])
-        if token in ("%tid.x", "%tid.y", "%tid.z", "%laneid") or re.match(r"%n?(tid|ctaid)\.", token):
+        if "." in token:  # %tid.x
             return f"warp.special[{token!r}].astype({kind})"
         if token.startswith("%"):
             slot = self._slot(token)
@@ -256,7 +253,7 @@ class Kernel:
             if held.itemsize != dtype.itemsize:
                 text += f".astype(u{dtype.itemsize})"
             return text if dtype.kind in "ub" else f"{text}.view({kind})"
-        if token.startswith(("0f", "0d")):
+        if token.startswith("0f"):
             bits = int(token[2:], 16)
         else:
             bits = 0 if token == "global_smem" else int(token.rstrip("U"), 0)
@@ -291,10 +288,8 @@ class Kernel:
 
     def _statement(self, line: Line) -> str:
         """Python for one instruction."""
-        if line.parts[0] == "bra":
-            return "pass" if not line.guard else f"return {self._guard(line)}"
-        if line.parts[0] in ("ret", "exit"):
-            return "pass" if not line.guard else f"return {self._guard(line)}"
+        if line.parts[0] in ("bra", "ret"):
+            return f"return {self._guard(line)}" if line.guard else "pass"
         if line.guard:
             return f"g={self._guard(line)}; g=g if m is None else g&m; {self._body(line, 'g')}"
         return self._body(line, "m")
@@ -306,7 +301,9 @@ class Kernel:
     def _body(self, line: Line, guard: str) -> str:
         parts, operands = line.parts, line.operands
         base, last = parts[0], parts[-1]
-        if base in ("bar", "barrier", "membar", "fence", "griddepcontrol"):
+        if base in ("bar", "fence"):
+            if parts[1] == "sync" and operands != ["0"]:
+                raise ValueError("only barrier 0 of all warps")
             return "pass"
         if base in ("ld", "st"):
             return self._access(parts, operands, guard)
@@ -330,29 +327,22 @@ class Kernel:
             arguments = f"{self._address(operands[0], 'u4')},{self._list(operands[1])},{'trans' in parts}"
             return f"warp.together({guard}); warp.store_matrices({arguments})"
         if base == "shfl":
-            value, by, clamp = (self._value(operand, "u4") for operand in operands[1:4])
-            target, _, inside = operands[0].partition("|")
-            text = f"L=shuffle({parts[2]!r},{value},{by},{clamp})"
-            extra = f"; R[{self._slot(inside)}]=L[1]" if inside else ""
-            return self._together(guard, text, [target]) + extra
+            if operands[3] != {"up": "0"}.get(parts[2], "31"):
+                raise ValueError("a part of the warp")
+            value, by = (self._value(operand, "u4") for operand in operands[1:3])
+            return self._together(guard, f"L=[shuffle({parts[2]!r},{value},{by})]", operands[:1])
         if base == "redux":
-            kind = last.replace("s", "i").replace("b", "u")
-            kind = kind[0] + str(int(kind[1:]) // 8)
-            function = f"np.{REDUCE[parts[2]]}"
-            return self._together(
-                guard, f"L=[full(32,{function}({self._value(operands[1], kind)}),{kind}).view(u4)]", operands[:1]
-            )
-        if base == "vote" and parts[2] == "ballot":
-            return self._together(
-                guard,
-                f"L=[full(32,np.packbits({self._value(operands[1], 'bool_')},bitorder='little').view(u4)[0],u4)]",
-                operands[:1],
-            )
-        if base in ("atom", "red") and parts[-2] == "add":
-            kind, space = numpy_kind(last), next(part for part in parts if part in ("global", "shared"))
-            pointer = self._address(operands[-2], "u4" if space == "shared" else "u8")
-            call = f"L=warp.add_atomically({space!r},{pointer},{self._value(operands[-1], kind)},{guard})"
-            return call + (f"; {self._assign(operands[0], 'L', kind, guard)}" if base == "atom" else "")
+            function = {"add": "sum", "min": "min", "max": "max"}[parts[2]]
+            value = self._value(operands[1], numpy_kind(last))
+            return self._together(guard, f"L=[full(32,np.{function}({value}),i4).view(u4)]", operands[:1])
+        if base == "vote":
+            bits = f"np.packbits({self._value(operands[1], 'bool_')},bitorder='little').view(u4)[0]"
+            return self._together(guard, f"L=[full(32,{bits},u4)]", operands[:1])
+        if base == "atom":
+            if parts[1:] != ["shared", "add", "u32"]:
+                raise ValueError("atom")
+            arguments = f"{self._address(operands[1], 'u4')},{self._value(operands[2], 'u4')},{guard}"
+            return f"L=warp.add_atomically({arguments}); {self._assign(operands[0], 'L', 'u4', guard)}"
         return self._arithmetic(parts, operands, guard)
 
     def _list(self, operand: str) -> str:
@@ -403,11 +393,8 @@ class Kernel:
             return "warp.commit()"
         if parts[2] == "wait_group":
             return f"warp.wait({operands[0]})"
-        if parts[2] == "wait_all":
-            return "warp.commit(); warp.wait(0)"
-        size = int(operands[2], 0)
-        used = self._value(operands[3] if len(operands) > 3 else str(size), "u4")
-        return f"warp.copy({self._address(operands[0], 'u4')},{self._address(operands[1], 'u8')},{size},{used},{guard})"
+        target, source = self._address(operands[0], "u4"), self._address(operands[1], "u8")
+        return f"warp.copy({target},{source},{int(operands[2], 0)},{self._value(operands[3], 'u4')},{guard})"
 
     def _arithmetic(self, parts: list[str], operands: list[str], guard: str) -> str:
         base, last = parts[0], parts[-1]
@@ -418,11 +405,11 @@ class Kernel:
             return self._pack(target, sources[0], guard)
         kind = "f2" if last == "bf16" else numpy_kind(last)
         size, letter = (0, "b") if last == "pred" else (int(kind[1:]), kind[0])
-        if base == "setp":
-            a, b = (self._value(source, "u2" if last == "bf16" else kind) for source in sources[:2])
+        if base == "setp":  # a second condition is no key of COMPARE
+            a, b = (self._value(source, "u2" if last == "bf16" else kind) for source in sources)
             if last == "bf16":
                 a, b = f"from_bfloat16({a})", f"from_bfloat16({b})"
-            return self._assign(target, self._comparison(parts, a, b, letter), "bool_", guard)
+            return self._assign(target, COMPARE[".".join(parts[1:-1])].format(a, b), "bool_", guard)
         if base == "selp":
             a, b = (self._value(source, f"u{size}") for source in sources[:2])
             return self._assign(target, f"where({self._value(sources[2], 'bool_')},{a},{b})", f"u{size}", guard)
@@ -431,15 +418,14 @@ class Kernel:
             a, b = (f"{self._value(source, kind)}.astype({wide})" for source in sources[:2])
             text = f"{a}*{b}" + (f"+{self._value(sources[2], wide)}" if base == "mad" else "")
             return self._assign(target, text, wide, guard)
-        if parts[:2] == ["mul", "hi"]:
-            wide = {2: f"{letter}4", 4: f"{letter}8"}[size]
-            a, b = (f"{self._value(source, kind)}.astype({wide})" for source in sources)
-            return self._assign(target, f"({a}*{b}>>{wide}({8 * size})).astype({kind})", kind, guard)
+        if parts == ["mul", "hi", "u32"]:
+            a, b = (f"{self._value(source, 'u4')}.astype(u8)" for source in sources)
+            return self._assign(target, f"({a}*{b}>>u8(32)).astype(u4)", "u4", guard)
         if base == "bfe":
             a, (position, length) = self._value(sources[0], kind), (int(source) for source in sources[1:])
             text = f"({a}<<{kind}({8 * size - position - length}))>>{kind}({8 * size - length})"
             return self._assign(target, text, kind, guard)
-        name = ".".join(part for part in parts[:-1] if part not in ("rn", "ftz", "approx", "full", "rz"))
+        name = ".".join(part for part in parts[:-1] if part not in ("rn", "ftz", "approx", "full"))
         if letter == "f":
             text = FLOAT[name].format(*(self._value(source, kind) for source in sources))
             return self._assign(target, f"({text}).astype({kind})" if name == "fma" else text, kind, guard)
@@ -447,20 +433,6 @@ class Kernel:
             kind = "bool_" if last == "pred" else f"u{size}"
         table = UNSIGNED if name in UNSIGNED else INTEGER
         return self._assign(target, table[name].format(*(self._value(source, kind) for source in sources)), kind, guard)
-
-    @staticmethod
-    def _comparison(parts: list[str], a: str, b: str, letter: str) -> str:
-        operation = parts[1]
-        if parts[2:-1] not in ([], ["ftz"]):
-            raise ValueError("setp with a second condition")
-        if operation in ("nan", "num"):
-            return f"{'' if operation == 'nan' else '~'}(isnan({a})|isnan({b}))"
-        if letter == "f" and operation.endswith("u"):  # true for NaN, too
-            opposite = {"equ": None, "neu": "eq", "ltu": "ge", "leu": "gt", "gtu": "le", "geu": "lt"}[operation]
-            return f"~(({a}<{b})|({a}>{b}))" if opposite is None else f"~({a}{COMPARE[opposite]}{b})"
-        if operation == "ne":
-            return f"({a}<{b})|({a}>{b})" if letter == "f" else f"{a}!={b}"
-        return f"{a}{COMPARE[operation]}{b}"
 
     def _pack(self, target: str, source: str, guard: str) -> str:
         """mov between a register and several narrower ones."""
@@ -477,8 +449,7 @@ class Kernel:
         return "; ".join([split, *(self._assign(token, f"L[{i}]", narrow, guard) for i, token in enumerate(tokens))])
 
     def _convert(self, parts: list[str], target: str, sources: list[str], guard: str) -> str:
-        kinds = [part for part in parts[1:] if re.fullmatch(r"(bf16|f16)(x2)?|[fsu](8|16|32|64)", part)]
-        result, source = kinds
+        result, source = parts[-2:]
         if result in ("bf16x2", "f16x2"):  # the first operand goes to the upper half
             upper, lower = (self._narrow(self._value(token, "f4"), result[:-2]) for token in sources)
             return self._assign(target, f"{lower}.astype(u4)|{upper}.astype(u4)<<u4(16)", "u4", guard)
@@ -487,13 +458,10 @@ class Kernel:
         if source in ("bf16", "f16"):
             widen = "from_bfloat16" if source == "bf16" else "from_float16"
             return self._assign(target, f"{widen}({self._value(sources[0], 'u2')})", "f4", guard)
+        if source[0] == "f":
+            raise ValueError("cvt")
         kind = numpy_kind(result)
-        value = self._value(sources[0], numpy_kind(source))
-        if source[0] == "f" and result[0] != "f":
-            value = {"rzi": "np.trunc({})", "rni": "np.rint({})", "rmi": "np.floor({})", "rpi": "np.ceil({})"}[
-                parts[1]
-            ].format(value)
-        return self._assign(target, f"{value}.astype({kind})", kind, guard)
+        return self._assign(target, f"{self._value(sources[0], numpy_kind(source))}.astype({kind})", kind, guard)
 
     @staticmethod
     def _narrow(value: str, kind: str) -> str:

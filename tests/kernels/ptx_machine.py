@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 LANES = np.arange(32)
 CELLS = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64, 16: np.complex128}  # one access of so many bytes
 REGION_BITS = 40  # of an address: a tensor each
-ATOMIC, PENDING, SEVERAL = 253, 254, 255  # marks of bytes beside the warps' 1..32
+PENDING, SEVERAL = 254, 255  # marks of bytes beside the warps' 1..32
+ATOMIC = np.uint32(0xFDFDFDFD)  # the mark of four bytes that are added to
 
 Array = np.ndarray[Any, Any]
 Mask = Array | None  # None: all lanes
@@ -94,18 +95,17 @@ class Memory:
         self.written = True
         self.touch(cells, size)
 
-    def add(self, warp: Warp, cells: Array, value: Any, old: Array) -> None:
-        size = value.itemsize
-        writers = self.view("writer", size)
-        atomic = np.full(size, ATOMIC, np.uint8).view(CELLS[size])
-        if (writers[cells] != atomic).any():
-            self._check("writer", warp.mark, cells, size, "adds atomically to what was written")
-        self._check("reader", warp.mark, cells, size, "adds atomically to what was read")
-        writers[cells] = atomic
-        data = self.view("data", size).view(value.dtype)
-        old[:] = data[cells]
-        data[cells] += value
-        self.touch(cells, size)
+    def add(self, warp: Warp, cells: Array, values: Array) -> Array:
+        """Add 32-bit numbers atomically, lane by lane; return those before."""
+        self._check("reader", warp.mark, cells, 4, "adds atomically to what was read")
+        writers, data = self.view("writer", 4), self.view("data", 4)
+        if (writers[cells] != ATOMIC).any():
+            self._check("writer", warp.mark, cells, 4, "adds atomically to what was written")
+        writers[cells] = ATOMIC
+        before: Array = data[cells] + np.tril(cells[:, None] == cells, -1).astype(np.uint32) @ values
+        np.add.at(data, cells, values)
+        self.touch(cells, 4)
+        return before
 
     def touch(self, cells: Array, size: int) -> None:
         self.first = min(self.first, int(cells.min()) * size)
@@ -150,13 +150,10 @@ class Warp:
         self.pc: int | Array = 0
         self.mark, self.program = index + 1, program
         self.memories, self.shared = launch.memories, launch.shared
-        self.special = {"%laneid": LANES.astype(np.uint32)}
-        shape = (kernel.num_warps * 32, 1, 1)
+        self.special = {"%tid.x": (index * 32 + LANES).astype(np.uint32)}
         for axis, name in enumerate("xyz"):
-            thread = (index * 32 + LANES if axis == 0 else LANES * 0).astype(np.uint32)
-            sizes = {"tid": thread, "ctaid": block[axis], "nctaid": launch.grid[axis], "ntid": shape[axis]}
-            for prefix, value in sizes.items():
-                self.special[f"%{prefix}.{name}"] = np.broadcast_to(np.uint32(value), 32)
+            self.special[f"%ctaid.{name}"] = np.full(32, block[axis], np.uint32)
+            self.special[f"%nctaid.{name}"] = np.full(32, launch.grid[axis], np.uint32)
         self.parameters = launch.parameters
         self.issued: list[Copy] = []
         self.groups: list[list[Copy]] = []
@@ -198,14 +195,13 @@ class Warp:
             for lanes, memory, offsets in self.at(space, addresses):
                 memory.write(self, memory.cells(offsets, size), size, cells if lanes is None else cells[lanes])
 
-    def add_atomically(self, space: str, addresses: Array, value: Array, mask: Mask) -> Array:
-        """The values before. Nothing else may touch the bytes before the next barrier."""
-        old = value.copy()
-        for lane in LANES if mask is None else LANES[mask]:
-            ((_, memory, offsets),) = self.at(space, addresses[lane : lane + 1])
-            cells = memory.cells(offsets, value.itemsize)
-            memory.add(self, cells, value[lane], old[lane : lane + 1])
-        return old
+    def add_atomically(self, addresses: Array, values: Array, mask: Mask) -> Array:
+        """The numbers before. Nothing else may touch the bytes before the next barrier."""
+        lanes = LANES if mask is None else LANES[mask]
+        before = values.copy()
+        if len(lanes):
+            before[lanes] = self.shared.add(self, self.shared.cells(addresses[lanes], 4), values[lanes])
+        return before
 
     def copy(self, target: Array, source: Array, size: int, used: Array, mask: Mask) -> None:
         """cp.async: the first ``used`` of ``size`` bytes, zeros for the rest, once the group is waited for."""
