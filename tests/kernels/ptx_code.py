@@ -120,13 +120,16 @@ NAMESPACE: dict[str, Any] = {
 
 
 class Block(NamedTuple):
-    """A basic block, cut at barriers. ``run(warp, registers, mask)`` returns the lanes that take the branch."""
+    """A basic block, cut at barriers.
+
+    ``run(warp, registers, mask)`` returns, of a branch, the lanes that go to ``target`` rather than to ``next``.
+    """
 
     run: Callable[[Warp, list[Array], Mask], Array | None]
     lines: list[int]
     kind: str  # "next", "branch" or "barrier"
     target: int
-    next: int
+    next: int  # of a branch
 
 
 class Line(NamedTuple):
@@ -179,28 +182,14 @@ class Kernel:
         end = len(pieces)
         ends = []
         for index, lines in enumerate(pieces):
-            last = lines[-1] if lines else None
-            if last is not None and last.parts[0] in ("bra", "ret"):
+            last = lines[-1] if lines else Line(0, "", ["none"], [])
+            kind, target = "barrier" if last.parts[:2] == ["bar", "sync"] else "next", index + 1
+            if last.parts[0] in ("bra", "ret"):
+                kind = "branch" if last.guard else "next"
                 target = labels[last.operands[0]] if last.parts[0] == "bra" else end
-                ends.append(("branch", target, index + 1) if last.guard else ("next", end, target))
-            else:
-                is_barrier = last is not None and last.parts[:2] == ["bar", "sync"]
-                ends.append(("barrier" if is_barrier else "next", end, index + 1))
-        place = self._reverse_postorder(ends, end)
-        ordered = sorted(place, key=place.__getitem__)
-        place[end] = len(ordered)
-        numbers = [[line.number for line in lines] for lines in pieces]
-        return [
-            Block(self._function(pieces[i]), numbers[i], ends[i][0], place[ends[i][1]], place[ends[i][2]])
-            for i in ordered
-        ]
-
-    @staticmethod
-    def _reverse_postorder(ends: list[tuple[str, int, int]], end: int) -> dict[int, int]:
-        """Block -> place. The successor that comes later in the text is visited first: a loop before what follows."""
-        done: list[int] = []
-        seen = {end}
-        stack = [(0, False)]
+            ends.append((kind, target, index + 1))
+        # reverse postorder; the successor that comes later in the text is visited first: a loop before what follows
+        done, seen, stack = [end], {end}, [(0, False)]
         while stack:
             block, is_left = stack.pop()
             if is_left:
@@ -208,9 +197,17 @@ class Kernel:
             elif block not in seen:
                 seen.add(block)
                 kind, target, following = ends[block]
-                successors = {following, target} if kind == "branch" else {following}
+                successors = {following, target} if kind == "branch" else {target}
                 stack += [(block, True), *((successor, False) for successor in sorted(successors))]
-        return {block: place for place, block in enumerate(reversed(done))}
+        ordered = done[::-1]
+        place = {block: number for number, block in enumerate(ordered)}
+        return [
+            Block(
+                self._function(pieces[i]), [line.number for line in pieces[i]], ends[i][0], place[ends[i][1]],
+                place.get(ends[i][2], -1),
+            )
+            for i in ordered[:-1]
+        ]  # fmt: skip
 
     def describe(self, number: int, error: object) -> str:
         source = next((text for text in reversed(self.text[:number]) if ".loc" in text), "")

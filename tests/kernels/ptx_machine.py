@@ -350,18 +350,14 @@ def advance(kernel: Kernel, warp: Warp) -> bool:
             if trace is None:
                 raise
             raise type(error)(kernel.describe(trace.tb_lineno, error)) from error
+        if block.kind == "barrier" and mask is not None:
+            raise RaceError(f"{kernel.name}: a barrier that only some lanes of a warp reach")
+        moved: Any = block.target
         if block.kind == "branch":
             assert taken is not None
-            if mask is None and taken.all():
-                warp.pc = block.target
-            elif mask is None and not taken.any():
-                warp.pc = block.next
-            else:
-                moved = np.where(taken, block.target, block.next)
-                warp.pc = moved if mask is None else np.where(mask, moved, here)
-            continue
-        warp.pc = block.next if mask is None else np.where(mask, block.next, here)
+            moved = np.where(taken, block.target, block.next)
+            if mask is None and (moved == moved[0]).all():
+                moved = int(moved[0])
+        warp.pc = moved if mask is None else np.where(mask, moved, here)
         if block.kind == "barrier":
-            if mask is not None:
-                raise RaceError(f"{kernel.name}: a barrier that only some lanes of a warp reach")
             return True
