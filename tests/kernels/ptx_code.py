@@ -36,19 +36,15 @@ def multiply(left: Array, right: Array, registers: Sequence[Array], widen: Calla
 
 
 def multiply_tiles(
-    warp: Warp,
-    a: Any,
-    b: Array,
-    slots: list[int],
-    keep: Array,
-    widen: Callable[..., Array],
-    transposed: tuple[bool, ...],
+    warp: Warp, a: Any, b: Array, slots: list[int], keep: Array, widen: Callable[..., Array], transposed: list[bool]
 ) -> None:
     """wgmma: 16 of the 64 rows of a group of four warps. ``a``: registers, or a descriptor as ``b``."""
     left = left_operand(a) if isinstance(a, list) else warp.load_tile(a, (warp.mark - 1) % 4 * 16, 16, transposed[0])
-    right = warp.load_tile(b, 0, 2 * len(slots), transposed[1])
-    registers = [np.where(keep, warp.accumulator(slot), np.uint32(0)) for slot in slots]
-    warp.tiles.results.update(zip(slots, multiply(left, right, registers, widen), strict=True))
+    right = warp.load_tile(b, 0, 2 * len(slots), transposed[-1])
+    results = [*[results for _, results in reversed(warp.products)], dict(enumerate(warp.registers))]
+    before = [next(values[slot] for values in results if slot in values) for slot in slots]
+    sums = multiply(left, right, [np.where(keep, value, np.uint32(0)) for value in before], widen)
+    warp.products[-1][1].update(zip(slots, sums, strict=True))
     for slot in slots:
         warp.registers[slot] = np.full(32, 0xFFFFFFFF, np.uint32)
 
@@ -56,7 +52,7 @@ def multiply_tiles(
 def shuffle(mode: str, value: Array, by: Array) -> Array:
     """shfl.sync over the whole warp: the value of another lane, or a lane's own where there is no other."""
     by = by.astype(int)
-    source = {"up": np.where(LANES < by, LANES, LANES - by), "bfly": LANES ^ by, "idx": by & 31}[mode]
+    source = {"up": np.where(by > LANES, LANES, LANES - by), "bfly": LANES ^ by, "idx": by & 31}[mode]
     return value[source]
 
 
@@ -109,6 +105,8 @@ COMPARE = {
     # true for NaN, too; numpy's != is
     "neu": "{0}!={1}", "ltu": "~({0}>={1})", "leu": "~({0}>{1})", "nan": "isnan({0})|isnan({1})",
 }  # fmt: skip
+WIDEN = {"bf16": "from_bfloat16", "f16": "from_float16"}
+NARROW = {"bf16": "to_bfloat16({})", "f16": "{}.astype(np.float16).view(u2)"}
 NAMESPACE: dict[str, Any] = {
     "divide": divide, "permute": permute, "shuffle": shuffle, "multiply": multiply, "multiply_tiles": multiply_tiles,
     "left_operand": left_operand, "right_operand": right_operand, "to_bfloat16": to_bfloat16,
@@ -285,15 +283,11 @@ class Kernel:
 
     def _statement(self, line: Line) -> str:
         """Python for one instruction."""
+        guard = line.guard and self._value(line.guard.lstrip("!"), "bool_")
+        guard = "~" + guard if line.guard.startswith("!") else guard
         if line.parts[0] in ("bra", "ret"):
-            return f"return {self._guard(line)}" if line.guard else "pass"
-        if line.guard:
-            return f"g={self._guard(line)}; g=g if m is None else g&m; {self._body(line, 'g')}"
-        return self._body(line, "m")
-
-    def _guard(self, line: Line) -> str:
-        text = self._value(line.guard.lstrip("!"), "bool_")
-        return f"~{text}" if line.guard.startswith("!") else text
+            return f"return {guard}" if guard else "pass"
+        return f"g={guard}; g=g if m is None else g&m; {self._body(line, 'g')}" if guard else self._body(line, "m")
 
     def _body(self, line: Line, guard: str) -> str:
         parts, operands = line.parts, line.operands
@@ -314,9 +308,8 @@ class Kernel:
         if base == "mma":
             if parts[3] != "m16n8k16" or parts[-4] != "f32" or last != "f32" or parts[-3] != parts[-2]:
                 raise ValueError("mma")
-            widen = {"bf16": "from_bfloat16", "f16": "from_float16"}[parts[-2]]
             a, b, c = (self._list(operand) for operand in operands[1:])
-            call = f"L=multiply(left_operand({a}),right_operand({b}),{c},{widen})"
+            call = f"L=multiply(left_operand({a}),right_operand({b}),{c},{WIDEN[parts[-2]]})"
             return self._together(guard, call, operands[0].strip("{} ").split(","))
         if base == "wgmma":
             return self._tiles(parts, operands, guard)
@@ -348,19 +341,15 @@ class Kernel:
     def _tiles(self, parts: list[str], operands: list[str], guard: str) -> str:
         """wgmma. Shared memory is read, and results are NaN, until the group is waited for."""
         if parts[1] != "mma_async":
-            wait = f"warp.wait_tiles({''.join(operands)})"
-            return {"fence": "pass", "commit_group": "warp.commit_tiles()", "wait_group": wait}[parts[1]]
+            wait = f"warp.wait_products({''.join(operands)})"
+            return {"fence": "pass", "commit_group": "warp.products.append(([],{}))", "wait_group": wait}[parts[1]]
         d, a, b, accumulate, *scales = operands
-        transposed = tuple(scale != "0" for scale in scales[2:])
         if scales[:2] != ["1", "1"] or parts[-3] != "f32" or not parts[4].endswith("k16"):
             raise ValueError("wgmma")
         left = self._list(a) if "{" in a else self._value(a, "u8")
-        pair = (False, *transposed) if "{" in a else transposed
-        widen = {"bf16": "from_bfloat16", "f16": "from_float16"}[parts[-1]]
         slots = [self._slot(register.strip()) for register in d.strip("{} ").split(",")]
-        keep = f"{self._value(accumulate, 'bool_')}"
-        call = f"multiply_tiles(warp,{left},{self._value(b, 'u8')},{slots},{keep},{widen},{pair})"
-        return f"warp.together({guard}); {call}"
+        rest = f"{slots},{self._value(accumulate, 'bool_')},{WIDEN[parts[-1]]},{[x != '0' for x in scales[2:]]}"
+        return f"warp.together({guard}); multiply_tiles(warp,{left},{self._value(b, 'u8')},{rest})"
 
     def _together(self, guard: str, call: str, results: list[str]) -> str:
         """An instruction of the whole warp."""
@@ -387,7 +376,7 @@ class Kernel:
 
     def _copy(self, parts: list[str], operands: list[str], guard: str) -> str:
         if parts[2] == "commit_group":
-            return "warp.commit()"
+            return "warp.copies.append([])"
         if parts[2] == "wait_group":
             return f"warp.wait({operands[0]})"
         target, source = self._address(operands[0], "u4"), self._address(operands[1], "u8")
@@ -448,18 +437,13 @@ class Kernel:
     def _convert(self, parts: list[str], target: str, sources: list[str], guard: str) -> str:
         result, source = parts[-2:]
         if result in ("bf16x2", "f16x2"):  # the first operand goes to the upper half
-            upper, lower = (self._narrow(self._value(token, "f4"), result[:-2]) for token in sources)
+            upper, lower = (NARROW[result[:-2]].format(self._value(token, "f4")) for token in sources)
             return self._assign(target, f"{lower}.astype(u4)|{upper}.astype(u4)<<u4(16)", "u4", guard)
-        if result in ("bf16", "f16"):
-            return self._assign(target, self._narrow(self._value(sources[0], numpy_kind(source)), result), "u2", guard)
-        if source in ("bf16", "f16"):
-            widen = "from_bfloat16" if source == "bf16" else "from_float16"
-            return self._assign(target, f"{widen}({self._value(sources[0], 'u2')})", "f4", guard)
+        if result in NARROW:
+            return self._assign(target, NARROW[result].format(self._value(sources[0], "f4")), "u2", guard)
+        if source in WIDEN:
+            return self._assign(target, f"{WIDEN[source]}({self._value(sources[0], 'u2')})", "f4", guard)
         if source[0] == "f":
             raise ValueError("cvt")
         kind = numpy_kind(result)
         return self._assign(target, f"{self._value(sources[0], numpy_kind(source))}.astype({kind})", kind, guard)
-
-    @staticmethod
-    def _narrow(value: str, kind: str) -> str:
-        return f"to_bfloat16({value})" if kind == "bf16" else f"{value}.astype(np.float16).view(u2)"

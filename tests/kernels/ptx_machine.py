@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -127,21 +127,6 @@ class Memory:
             self.first, self.end = len(self.data), 0
 
 
-class Copy(NamedTuple):
-    """One warp's asynchronous copy instruction."""
-
-    cells: Array
-    size: int
-    values: Array
-
-
-class Tiles(NamedTuple):
-    """Asynchronous matrix products of one group."""
-
-    cells: list[Array]  # of shared memory, that are read
-    results: dict[int, Array]  # by register
-
-
 class Warp:
     """Registers, place in the code, and copies under way."""
 
@@ -155,10 +140,11 @@ class Warp:
             self.special[f"%ctaid.{name}"] = np.full(32, block[axis], np.uint32)
             self.special[f"%nctaid.{name}"] = np.full(32, launch.grid[axis], np.uint32)
         self.parameters = launch.parameters
-        self.issued: list[Copy] = []
-        self.groups: list[list[Copy]] = []
-        self.tiles = Tiles([], {})
-        self.tile_groups: list[Tiles] = []
+        # asynchronous work by group, of which the last one is not committed yet
+        self.copies: list[list[tuple[Array, int, Array]]] = [[]]  # cells, their size, values
+        self.products: list[tuple[list[Array], dict[int, Array]]] = [
+            ([], {})
+        ]  # cells read, results by register
 
     def at(self, space: str, addresses: Array) -> Iterator[tuple[Mask, Memory, Array]]:
         """Which lanes access which memory, and at which offsets."""
@@ -214,23 +200,29 @@ class Warp:
             values[part, :count] = self.load("global", source, count, 1, part)[0][part, None].view(np.uint8)
         cells = self.shared.cells(target[lanes], size)
         self.shared.write(self, cells, size, None, PENDING)
-        self.issued.append(Copy(cells, size, np.ascontiguousarray(values[lanes]).view(CELLS[size])[:, 0]))
+        self.copies[-1].append((cells, size, np.ascontiguousarray(values[lanes]).view(CELLS[size])[:, 0]))
 
     def together(self, mask: Mask) -> None:
         """Raise unless all lanes are on."""
         if mask is not None and not mask.all():
             raise RaceError("an instruction of the whole warp that only some lanes reach")
 
-    def commit(self) -> None:
-        self.groups.append(self.issued)
-        self.issued = []
-
     def wait(self, pending: int) -> None:
-        """Finish all but the last ``pending`` groups."""
-        while len(self.groups) > pending:
-            for cells, size, values in self.groups.pop(0):
+        """Finish all but the last ``pending`` groups of copies."""
+        while len(self.copies) > pending + 1:
+            for cells, size, values in self.copies.pop(0):
                 self.shared.view("writer", size)[cells] = 0
                 self.shared.write(self, cells, size, values)
+
+    def wait_products(self, pending: int) -> None:
+        while len(self.products) > pending + 1:
+            read, results = self.products.pop(0)
+            for cells in read:
+                self.shared.view("reader", 2)[cells] = self.mark * 0x101  # both bytes
+                self.shared.touch(cells, 2)
+            for slot, value in results.items():
+                if not any(slot in later for _, later in self.products):
+                    self.registers[slot] = value
 
     def load_matrices(self, addresses: Array, count: int, transposed: bool) -> list[Array]:
         """ldmatrix: 8 x 8 matrices of 16 bits, whose rows are where lanes 8 i .. 8 i + 7 say."""
@@ -260,27 +252,8 @@ class Warp:
         address = start + across // 8 * stride + across % 8 * width + along // width * leading + along % width
         address ^= (address >> 7 & width // 16 - 1) << 4
         cells = self.shared.cells(address.reshape(-1), 2)
-        self.tiles.cells.append(cells)
+        self.products[-1][0].append(cells)
         return self.shared.read(self, cells, 2, is_pending=True).reshape(rows, 16)
-
-    def accumulator(self, slot: int) -> Array:
-        """A register, or what products under way will put there."""
-        groups = (self.tiles, *reversed(self.tile_groups))
-        return next((group.results[slot] for group in groups if slot in group.results), self.registers[slot])
-
-    def commit_tiles(self) -> None:
-        self.tile_groups.append(self.tiles)
-        self.tiles = Tiles([], {})
-
-    def wait_tiles(self, pending: int) -> None:
-        while len(self.tile_groups) > pending:
-            done = self.tile_groups.pop(0)
-            for cells in done.cells:
-                self.shared.view("reader", 2)[cells] = self.mark * 0x101  # both bytes
-                self.shared.touch(cells, 2)
-            for slot, value in done.results.items():
-                if not any(slot in group.results for group in self.tile_groups):
-                    self.registers[slot] = value
 
 
 class Launch:
