@@ -199,13 +199,12 @@ class Kernel:
                 stack += [(block, True), *((successor, False) for successor in sorted(successors))]
         ordered = done[::-1]
         place = {block: number for number, block in enumerate(ordered)}
-        return [
-            Block(
-                self._function(pieces[i]), [line.number for line in pieces[i]], ends[i][0], place[ends[i][1]],
-                place.get(ends[i][2], -1),
-            )
-            for i in ordered[:-1]
-        ]  # fmt: skip
+        blocks = []
+        for index in ordered[:-1]:
+            kind, target, following = ends[index]
+            numbers = [line.number for line in pieces[index]]
+            blocks.append(Block(self._function(pieces[index]), numbers, kind, place[target], place.get(following, -1)))
+        return blocks
 
     def describe(self, number: int, error: object) -> str:
         source = next((text for text in reversed(self.text[:number]) if ".loc" in text), "")
@@ -248,16 +247,10 @@ class Kernel:
             if held.itemsize != dtype.itemsize:
                 text += f".astype(u{dtype.itemsize})"
             return text if dtype.kind in "ub" else f"{text}.view({kind})"
-        if token.startswith("0f"):
-            bits = int(token[2:], 16)
-        else:
-            bits = 0 if token == "global_smem" else int(token.rstrip("U"), 0)
-        name = f"c_{bits & (1 << 64) - 1:x}_{kind}"
-        if dtype.kind == "b":
-            self.namespace[name] = np.full(32, bool(bits))
-        else:
-            unsigned = CELLS[dtype.itemsize]
-            self.namespace[name] = np.full(32, bits & (1 << 8 * dtype.itemsize) - 1, unsigned).view(dtype)
+        bits = 0 if token == "global_smem" else int(token[2:], 16) if token[:2] == "0f" else int(token.rstrip("U"), 0)
+        bits = bool(bits) if kind == "bool_" else bits & (1 << 8 * dtype.itemsize) - 1
+        name = f"c_{bits:x}_{kind}"
+        self.namespace[name] = np.full(32, bits, CELLS[dtype.itemsize]).view(dtype)
         return name
 
     def _assign(self, register: str, text: str, kind: str, guard: str) -> str:
@@ -273,11 +266,8 @@ class Kernel:
         return f"R[{slot}]={text} if {guard} is None else where({guard},{text},R[{slot}])"
 
     def _address(self, token: str, kind: str) -> str:
-        base, _, offset = token.strip("[] ").partition("+")
-        if not base.strip().startswith("%"):
-            return self._value(str(int(offset or 0)), kind)
-        text = self._value(base.strip(), kind)
-        return text if int(offset or 0) == 0 else f"{text}+{self._value(str(int(offset)), kind)}"
+        parts = [part.strip() for part in token.strip("[] ").split("+")]
+        return "+".join(self._value(part, kind) for part in parts if part != "0")
 
     # --- instructions ---
 

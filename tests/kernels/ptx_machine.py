@@ -142,51 +142,43 @@ class Warp:
         self.parameters = launch.parameters
         # asynchronous work by group, of which the last one is not committed yet
         self.copies: list[list[tuple[Array, int, Array]]] = [[]]  # cells, their size, values
-        self.products: list[tuple[list[Array], dict[int, Array]]] = [
-            ([], {})
-        ]  # cells read, results by register
+        self.products: list[tuple[list[Array], dict[int, Array]]] = [([], {})]  # cells read, results by register
 
-    def at(self, space: str, addresses: Array) -> Iterator[tuple[Mask, Memory, Array]]:
+    def at(self, space: str, addresses: Array, mask: Mask) -> Iterator[tuple[Array, Memory, Array]]:
         """Which lanes access which memory, and at which offsets."""
+        lanes = LANES if mask is None else LANES[mask]
         if space == "shared":
-            yield None, self.shared, addresses
+            if len(lanes):
+                yield lanes, self.shared, addresses[lanes]
             return
-        regions = addresses >> np.uint64(REGION_BITS)
+        regions = addresses[lanes] >> np.uint64(REGION_BITS)
         for region in dict.fromkeys(regions.tolist()):
+            part = lanes[regions == region]
             if region not in self.memories:
-                raise AddressError(f"address {int(addresses[regions == region][0]):#x} is in no argument")
+                raise AddressError(f"address {int(addresses[part][0]):#x} is in no argument")
             base, memory = self.memories[region]
-            lanes = None if (regions == region).all() else regions == region
-            yield lanes, memory, (addresses if lanes is None else addresses[lanes]).astype(np.int64) - base
+            yield part, memory, addresses[part].astype(np.int64) - base
 
     def load(self, space: str, addresses: Array, size: int, count: int, mask: Mask) -> list[Array]:
         """``count`` values of ``size`` bytes per lane; lanes that are off get anything."""
-        active = addresses if mask is None else addresses[mask]
-        result = np.full(32, -1, np.int8).repeat(size * count).reshape(32, -1).view(np.uint8)
-        if len(active):
-            values = np.empty((len(active), size * count), np.uint8)
-            for lanes, memory, offsets in self.at(space, active):
-                part = memory.read(self, memory.cells(offsets, size * count), size * count)
-                values[slice(None) if lanes is None else lanes] = part.view(np.uint8).reshape(-1, size * count)
-            result[slice(None) if mask is None else mask] = values
+        result = np.full((32, size * count), 255, np.uint8)
+        for lanes, memory, offsets in self.at(space, addresses, mask):
+            part = memory.read(self, memory.cells(offsets, size * count), size * count)
+            result[lanes] = part.view(np.uint8).reshape(-1, size * count)
         return list(result.view(CELLS[size]).T.copy())
 
     def store(self, space: str, addresses: Array, values: Sequence[Array], mask: Mask) -> None:
         bits = np.stack(values, 1)
-        if mask is not None:
-            addresses, bits = addresses[mask], bits[mask]
-        if len(addresses):
-            size = bits.itemsize * bits.shape[1]
-            cells = np.ascontiguousarray(bits).view(CELLS[size])[:, 0]
-            for lanes, memory, offsets in self.at(space, addresses):
-                memory.write(self, memory.cells(offsets, size), size, cells if lanes is None else cells[lanes])
+        size = bits.itemsize * bits.shape[1]
+        bits = bits.view(CELLS[size])[:, 0]
+        for lanes, memory, offsets in self.at(space, addresses, mask):
+            memory.write(self, memory.cells(offsets, size), size, bits[lanes])
 
     def add_atomically(self, addresses: Array, values: Array, mask: Mask) -> Array:
         """The numbers before. Nothing else may touch the bytes before the next barrier."""
-        lanes = LANES if mask is None else LANES[mask]
         before = values.copy()
-        if len(lanes):
-            before[lanes] = self.shared.add(self, self.shared.cells(addresses[lanes], 4), values[lanes])
+        for lanes, memory, offsets in self.at("shared", addresses, mask):
+            before[lanes] = memory.add(self, memory.cells(offsets, 4), values[lanes])
         return before
 
     def copy(self, target: Array, source: Array, size: int, used: Array, mask: Mask) -> None:
@@ -266,7 +258,6 @@ class Launch:
         regions: dict[int, int] = {}  # address of a storage -> its address here
         values = [*arguments, *[(0, "i64")] * (len(kernel.parameters) - len(arguments))]  # scratch memory, not used
         for (label, kind), (value, signature) in zip(kernel.parameters, values, strict=True):
-            dtype = np.dtype(numpy_kind(kind))
             if isinstance(value, torch.Tensor):
                 storage = value.untyped_storage()
                 start = storage.data_ptr()
@@ -276,9 +267,8 @@ class Launch:
                     data = torch.empty(0, dtype=torch.uint8).set_(storage).numpy()
                     self.memories[number] = (regions[start], Memory(data, f"{signature} argument {label}"))
                 value = regions[start] + value.data_ptr() - start
-            if dtype.kind != "f":  # as bits
-                value, dtype = int(value) & (1 << 8 * dtype.itemsize) - 1, np.dtype(CELLS[dtype.itemsize])
-            self.parameters[label] = np.full(32, value, dtype).view(CELLS[dtype.itemsize])
+            bits, size = int(np.float32(value).view(np.uint32) if kind == "f32" else value), int(kind[1:]) // 8
+            self.parameters[label] = np.full(32, bits & (1 << 8 * size) - 1, CELLS[size])
 
     def run(self, kernel: Kernel, shared_bytes: int, order: random.Random) -> None:
         blocks = [(x, y, z) for z in range(self.grid[2]) for y in range(self.grid[1]) for x in range(self.grid[0])]
