@@ -36,30 +36,24 @@ def multiply(left: Array, right: Array, registers: Sequence[Array], widen: Calla
 
 
 def multiply_tiles(
-    warp: Warp,
-    a: Any,
-    b: Array,
-    slots: list[int],
-    keep: Array,
-    widen: Callable[..., Array],
-    transposed: tuple[bool, ...],
+    warp: Warp, a: Any, b: Array, slots: list[int], keep: Array, widen: Callable[..., Array], transposed: list[bool]
 ) -> None:
     """wgmma: 16 of the 64 rows of a group of four warps. ``a``: registers, or a descriptor as ``b``."""
     left = left_operand(a) if isinstance(a, list) else warp.load_tile(a, (warp.mark - 1) % 4 * 16, 16, transposed[0])
-    right = warp.load_tile(b, 0, 2 * len(slots), transposed[1])
-    registers = [np.where(keep, warp.accumulator(slot), np.uint32(0)) for slot in slots]
-    warp.tiles.results.update(zip(slots, multiply(left, right, registers, widen), strict=True))
+    right = warp.load_tile(b, 0, 2 * len(slots), transposed[-1])
+    results = [*[results for _, results in reversed(warp.products)], dict(enumerate(warp.registers))]
+    before = [next(values[slot] for values in results if slot in values) for slot in slots]
+    sums = multiply(left, right, [np.where(keep, value, np.uint32(0)) for value in before], widen)
+    warp.products[-1][1].update(zip(slots, sums, strict=True))
     for slot in slots:
         warp.registers[slot] = np.full(32, 0xFFFFFFFF, np.uint32)
 
 
-def shuffle(mode: str, value: Array, by: Array, clamp: Array) -> tuple[Array, Array]:
-    """shfl.sync: the value of another lane, and whether that lane is in range."""
-    by, segment, limit = (by & 31).astype(int), (clamp >> 8 & 31).astype(int), (clamp & 31).astype(int)
-    largest, smallest = LANES & segment | limit & ~segment, LANES & segment
-    source = {"up": LANES - by, "down": LANES + by, "bfly": LANES ^ by, "idx": smallest | by & ~segment}[mode]
-    inside = source >= largest if mode == "up" else source <= largest
-    return value[np.where(inside, source, LANES)], inside
+def shuffle(mode: str, value: Array, by: Array) -> Array:
+    """shfl.sync over the whole warp: the value of another lane, or a lane's own where there is no other."""
+    by = by.astype(int)
+    source = {"up": np.where(by > LANES, LANES, LANES - by), "bfly": LANES ^ by, "idx": by & 31}[mode]
+    return value[source]
 
 
 def from_bfloat16(bits: Array) -> Array:
@@ -83,11 +77,10 @@ def divide(a: Array, b: Array) -> Array:
 
 
 def permute(a: Array, b: Array, selector: Array) -> Array:
-    """prmt: each byte of the result is one of the eight of b:a, or its sign."""
+    """prmt: each byte of the result is one of the eight of b:a."""
     source = np.stack([a, b], 1).view(np.uint8)
-    nibbles = selector[:, None] >> np.arange(0, 16, 4, dtype=np.uint32) & 15
-    chosen = np.take_along_axis(source, (nibbles & 7).astype(int), 1)
-    return np.where(nibbles & 8, np.where(chosen >> 7, 255, 0), chosen).astype(np.uint8).view(np.uint32)[:, 0]
+    nibbles = selector[:, None] >> np.arange(0, 16, 4, dtype=np.uint32) & 7
+    return np.take_along_axis(source, nibbles.astype(int), 1).view(np.uint32)[:, 0]
 
 
 # operation -> numpy expression; the types of operands and result are the instruction's last part
@@ -97,18 +90,23 @@ UNSIGNED = {  # that mean the same for signed operands
     "prmt": "permute({0},{1},{2})",
 }  # fmt: skip
 INTEGER = {
-    "shr": "{0}>>{1}", "min": "minimum({0},{1})", "max": "maximum({0},{1})", "neg": "-{0}", "abs": "abs({0})",
+    "shr": "{0}>>{1}", "min": "minimum({0},{1})", "max": "maximum({0},{1})", "neg": "-{0}",
+    "min.relu": "maximum(minimum({0},{1}),0)", "max.relu": "maximum(maximum({0},{1}),0)",
     "div": "divide({0},{1})", "rem": "{0}-divide({0},{1})*{1}",
     "popc": "np.unpackbits({0}.view(u1).reshape(32,-1),axis=1).sum(1).astype(u4)",
 }  # fmt: skip
 FLOAT = {
     "add": "{0}+{1}", "sub": "{0}-{1}", "mul": "{0}*{1}", "fma": "({0}.astype(f8)*{1}+{2})", "neg": "-{0}",
-    "abs": "abs({0})", "div": "{0}/{1}", "rcp": "1/{0}", "sqrt": "np.sqrt({0})", "rsqrt": "1/np.sqrt({0})",
-    "ex2": "np.exp2({0})", "lg2": "np.log2({0})", "mov": "{0}", "min": "np.fmin({0},{1})", "max": "np.fmax({0},{1})",
-    "min.NaN": "minimum({0},{1})", "max.NaN": "maximum({0},{1})",
+    "abs": "abs({0})", "div": "{0}/{1}", "sqrt": "np.sqrt({0})", "ex2": "np.exp2({0})", "mov": "{0}",
+    "min": "np.fmin({0},{1})", "max": "np.fmax({0},{1})", "min.NaN": "minimum({0},{1})",
 }  # fmt: skip
-COMPARE = {"eq": "==", "lt": "<", "le": "<=", "gt": ">", "ge": ">=", "lo": "<", "ls": "<=", "hi": ">", "hs": ">="}
-REDUCE = {"add": "sum", "min": "min", "max": "max", "and": "bitwise_and.reduce", "or": "bitwise_or.reduce"}
+COMPARE = {
+    "eq": "{0}=={1}", "ne": "{0}!={1}", "lt": "{0}<{1}", "le": "{0}<={1}", "gt": "{0}>{1}", "ge": "{0}>={1}",
+    # true for NaN, too; numpy's != is
+    "neu": "{0}!={1}", "ltu": "~({0}>={1})", "leu": "~({0}>{1})", "nan": "isnan({0})|isnan({1})",
+}  # fmt: skip
+WIDEN = {"bf16": "from_bfloat16", "f16": "from_float16"}
+NARROW = {"bf16": "to_bfloat16({})", "f16": "{}.astype(np.float16).view(u2)"}
 NAMESPACE: dict[str, Any] = {
     "divide": divide, "permute": permute, "shuffle": shuffle, "multiply": multiply, "multiply_tiles": multiply_tiles,
     "left_operand": left_operand, "right_operand": right_operand, "to_bfloat16": to_bfloat16,
@@ -120,13 +118,16 @@ NAMESPACE: dict[str, Any] = {
 
 
 class Block(NamedTuple):
-    """A basic block, cut at barriers. ``run(warp, registers, mask)`` returns the lanes that take the branch."""
+    """A basic block, cut at barriers.
+
+    ``run(warp, registers, mask)`` returns, of a branch, the lanes that go to ``target`` rather than to ``next``.
+    """
 
     run: Callable[[Warp, list[Array], Mask], Array | None]
     lines: list[int]
-    kind: str  # "next", "branch", "barrier" or "exit"
+    kind: str  # "next", "branch" or "barrier"
     target: int
-    next: int
+    next: int  # of a branch
 
 
 class Line(NamedTuple):
@@ -174,36 +175,19 @@ class Kernel:
             elif match := INSTRUCTION.match(text):
                 line = Line(number, match[1] or "", match[2].split("."), OPERAND.findall(match[3]))
                 pieces[-1].append(line)
-                if line.parts[0] in ("bra", "ret", "exit") or line.parts[:2] in (["bar", "sync"], ["barrier", "sync"]):
+                if line.parts[0] in ("bra", "ret") or line.parts[:2] == ["bar", "sync"]:
                     pieces.append([])
         end = len(pieces)
         ends = []
         for index, lines in enumerate(pieces):
-            last = lines[-1] if lines else None
-            if last is None or last.parts[0] not in ("bra", "ret", "exit", "bar", "barrier"):
-                ends.append(("next", end, index + 1))
-            elif last.parts[0] in ("bar", "barrier"):
-                if last.parts[1] == "sync" and last.operands != ["0"]:
-                    raise NotImplementedError(self.describe(last.number, "only barrier 0 of all warps"))
-                ends.append(("barrier" if last.parts[1] == "sync" else "next", end, index + 1))
-            else:
+            last = lines[-1] if lines else Line(0, "", ["none"], [])
+            kind, target = "barrier" if last.parts[:2] == ["bar", "sync"] else "next", index + 1
+            if last.parts[0] in ("bra", "ret"):
+                kind = "branch" if last.guard else "next"
                 target = labels[last.operands[0]] if last.parts[0] == "bra" else end
-                ends.append(("branch", target, index + 1) if last.guard else ("next", end, target))
-        place = self._reverse_postorder(ends, end)
-        ordered = sorted(place, key=place.__getitem__)
-        place[end] = len(ordered)
-        numbers = [[line.number for line in lines] for lines in pieces]
-        return [
-            Block(self._function(pieces[i]), numbers[i], ends[i][0], place[ends[i][1]], place[ends[i][2]])
-            for i in ordered
-        ]
-
-    @staticmethod
-    def _reverse_postorder(ends: list[tuple[str, int, int]], end: int) -> dict[int, int]:
-        """Block -> place. The successor that comes later in the text is visited first: a loop before what follows."""
-        done: list[int] = []
-        seen = {end}
-        stack = [(0, False)]
+            ends.append((kind, target, index + 1))
+        # reverse postorder; the successor that comes later in the text is visited first: a loop before what follows
+        done, seen, stack = [end], {end}, [(0, False)]
         while stack:
             block, is_left = stack.pop()
             if is_left:
@@ -211,9 +195,16 @@ class Kernel:
             elif block not in seen:
                 seen.add(block)
                 kind, target, following = ends[block]
-                successors = {following, target} if kind == "branch" else {following}
+                successors = {following, target} if kind == "branch" else {target}
                 stack += [(block, True), *((successor, False) for successor in sorted(successors))]
-        return {block: place for place, block in enumerate(reversed(done))}
+        ordered = done[::-1]
+        place = {block: number for number, block in enumerate(ordered)}
+        blocks = []
+        for index in ordered[:-1]:
+            kind, target, following = ends[index]
+            numbers = [line.number for line in pieces[index]]
+            blocks.append(Block(self._function(pieces[index]), numbers, kind, place[target], place.get(following, -1)))
+        return blocks
 
     def describe(self, number: int, error: object) -> str:
         source = next((text for text in reversed(self.text[:number]) if ".loc" in text), "")
@@ -247,7 +238,7 @@ class Kernel:
         """Expression for an operand as an array of ``kind``, such as "u4" or "bool_"."""
         token = token.strip()
         dtype: Any = np.dtype(NAMESPACE[kind])
-        if token in ("%tid.x", "%tid.y", "%tid.z", "%laneid") or re.match(r"%n?(tid|ctaid)\.", token):
+        if "." in token:  # %tid.x
             return f"warp.special[{token!r}].astype({kind})"
         if token.startswith("%"):
             slot = self._slot(token)
@@ -256,16 +247,10 @@ class Kernel:
             if held.itemsize != dtype.itemsize:
                 text += f".astype(u{dtype.itemsize})"
             return text if dtype.kind in "ub" else f"{text}.view({kind})"
-        if token.startswith(("0f", "0d")):
-            bits = int(token[2:], 16)
-        else:
-            bits = 0 if token == "global_smem" else int(token.rstrip("U"), 0)
-        name = f"c_{bits & (1 << 64) - 1:x}_{kind}"
-        if dtype.kind == "b":
-            self.namespace[name] = np.full(32, bool(bits))
-        else:
-            unsigned = CELLS[dtype.itemsize]
-            self.namespace[name] = np.full(32, bits & (1 << 8 * dtype.itemsize) - 1, unsigned).view(dtype)
+        bits = 0 if token == "global_smem" else int(token[2:], 16) if token[:2] == "0f" else int(token.rstrip("U"), 0)
+        bits = bool(bits) if kind == "bool_" else bits & (1 << 8 * dtype.itemsize) - 1
+        name = f"c_{bits:x}_{kind}"
+        self.namespace[name] = np.full(32, bits, CELLS[dtype.itemsize]).view(dtype)
         return name
 
     def _assign(self, register: str, text: str, kind: str, guard: str) -> str:
@@ -281,32 +266,25 @@ class Kernel:
         return f"R[{slot}]={text} if {guard} is None else where({guard},{text},R[{slot}])"
 
     def _address(self, token: str, kind: str) -> str:
-        base, _, offset = token.strip("[] ").partition("+")
-        if not base.strip().startswith("%"):
-            return self._value(str(int(offset or 0)), kind)
-        text = self._value(base.strip(), kind)
-        return text if int(offset or 0) == 0 else f"{text}+{self._value(str(int(offset)), kind)}"
+        parts = [part.strip() for part in token.strip("[] ").split("+")]
+        return "+".join(self._value(part, kind) for part in parts if part != "0")
 
     # --- instructions ---
 
     def _statement(self, line: Line) -> str:
         """Python for one instruction."""
-        if line.parts[0] == "bra":
-            return "pass" if not line.guard else f"return {self._guard(line)}"
-        if line.parts[0] in ("ret", "exit"):
-            return "pass" if not line.guard else f"return {self._guard(line)}"
-        if line.guard:
-            return f"g={self._guard(line)}; g=g if m is None else g&m; {self._body(line, 'g')}"
-        return self._body(line, "m")
-
-    def _guard(self, line: Line) -> str:
-        text = self._value(line.guard.lstrip("!"), "bool_")
-        return f"~{text}" if line.guard.startswith("!") else text
+        guard = line.guard and self._value(line.guard.lstrip("!"), "bool_")
+        guard = "~" + guard if line.guard.startswith("!") else guard
+        if line.parts[0] in ("bra", "ret"):
+            return f"return {guard}" if guard else "pass"
+        return f"g={guard}; g=g if m is None else g&m; {self._body(line, 'g')}" if guard else self._body(line, "m")
 
     def _body(self, line: Line, guard: str) -> str:
         parts, operands = line.parts, line.operands
         base, last = parts[0], parts[-1]
-        if base in ("bar", "barrier", "membar", "fence", "griddepcontrol"):
+        if base in ("bar", "fence"):
+            if parts[1] == "sync" and operands != ["0"]:
+                raise ValueError("only barrier 0 of all warps")
             return "pass"
         if base in ("ld", "st"):
             return self._access(parts, operands, guard)
@@ -320,9 +298,8 @@ class Kernel:
         if base == "mma":
             if parts[3] != "m16n8k16" or parts[-4] != "f32" or last != "f32" or parts[-3] != parts[-2]:
                 raise ValueError("mma")
-            widen = {"bf16": "from_bfloat16", "f16": "from_float16"}[parts[-2]]
             a, b, c = (self._list(operand) for operand in operands[1:])
-            call = f"L=multiply(left_operand({a}),right_operand({b}),{c},{widen})"
+            call = f"L=multiply(left_operand({a}),right_operand({b}),{c},{WIDEN[parts[-2]]})"
             return self._together(guard, call, operands[0].strip("{} ").split(","))
         if base == "wgmma":
             return self._tiles(parts, operands, guard)
@@ -330,29 +307,22 @@ class Kernel:
             arguments = f"{self._address(operands[0], 'u4')},{self._list(operands[1])},{'trans' in parts}"
             return f"warp.together({guard}); warp.store_matrices({arguments})"
         if base == "shfl":
-            value, by, clamp = (self._value(operand, "u4") for operand in operands[1:4])
-            target, _, inside = operands[0].partition("|")
-            text = f"L=shuffle({parts[2]!r},{value},{by},{clamp})"
-            extra = f"; R[{self._slot(inside)}]=L[1]" if inside else ""
-            return self._together(guard, text, [target]) + extra
+            if operands[3] != {"up": "0"}.get(parts[2], "31"):
+                raise ValueError("a part of the warp")
+            value, by = (self._value(operand, "u4") for operand in operands[1:3])
+            return self._together(guard, f"L=[shuffle({parts[2]!r},{value},{by})]", operands[:1])
         if base == "redux":
-            kind = last.replace("s", "i").replace("b", "u")
-            kind = kind[0] + str(int(kind[1:]) // 8)
-            function = f"np.{REDUCE[parts[2]]}"
-            return self._together(
-                guard, f"L=[full(32,{function}({self._value(operands[1], kind)}),{kind}).view(u4)]", operands[:1]
-            )
-        if base == "vote" and parts[2] == "ballot":
-            return self._together(
-                guard,
-                f"L=[full(32,np.packbits({self._value(operands[1], 'bool_')},bitorder='little').view(u4)[0],u4)]",
-                operands[:1],
-            )
-        if base in ("atom", "red") and parts[-2] == "add":
-            kind, space = numpy_kind(last), next(part for part in parts if part in ("global", "shared"))
-            pointer = self._address(operands[-2], "u4" if space == "shared" else "u8")
-            call = f"L=warp.add_atomically({space!r},{pointer},{self._value(operands[-1], kind)},{guard})"
-            return call + (f"; {self._assign(operands[0], 'L', kind, guard)}" if base == "atom" else "")
+            function = {"add": "sum", "min": "min", "max": "max"}[parts[2]]
+            value = self._value(operands[1], numpy_kind(last))
+            return self._together(guard, f"L=[full(32,np.{function}({value}),i4).view(u4)]", operands[:1])
+        if base == "vote":
+            bits = f"np.packbits({self._value(operands[1], 'bool_')},bitorder='little').view(u4)[0]"
+            return self._together(guard, f"L=[full(32,{bits},u4)]", operands[:1])
+        if base == "atom":
+            if parts[1:] != ["shared", "add", "u32"]:
+                raise ValueError("atom")
+            arguments = f"{self._address(operands[1], 'u4')},{self._value(operands[2], 'u4')},{guard}"
+            return f"L=warp.add_atomically({arguments}); {self._assign(operands[0], 'L', 'u4', guard)}"
         return self._arithmetic(parts, operands, guard)
 
     def _list(self, operand: str) -> str:
@@ -361,19 +331,15 @@ class Kernel:
     def _tiles(self, parts: list[str], operands: list[str], guard: str) -> str:
         """wgmma. Shared memory is read, and results are NaN, until the group is waited for."""
         if parts[1] != "mma_async":
-            wait = f"warp.wait_tiles({''.join(operands)})"
-            return {"fence": "pass", "commit_group": "warp.commit_tiles()", "wait_group": wait}[parts[1]]
+            wait = f"warp.wait_products({''.join(operands)})"
+            return {"fence": "pass", "commit_group": "warp.products.append(([],{}))", "wait_group": wait}[parts[1]]
         d, a, b, accumulate, *scales = operands
-        transposed = tuple(scale != "0" for scale in scales[2:])
         if scales[:2] != ["1", "1"] or parts[-3] != "f32" or not parts[4].endswith("k16"):
             raise ValueError("wgmma")
         left = self._list(a) if "{" in a else self._value(a, "u8")
-        pair = (False, *transposed) if "{" in a else transposed
-        widen = {"bf16": "from_bfloat16", "f16": "from_float16"}[parts[-1]]
         slots = [self._slot(register.strip()) for register in d.strip("{} ").split(",")]
-        keep = f"{self._value(accumulate, 'bool_')}"
-        call = f"multiply_tiles(warp,{left},{self._value(b, 'u8')},{slots},{keep},{widen},{pair})"
-        return f"warp.together({guard}); {call}"
+        rest = f"{slots},{self._value(accumulate, 'bool_')},{WIDEN[parts[-1]]},{[x != '0' for x in scales[2:]]}"
+        return f"warp.together({guard}); multiply_tiles(warp,{left},{self._value(b, 'u8')},{rest})"
 
     def _together(self, guard: str, call: str, results: list[str]) -> str:
         """An instruction of the whole warp."""
@@ -400,14 +366,11 @@ class Kernel:
 
     def _copy(self, parts: list[str], operands: list[str], guard: str) -> str:
         if parts[2] == "commit_group":
-            return "warp.commit()"
+            return "warp.copies.append([])"
         if parts[2] == "wait_group":
             return f"warp.wait({operands[0]})"
-        if parts[2] == "wait_all":
-            return "warp.commit(); warp.wait(0)"
-        size = int(operands[2], 0)
-        used = self._value(operands[3] if len(operands) > 3 else str(size), "u4")
-        return f"warp.copy({self._address(operands[0], 'u4')},{self._address(operands[1], 'u8')},{size},{used},{guard})"
+        target, source = self._address(operands[0], "u4"), self._address(operands[1], "u8")
+        return f"warp.copy({target},{source},{int(operands[2], 0)},{self._value(operands[3], 'u4')},{guard})"
 
     def _arithmetic(self, parts: list[str], operands: list[str], guard: str) -> str:
         base, last = parts[0], parts[-1]
@@ -416,11 +379,13 @@ class Kernel:
             return self._convert(parts, target, sources, guard)
         if base == "mov" and "{" in target + sources[0]:
             return self._pack(target, sources[0], guard)
-        kind = numpy_kind(last)
+        kind = "f2" if last == "bf16" else numpy_kind(last)
         size, letter = (0, "b") if last == "pred" else (int(kind[1:]), kind[0])
-        if base == "setp":
-            a, b = (self._value(source, kind) for source in sources[:2])
-            return self._assign(target, self._comparison(parts, a, b, letter), "bool_", guard)
+        if base == "setp":  # a second condition is no key of COMPARE
+            a, b = (self._value(source, "u2" if last == "bf16" else kind) for source in sources)
+            if last == "bf16":
+                a, b = f"from_bfloat16({a})", f"from_bfloat16({b})"
+            return self._assign(target, COMPARE[".".join(parts[1:-1])].format(a, b), "bool_", guard)
         if base == "selp":
             a, b = (self._value(source, f"u{size}") for source in sources[:2])
             return self._assign(target, f"where({self._value(sources[2], 'bool_')},{a},{b})", f"u{size}", guard)
@@ -429,15 +394,14 @@ class Kernel:
             a, b = (f"{self._value(source, kind)}.astype({wide})" for source in sources[:2])
             text = f"{a}*{b}" + (f"+{self._value(sources[2], wide)}" if base == "mad" else "")
             return self._assign(target, text, wide, guard)
-        if parts[:2] == ["mul", "hi"]:
-            wide = {2: f"{letter}4", 4: f"{letter}8"}[size]
-            a, b = (f"{self._value(source, kind)}.astype({wide})" for source in sources)
-            return self._assign(target, f"({a}*{b}>>{wide}({8 * size})).astype({kind})", kind, guard)
+        if parts == ["mul", "hi", "u32"]:
+            a, b = (f"{self._value(source, 'u4')}.astype(u8)" for source in sources)
+            return self._assign(target, f"({a}*{b}>>u8(32)).astype(u4)", "u4", guard)
         if base == "bfe":
             a, (position, length) = self._value(sources[0], kind), (int(source) for source in sources[1:])
             text = f"({a}<<{kind}({8 * size - position - length}))>>{kind}({8 * size - length})"
             return self._assign(target, text, kind, guard)
-        name = ".".join(part for part in parts[:-1] if part not in ("rn", "ftz", "approx", "full", "rz"))
+        name = ".".join(part for part in parts[:-1] if part not in ("rn", "ftz", "approx", "full"))
         if letter == "f":
             text = FLOAT[name].format(*(self._value(source, kind) for source in sources))
             return self._assign(target, f"({text}).astype({kind})" if name == "fma" else text, kind, guard)
@@ -445,20 +409,6 @@ class Kernel:
             kind = "bool_" if last == "pred" else f"u{size}"
         table = UNSIGNED if name in UNSIGNED else INTEGER
         return self._assign(target, table[name].format(*(self._value(source, kind) for source in sources)), kind, guard)
-
-    @staticmethod
-    def _comparison(parts: list[str], a: str, b: str, letter: str) -> str:
-        operation = parts[1]
-        if parts[2:-1] not in ([], ["ftz"]):
-            raise ValueError("setp with a second condition")
-        if operation in ("nan", "num"):
-            return f"{'' if operation == 'nan' else '~'}(isnan({a})|isnan({b}))"
-        if letter == "f" and operation.endswith("u"):  # true for NaN, too
-            opposite = {"equ": None, "neu": "eq", "ltu": "ge", "leu": "gt", "gtu": "le", "geu": "lt"}[operation]
-            return f"~(({a}<{b})|({a}>{b}))" if opposite is None else f"~({a}{COMPARE[opposite]}{b})"
-        if operation == "ne":
-            return f"({a}<{b})|({a}>{b})" if letter == "f" else f"{a}!={b}"
-        return f"{a}{COMPARE[operation]}{b}"
 
     def _pack(self, target: str, source: str, guard: str) -> str:
         """mov between a register and several narrower ones."""
@@ -475,24 +425,15 @@ class Kernel:
         return "; ".join([split, *(self._assign(token, f"L[{i}]", narrow, guard) for i, token in enumerate(tokens))])
 
     def _convert(self, parts: list[str], target: str, sources: list[str], guard: str) -> str:
-        kinds = [part for part in parts[1:] if re.fullmatch(r"(bf16|f16)(x2)?|[fsu](8|16|32|64)", part)]
-        result, source = kinds
+        result, source = parts[-2:]
         if result in ("bf16x2", "f16x2"):  # the first operand goes to the upper half
-            upper, lower = (self._narrow(self._value(token, "f4"), result[:-2]) for token in sources)
+            upper, lower = (NARROW[result[:-2]].format(self._value(token, "f4")) for token in sources)
             return self._assign(target, f"{lower}.astype(u4)|{upper}.astype(u4)<<u4(16)", "u4", guard)
-        if result in ("bf16", "f16"):
-            return self._assign(target, self._narrow(self._value(sources[0], numpy_kind(source)), result), "u2", guard)
-        if source in ("bf16", "f16"):
-            widen = "from_bfloat16" if source == "bf16" else "from_float16"
-            return self._assign(target, f"{widen}({self._value(sources[0], 'u2')})", "f4", guard)
+        if result in NARROW:
+            return self._assign(target, NARROW[result].format(self._value(sources[0], "f4")), "u2", guard)
+        if source in WIDEN:
+            return self._assign(target, f"{WIDEN[source]}({self._value(sources[0], 'u2')})", "f4", guard)
+        if source[0] == "f":
+            raise ValueError("cvt")
         kind = numpy_kind(result)
-        value = self._value(sources[0], numpy_kind(source))
-        if source[0] == "f" and result[0] != "f":
-            value = {"rzi": "np.trunc({})", "rni": "np.rint({})", "rmi": "np.floor({})", "rpi": "np.ceil({})"}[
-                parts[1]
-            ].format(value)
-        return self._assign(target, f"{value}.astype({kind})", kind, guard)
-
-    @staticmethod
-    def _narrow(value: str, kind: str) -> str:
-        return f"to_bfloat16({value})" if kind == "bf16" else f"{value}.astype(np.float16).view(u2)"
+        return self._assign(target, f"{self._value(sources[0], numpy_kind(source))}.astype({kind})", kind, guard)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 LANES = np.arange(32)
 CELLS = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64, 16: np.complex128}  # one access of so many bytes
 REGION_BITS = 40  # of an address: a tensor each
-ATOMIC, PENDING, SEVERAL = 253, 254, 255  # marks of bytes beside the warps' 1..32
+PENDING, SEVERAL = 254, 255  # marks of bytes beside the warps' 1..32
+ATOMIC = np.uint32(0xFDFDFDFD)  # the mark of four bytes that are added to
 
 Array = np.ndarray[Any, Any]
 Mask = Array | None  # None: all lanes
@@ -94,18 +95,17 @@ class Memory:
         self.written = True
         self.touch(cells, size)
 
-    def add(self, warp: Warp, cells: Array, value: Any, old: Array) -> None:
-        size = value.itemsize
-        writers = self.view("writer", size)
-        atomic = np.full(size, ATOMIC, np.uint8).view(CELLS[size])
-        if (writers[cells] != atomic).any():
-            self._check("writer", warp.mark, cells, size, "adds atomically to what was written")
-        self._check("reader", warp.mark, cells, size, "adds atomically to what was read")
-        writers[cells] = atomic
-        data = self.view("data", size).view(value.dtype)
-        old[:] = data[cells]
-        data[cells] += value
-        self.touch(cells, size)
+    def add(self, warp: Warp, cells: Array, values: Array) -> Array:
+        """Add 32-bit numbers atomically, lane by lane; return those before."""
+        self._check("reader", warp.mark, cells, 4, "adds atomically to what was read")
+        writers, data = self.view("writer", 4), self.view("data", 4)
+        if (writers[cells] != ATOMIC).any():
+            self._check("writer", warp.mark, cells, 4, "adds atomically to what was written")
+        writers[cells] = ATOMIC
+        before: Array = data[cells] + np.tril(cells[:, None] == cells, -1).astype(np.uint32) @ values
+        np.add.at(data, cells, values)
+        self.touch(cells, 4)
+        return before
 
     def touch(self, cells: Array, size: int) -> None:
         self.first = min(self.first, int(cells.min()) * size)
@@ -127,21 +127,6 @@ class Memory:
             self.first, self.end = len(self.data), 0
 
 
-class Copy(NamedTuple):
-    """One warp's asynchronous copy instruction."""
-
-    cells: Array
-    size: int
-    values: Array
-
-
-class Tiles(NamedTuple):
-    """Asynchronous matrix products of one group."""
-
-    cells: list[Array]  # of shared memory, that are read
-    results: dict[int, Array]  # by register
-
-
 class Warp:
     """Registers, place in the code, and copies under way."""
 
@@ -150,62 +135,51 @@ class Warp:
         self.pc: int | Array = 0
         self.mark, self.program = index + 1, program
         self.memories, self.shared = launch.memories, launch.shared
-        self.special = {"%laneid": LANES.astype(np.uint32)}
-        shape = (kernel.num_warps * 32, 1, 1)
+        self.special = {"%tid.x": (index * 32 + LANES).astype(np.uint32)}
         for axis, name in enumerate("xyz"):
-            thread = (index * 32 + LANES if axis == 0 else LANES * 0).astype(np.uint32)
-            sizes = {"tid": thread, "ctaid": block[axis], "nctaid": launch.grid[axis], "ntid": shape[axis]}
-            for prefix, value in sizes.items():
-                self.special[f"%{prefix}.{name}"] = np.broadcast_to(np.uint32(value), 32)
+            self.special[f"%ctaid.{name}"] = np.full(32, block[axis], np.uint32)
+            self.special[f"%nctaid.{name}"] = np.full(32, launch.grid[axis], np.uint32)
         self.parameters = launch.parameters
-        self.issued: list[Copy] = []
-        self.groups: list[list[Copy]] = []
-        self.tiles = Tiles([], {})
-        self.tile_groups: list[Tiles] = []
+        # asynchronous work by group, of which the last one is not committed yet
+        self.copies: list[list[tuple[Array, int, Array]]] = [[]]  # cells, their size, values
+        self.products: list[tuple[list[Array], dict[int, Array]]] = [([], {})]  # cells read, results by register
 
-    def at(self, space: str, addresses: Array) -> Iterator[tuple[Mask, Memory, Array]]:
+    def at(self, space: str, addresses: Array, mask: Mask) -> Iterator[tuple[Array, Memory, Array]]:
         """Which lanes access which memory, and at which offsets."""
+        lanes = LANES if mask is None else LANES[mask]
         if space == "shared":
-            yield None, self.shared, addresses
+            if len(lanes):
+                yield lanes, self.shared, addresses[lanes]
             return
-        regions = addresses >> np.uint64(REGION_BITS)
+        regions = addresses[lanes] >> np.uint64(REGION_BITS)
         for region in dict.fromkeys(regions.tolist()):
+            part = lanes[regions == region]
             if region not in self.memories:
-                raise AddressError(f"address {int(addresses[regions == region][0]):#x} is in no argument")
+                raise AddressError(f"address {int(addresses[part][0]):#x} is in no argument")
             base, memory = self.memories[region]
-            lanes = None if (regions == region).all() else regions == region
-            yield lanes, memory, (addresses if lanes is None else addresses[lanes]).astype(np.int64) - base
+            yield part, memory, addresses[part].astype(np.int64) - base
 
     def load(self, space: str, addresses: Array, size: int, count: int, mask: Mask) -> list[Array]:
         """``count`` values of ``size`` bytes per lane; lanes that are off get anything."""
-        active = addresses if mask is None else addresses[mask]
-        result = np.full(32, -1, np.int8).repeat(size * count).reshape(32, -1).view(np.uint8)
-        if len(active):
-            values = np.empty((len(active), size * count), np.uint8)
-            for lanes, memory, offsets in self.at(space, active):
-                part = memory.read(self, memory.cells(offsets, size * count), size * count)
-                values[slice(None) if lanes is None else lanes] = part.view(np.uint8).reshape(-1, size * count)
-            result[slice(None) if mask is None else mask] = values
+        result = np.full((32, size * count), 255, np.uint8)
+        for lanes, memory, offsets in self.at(space, addresses, mask):
+            part = memory.read(self, memory.cells(offsets, size * count), size * count)
+            result[lanes] = part.view(np.uint8).reshape(-1, size * count)
         return list(result.view(CELLS[size]).T.copy())
 
     def store(self, space: str, addresses: Array, values: Sequence[Array], mask: Mask) -> None:
         bits = np.stack(values, 1)
-        if mask is not None:
-            addresses, bits = addresses[mask], bits[mask]
-        if len(addresses):
-            size = bits.itemsize * bits.shape[1]
-            cells = np.ascontiguousarray(bits).view(CELLS[size])[:, 0]
-            for lanes, memory, offsets in self.at(space, addresses):
-                memory.write(self, memory.cells(offsets, size), size, cells if lanes is None else cells[lanes])
+        size = bits.itemsize * bits.shape[1]
+        bits = bits.view(CELLS[size])[:, 0]
+        for lanes, memory, offsets in self.at(space, addresses, mask):
+            memory.write(self, memory.cells(offsets, size), size, bits[lanes])
 
-    def add_atomically(self, space: str, addresses: Array, value: Array, mask: Mask) -> Array:
-        """The values before. Nothing else may touch the bytes before the next barrier."""
-        old = value.copy()
-        for lane in LANES if mask is None else LANES[mask]:
-            ((_, memory, offsets),) = self.at(space, addresses[lane : lane + 1])
-            cells = memory.cells(offsets, value.itemsize)
-            memory.add(self, cells, value[lane], old[lane : lane + 1])
-        return old
+    def add_atomically(self, addresses: Array, values: Array, mask: Mask) -> Array:
+        """The numbers before. Nothing else may touch the bytes before the next barrier."""
+        before = values.copy()
+        for lanes, memory, offsets in self.at("shared", addresses, mask):
+            before[lanes] = memory.add(self, memory.cells(offsets, 4), values[lanes])
+        return before
 
     def copy(self, target: Array, source: Array, size: int, used: Array, mask: Mask) -> None:
         """cp.async: the first ``used`` of ``size`` bytes, zeros for the rest, once the group is waited for."""
@@ -218,23 +192,29 @@ class Warp:
             values[part, :count] = self.load("global", source, count, 1, part)[0][part, None].view(np.uint8)
         cells = self.shared.cells(target[lanes], size)
         self.shared.write(self, cells, size, None, PENDING)
-        self.issued.append(Copy(cells, size, np.ascontiguousarray(values[lanes]).view(CELLS[size])[:, 0]))
+        self.copies[-1].append((cells, size, np.ascontiguousarray(values[lanes]).view(CELLS[size])[:, 0]))
 
     def together(self, mask: Mask) -> None:
         """Raise unless all lanes are on."""
         if mask is not None and not mask.all():
             raise RaceError("an instruction of the whole warp that only some lanes reach")
 
-    def commit(self) -> None:
-        self.groups.append(self.issued)
-        self.issued = []
-
     def wait(self, pending: int) -> None:
-        """Finish all but the last ``pending`` groups."""
-        while len(self.groups) > pending:
-            for cells, size, values in self.groups.pop(0):
+        """Finish all but the last ``pending`` groups of copies."""
+        while len(self.copies) > pending + 1:
+            for cells, size, values in self.copies.pop(0):
                 self.shared.view("writer", size)[cells] = 0
                 self.shared.write(self, cells, size, values)
+
+    def wait_products(self, pending: int) -> None:
+        while len(self.products) > pending + 1:
+            read, results = self.products.pop(0)
+            for cells in read:
+                self.shared.view("reader", 2)[cells] = self.mark * 0x101  # both bytes
+                self.shared.touch(cells, 2)
+            for slot, value in results.items():
+                if not any(slot in later for _, later in self.products):
+                    self.registers[slot] = value
 
     def load_matrices(self, addresses: Array, count: int, transposed: bool) -> list[Array]:
         """ldmatrix: 8 x 8 matrices of 16 bits, whose rows are where lanes 8 i .. 8 i + 7 say."""
@@ -264,27 +244,8 @@ class Warp:
         address = start + across // 8 * stride + across % 8 * width + along // width * leading + along % width
         address ^= (address >> 7 & width // 16 - 1) << 4
         cells = self.shared.cells(address.reshape(-1), 2)
-        self.tiles.cells.append(cells)
+        self.products[-1][0].append(cells)
         return self.shared.read(self, cells, 2, is_pending=True).reshape(rows, 16)
-
-    def accumulator(self, slot: int) -> Array:
-        """A register, or what products under way will put there."""
-        groups = (self.tiles, *reversed(self.tile_groups))
-        return next((group.results[slot] for group in groups if slot in group.results), self.registers[slot])
-
-    def commit_tiles(self) -> None:
-        self.tile_groups.append(self.tiles)
-        self.tiles = Tiles([], {})
-
-    def wait_tiles(self, pending: int) -> None:
-        while len(self.tile_groups) > pending:
-            done = self.tile_groups.pop(0)
-            for cells in done.cells:
-                self.shared.view("reader", 2)[cells] = self.mark * 0x101  # both bytes
-                self.shared.touch(cells, 2)
-            for slot, value in done.results.items():
-                if not any(slot in group.results for group in self.tile_groups):
-                    self.registers[slot] = value
 
 
 class Launch:
@@ -297,7 +258,6 @@ class Launch:
         regions: dict[int, int] = {}  # address of a storage -> its address here
         values = [*arguments, *[(0, "i64")] * (len(kernel.parameters) - len(arguments))]  # scratch memory, not used
         for (label, kind), (value, signature) in zip(kernel.parameters, values, strict=True):
-            dtype = np.dtype(numpy_kind(kind))
             if isinstance(value, torch.Tensor):
                 storage = value.untyped_storage()
                 start = storage.data_ptr()
@@ -307,9 +267,8 @@ class Launch:
                     data = torch.empty(0, dtype=torch.uint8).set_(storage).numpy()
                     self.memories[number] = (regions[start], Memory(data, f"{signature} argument {label}"))
                 value = regions[start] + value.data_ptr() - start
-            if dtype.kind != "f":  # as bits
-                value, dtype = int(value) & (1 << 8 * dtype.itemsize) - 1, np.dtype(CELLS[dtype.itemsize])
-            self.parameters[label] = np.full(32, value, dtype).view(CELLS[dtype.itemsize])
+            bits, size = int(np.float32(value).view(np.uint32) if kind == "f32" else value), int(kind[1:]) // 8
+            self.parameters[label] = np.full(32, bits & (1 << 8 * size) - 1, CELLS[size])
 
     def run(self, kernel: Kernel, shared_bytes: int, order: random.Random) -> None:
         blocks = [(x, y, z) for z in range(self.grid[2]) for y in range(self.grid[1]) for x in range(self.grid[0])]
@@ -354,18 +313,14 @@ def advance(kernel: Kernel, warp: Warp) -> bool:
             if trace is None:
                 raise
             raise type(error)(kernel.describe(trace.tb_lineno, error)) from error
+        if block.kind == "barrier" and mask is not None:
+            raise RaceError(f"{kernel.name}: a barrier that only some lanes of a warp reach")
+        moved: Any = block.target
         if block.kind == "branch":
             assert taken is not None
-            if mask is None and taken.all():
-                warp.pc = block.target
-            elif mask is None and not taken.any():
-                warp.pc = block.next
-            else:
-                moved = np.where(taken, block.target, block.next)
-                warp.pc = moved if mask is None else np.where(mask, moved, here)
-            continue
-        warp.pc = block.next if mask is None else np.where(mask, block.next, here)
+            moved = np.where(taken, block.target, block.next)
+            if mask is None and (moved == moved[0]).all():
+                moved = int(moved[0])
+        warp.pc = moved if mask is None else np.where(mask, moved, here)
         if block.kind == "barrier":
-            if mask is not None:
-                raise RaceError(f"{kernel.name}: a barrier that only some lanes of a warp reach")
             return True

@@ -28,9 +28,9 @@ def run_compiled(capability: int, *arguments: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("capability", "cases"), [(80, ""), (90, "(mixed or actor) and not float32")])
-def test_compiled_kernels(capability: int, cases: str) -> None:
-    run_compiled(capability, "tests/kernels/compiled_cases.py", "-k", cases)
+@pytest.mark.parametrize("capability", [80, 90])
+def test_compiled_kernels(capability: int) -> None:
+    run_compiled(capability, "tests/kernels/compiled_cases.py")
 
 
 @pytest.mark.exhaustive
@@ -38,10 +38,11 @@ def test_compiled_kernels(capability: int, cases: str) -> None:
 @pytest.mark.parametrize(
     "arguments",
     [
-        ("compiled_cases.py", "-m", "exhaustive or not exhaustive"),
-        ("test_masked_attention_triton.py", "-k", "not 577 and not 200 and not 256 and not interpreted"),
+        ("compiled_cases.py", "-m", "exhaustive"),
+        ("test_attention_triton.py", "-k", "not pinned and not many_heads and not interpreted"),
         ("test_topk_compact.py", "test_topk_compact_lanes.py", "-k", "triton and not 31 and not large"),
-        ("test_compact_cache.py", "test_keep_mask.py", "-k", "triton and not 31"),
+        ("test_stage.py", "test_compact_cache.py", "test_keep_mask.py", "-k", "triton and not 31"),
+        ("test_actor_score.py", "-k", "triton"),
     ],
     ids=lambda arguments: arguments[0],
 )

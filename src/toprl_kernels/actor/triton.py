@@ -89,6 +89,7 @@ def actor_layer1_kernel(
     acc = tl.zeros([BLOCK_M, BLOCK_F], tl.float32)
     mean = tl.zeros([BLOCK_M], tl.float32)
     squares = tl.zeros([BLOCK_M], tl.float32)  # sum of squared deviations from the mean so far
+    center = tl.zeros([BLOCK_M], tl.float32)
     for first in range(0, host_int(d1), BLOCK_K):
         dims = first + tl.arange(0, BLOCK_K)
         dim_ok = dims < d1
@@ -97,11 +98,14 @@ def actor_layer1_kernel(
         w = tl.load(
             weight_ptr + features[:, None] * d1 + dims[None, :], mask=feature_ok[:, None] & dim_ok[None, :], other=0.0
         )  # [F, K]
-        acc = dot(x, tl.trans(w), acc)
         wide = x.to(tl.float32)
         seen = first * 1.0
         new = tl.minimum(d1 - first, BLOCK_K) * 1.0
         block_mean = tl.sum(wide, 1) / new
+        if x.dtype == tl.float32:  # x W'^T - mean * c1 cancels: less is lost when x starts near 0
+            center = tl.where(first == 0, block_mean, center)
+            x -= center[:, None]
+        acc = dot(x, tl.trans(w), acc)
         deviation = tl.where(dim_ok[None, :], wide - block_mean[:, None], 0.0)
         shift = block_mean - mean
         mean += shift * (new / (seen + new))
@@ -110,7 +114,7 @@ def actor_layer1_kernel(
     rstd = 1.0 / tl.sqrt(squares / d1 + eps)
     colsum = tl.load(colsum_ptr + features, mask=feature_ok, other=0.0)
     bias = tl.load(bias_ptr + features, mask=feature_ok, other=0.0)
-    z = gelu((acc - mean[:, None] * colsum[None, :]) * rstd[:, None] + bias[None, :])  # [M, F]
+    z = gelu((acc - (mean - center)[:, None] * colsum[None, :]) * rstd[:, None] + bias[None, :])  # [M, F]
     target = z_ptr + (start + rows)[:, None] * HALF + features[None, :]
     tl.store(target, z.to(z_ptr.dtype.element_ty), mask=in_range[:, None] & (features < HALF)[None, :])
     total = tl.sum(tl.where(counted[:, None], z, 0.0), 0)  # [F]
