@@ -394,9 +394,9 @@ class Kernel:
             a, b = (f"{self._value(source, kind)}.astype({wide})" for source in sources[:2])
             text = f"{a}*{b}" + (f"+{self._value(sources[2], wide)}" if base == "mad" else "")
             return self._assign(target, text, wide, guard)
-        if parts == ["mul", "hi", "u32"]:
-            a, b = (f"{self._value(source, 'u4')}.astype(u8)" for source in sources)
-            return self._assign(target, f"({a}*{b}>>u8(32)).astype(u4)", "u4", guard)
+        if parts[:2] == ["mul", "hi"]:
+            a, b = (f"{self._value(source, kind)}.astype({letter}8)" for source in sources)
+            return self._assign(target, f"({a}*{b}>>{letter}8({8 * size})).astype({kind})", kind, guard)
         if base == "bfe":
             a, (position, length) = self._value(sources[0], kind), (int(source) for source in sources[1:])
             text = f"({a}<<{kind}({8 * size - position - length}))>>{kind}({8 * size - length})"
