@@ -41,8 +41,8 @@ def multiply_tiles(
     """wgmma: 16 of the 64 rows of a group of four warps. ``a``: registers, or a descriptor as ``b``."""
     left = left_operand(a) if isinstance(a, list) else warp.load_tile(a, (warp.mark - 1) % 4 * 16, 16, transposed[0])
     right = warp.load_tile(b, 0, 2 * len(slots), transposed[-1])
-    results = [*[results for _, results in reversed(warp.products)], dict(enumerate(warp.registers))]
-    before = [next(values[slot] for values in results if slot in values) for slot in slots]
+    pending = [results for _, results in reversed(warp.products)]
+    before = [next((results[slot] for results in pending if slot in results), warp.registers[slot]) for slot in slots]
     sums = multiply(left, right, [np.where(keep, value, np.uint32(0)) for value in before], widen)
     warp.products[-1][1].update(zip(slots, sums, strict=True))
     for slot in slots:
