@@ -111,9 +111,9 @@ def agrees(op: Op, inputs: tuple[Tensor, ...], dtype: torch.dtype) -> None:
 
 def attention(
     dtype: torch.dtype, mask: str, num_queries: int, num_keys: int, head_dim: int, *, value_dim: int = 0,
-    kv_heads: int = 1, padding: bool = False, bounded: bool = False, **patterns: Any,
+    heads: tuple[int, int] = (2, 1), padding: bool = False, bounded: bool = False, **patterns: Any,
 ) -> None:  # fmt: skip
-    x = make_attention_inputs(1, 2, kv_heads, num_queries, num_keys, head_dim, mask=mask, padding=padding, dtype=dtype)
+    x = make_attention_inputs(1, *heads, num_queries, num_keys, head_dim, mask=mask, padding=padding, dtype=dtype)
 
     def op(backend: str, *inputs: Tensor) -> tuple[Tensor, ...]:
         options: dict[str, Any] = dict(key_padding_mask=x.key_padding_mask, bounded_mask_grad=bounded, **patterns)
@@ -212,13 +212,13 @@ def keep_mask(dtype: torch.dtype, source: str) -> None:
 BLOCKS = torch.tensor([[-1] * 9 + [0] * 20 + [-1] * 11])
 CASES: dict[str, Callable[[], None]] = {
     "attention": partial(attention, BF16, "mixed", 40, 40, 32, is_causal=True, padding=True),
-    "attention-hard": partial(attention, FP16, "hard", 33, 70, 16, is_causal=True, kv_heads=2),
+    "attention-hard": partial(attention, FP16, "hard", 33, 70, 16, is_causal=True, heads=(3, 1)),
     "attention-whole": partial(attention, FP16, "soft", 40, 40, 16, padding=True, bounded=True, value_dim=32),
     "attention-window": partial(attention, BF16, "soft", 40, 40, 16, is_causal=True, window=11, block_ids=BLOCKS),
     "attention-compact": partial(attention, BF16, "hard", 40, 70, 40, value_dim=24),
     "attention-compact-ranges": partial(attention, FP16, "mixed", 20, 70, 24, window=20),
     "attention-decode": partial(attention, BF16, "mixed", 1, 90, 32, is_causal=True),
-    "attention-decode-window": partial(attention, FP16, "hard", 3, 90, 24, is_causal=True, window=60),
+    "attention-decode-window": partial(attention, FP16, "hard", 3, 90, 24, is_causal=True, window=60, heads=(2, 2)),
     "attention-float32": partial(attention, FP32, "mixed", 33, 40, 16, is_causal=True),
     "topk": partial(topk, 100, "plain"),
     "topk-ragged": partial(topk, 100, "ragged"),

@@ -41,8 +41,8 @@ def multiply_tiles(
     """wgmma: 16 of the 64 rows of a group of four warps. ``a``: registers, or a descriptor as ``b``."""
     left = left_operand(a) if isinstance(a, list) else warp.load_tile(a, (warp.mark - 1) % 4 * 16, 16, transposed[0])
     right = warp.load_tile(b, 0, 2 * len(slots), transposed[-1])
-    results = [*[results for _, results in reversed(warp.products)], dict(enumerate(warp.registers))]
-    before = [next(values[slot] for values in results if slot in values) for slot in slots]
+    pending = [results for _, results in reversed(warp.products)]
+    before = [next((results[slot] for results in pending if slot in results), warp.registers[slot]) for slot in slots]
     sums = multiply(left, right, [np.where(keep, value, np.uint32(0)) for value in before], widen)
     warp.products[-1][1].update(zip(slots, sums, strict=True))
     for slot in slots:
@@ -394,9 +394,9 @@ class Kernel:
             a, b = (f"{self._value(source, kind)}.astype({wide})" for source in sources[:2])
             text = f"{a}*{b}" + (f"+{self._value(sources[2], wide)}" if base == "mad" else "")
             return self._assign(target, text, wide, guard)
-        if parts == ["mul", "hi", "u32"]:
-            a, b = (f"{self._value(source, 'u4')}.astype(u8)" for source in sources)
-            return self._assign(target, f"({a}*{b}>>u8(32)).astype(u4)", "u4", guard)
+        if parts[:2] == ["mul", "hi"]:
+            a, b = (f"{self._value(source, kind)}.astype({letter}8)" for source in sources)
+            return self._assign(target, f"({a}*{b}>>{letter}8({8 * size})).astype({kind})", kind, guard)
         if base == "bfe":
             a, (position, length) = self._value(sources[0], kind), (int(source) for source in sources[1:])
             text = f"({a}<<{kind}({8 * size - position - length}))>>{kind}({8 * size - length})"
