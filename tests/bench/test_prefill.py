@@ -10,26 +10,14 @@ import pytest
 import torch
 
 from bench import prefill
+from bench.common import Report
 from toprl_models import RandomPolicy, Schedule, attach
 from toprl_models.runtime.compact import Compact
 
 CPU = torch.device("cpu")
 # two crops of 8 x 8 patches, grouped queries
-TOY = prefill.Case(
-    "toy",
-    hidden_size=64,
-    intermediate_size=96,
-    num_layers=6,
-    num_heads=4,
-    num_kv_heads=2,
-    visual_tokens=128,
-    average_tokens=48,
-    num_images=2,
-    text_tokens=9,
-    vocab_size=100,
-    actor_size=8,
-    dtype=torch.float32,
-)
+TOY = prefill.Case("toy", 64, 96, 6, 4, 2, 128, 48, num_images=2, text_tokens=9, vocab_size=100, actor_size=8,
+                   dtype=torch.float32)  # fmt: skip
 KEYS = (
     "suite case method device dtype attn batch visual_tokens text_tokens layers average_tokens ms_p20 ms_p50 ms_p80 "
     "speedup macs_ratio macs_ratio_visual kv_bytes correct repeats threads vision_tower stages"
@@ -41,13 +29,14 @@ def toy(monkeypatch):
     monkeypatch.setattr(prefill, "cases", lambda size, device: [TOY])
 
 
-def check(case=TOY):
-    with torch.no_grad():
-        prefill.check_case(case, CPU)
+def quick_rows():
+    report = Report("prefill", {})
+    prefill.run("quick", CPU, report)
+    return report.rows
 
 
 def test_quick_suite(toy):
-    rows = prefill.run("quick", "cpu")
+    rows = quick_rows()
     assert [row["method"] for row in rows] == ["unpruned", "fastv", "pyramiddrop", "toprl"]
     by_method = {row["method"]: row for row in rows}
     for row in rows:
@@ -70,7 +59,7 @@ def test_quick_suite(toy):
 
 def test_macs_ratio_by_hand(toy):
     """Stages before layers 1, 2 and 3 of 6; r = .529 makes 128 (1 + r + r^2 + 3 r^3) / 6 = 48."""
-    row = prefill.run("quick", "cpu")[-1]
+    row = quick_rows()[-1]
     assert row["stages"] == "1:68 2:36 3:19"
     assert row["average_tokens"] == (128 + 68 + 36 + 3 * 19) / 6
 
@@ -126,7 +115,7 @@ def test_prompt_and_features():
 
 def test_pixel_values_where_features_are_not_taken(toy, monkeypatch):
     monkeypatch.setattr(prefill, "TAKES_FEATURES", False)
-    rows = prefill.run("quick", "cpu")
+    rows = quick_rows()
     assert {row["vision_tower"] for row in rows} == {"timed"}
 
 
@@ -165,11 +154,10 @@ def drop_nothing(monkeypatch):
     ],
 )
 def test_a_broken_pruner_is_found_before_timing(breakage, message, toy, monkeypatch):
-    check()
     breakage(monkeypatch)
     monkeypatch.setattr(prefill, "time_case", lambda *args: pytest.fail("timed a broken pruner"))
     with pytest.raises(prefill.WrongPrefillError, match=message):
-        prefill.run("quick", "cpu")
+        quick_rows()
 
 
 def test_a_timed_prefill_that_skips_its_stages_is_found(monkeypatch):
