@@ -113,7 +113,7 @@ class Kernel:
         if self.error:
             return [f"does not compile: {self.error}"]
         limit = configs.SHARED_MEMORY[self.architecture]
-        told = [
+        told: list[tuple[object, str]] = [
             (self.shared > limit, f"{self.shared} bytes of shared memory, the limit is {limit}"),
             (self.warps * 32 > MAX_THREADS, f"{self.warps * 32} threads, the limit is {MAX_THREADS}"),
             (self.spills and not self.loops, f"{self.spills} spills"),
