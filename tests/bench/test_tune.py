@@ -65,11 +65,8 @@ def test_the_fastest_wins_by_a_margin(
 @pytest.mark.usefixtures("two_candidates")
 @pytest.mark.parametrize("wrong", [1.001, torch.nan])
 def test_a_wrong_result_aborts(wrong: float) -> None:
-    def run() -> list[Tensor]:
-        return [torch.full((3,), wrong if in_force() == GOOD else 1.0)]
-
     with pytest.raises(tune.WrongResultError, match=r"masked_attention_fwd test with 16,32,4,1,1 is .* away"):
-        tune.best_config(problem(run), CPU, timer_of({}))
+        tune.best_config(problem(lambda: [torch.full((3,), wrong if in_force() == GOOD else 1.0)]), CPU, timer_of({}))
 
 
 @pytest.mark.usefixtures("two_candidates")
@@ -134,26 +131,16 @@ def timer_on_cuda(call: Callable[[], object]) -> float:
     return 1.0 if configs._overrides.get(KERNEL) == GOOD else 2.0
 
 
-def test_run_writes_what_select_reads(pretended: Path) -> None:
+def test_rows_are_written_kept_and_replaced(pretended: Path) -> None:
+    """``select`` reads them; one kernel keeps the others, unless of another version; a corrupt file stays as it is."""
     cuda = torch.device("cuda", 0)
     assert tune.run(cuda, "", pretended, timer_on_cuda) == pretended
     with tune.using(pretended):
         assert configs.select(KERNEL, size=64, dtype=torch.float32, device=cuda) == GOOD
         assert "1 timings measured on NVIDIA Test" in configs.describe(cuda)
-
-
-def test_one_kernel_keeps_the_other_rows(pretended: Path) -> None:
-    cuda = torch.device("cuda", 0)
-    tune.run(cuda, "", pretended, timer_on_cuda)
     before = configs.read(pretended, "sm_90", "sm_90")
     tune.run(cuda, "actor_score", pretended, timer_on_cuda)
     assert configs.read(pretended, "sm_90", "sm_90") == before
-
-
-def test_one_kernel_into_another_file(pretended: Path) -> None:
-    """Rows of another version are replaced; a corrupt file stays as it is."""
-    cuda = torch.device("cuda", 0)
-    tune.run(cuda, "", pretended, timer_on_cuda)
     pretended.write_text(pretended.read_text().replace(configs.triton_version(), "2.0"))
     tune.run(cuda, "actor_score", pretended, timer_on_cuda)
     assert configs.read(pretended, "sm_90", "sm_90").configs == {}
@@ -164,16 +151,13 @@ def test_one_kernel_into_another_file(pretended: Path) -> None:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens without a CUDA device, and there is one")
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
+def test_refusals(capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments, message in (
         ([], "this needs a CUDA device"),
         (["--kernel", "nothing"], "--kernel nothing matches none of masked_attention_fwd"),
-    ],
-)
-def test_refusals(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert tune.main(arguments) == 2
-    assert message in capsys.readouterr().err
+    ):
+        assert tune.main(arguments) == 2
+        assert message in capsys.readouterr().err
 
 
 def test_candidates_are_possible() -> None:
