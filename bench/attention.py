@@ -19,7 +19,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from bench import attention_peers as peers
-from bench.common import Call, Case, Check, Provider, Row, Settings, Work, checked, compare, dtype_name, graph, our_name
+from bench.common import Call, Case, Checker, Provider, Row, Settings, Work, checked, compare, graph, our_name
 from toprl_kernels import masked_attention
 
 ORACLE_ROWS = 512  # query rows of the float64 definition at a time
@@ -64,9 +64,9 @@ class AttentionCase(Case):
     def kind(self) -> str:
         return f"{self.mask} {self.mode}" + ("" if self.causal else " non-causal")
 
-    def label(self) -> str:
-        keep = "" if self.mask == "soft" else f" keep {self.keep:.0%} {self.pattern}"
-        return f"{self.op} {self.kind} {self.shape}{keep} {dtype_name(self.dtype)}"
+    @property
+    def share(self) -> str:
+        return "" if self.mask == "soft" else f" keep {self.keep:.0%} {self.pattern}"
 
     def labels(self) -> Row:
         return super().labels() | ({"keep": None, "pattern": ""} if self.mask == "soft" else {})
@@ -151,7 +151,7 @@ def oracle(case: AttentionCase, x: Inputs) -> list[Tensor]:
     return [torch.cat(outputs, dim=2), *(gradients if case.backward else [])]
 
 
-def make_check(case: AttentionCase, x: Inputs) -> Callable[[list[Tensor]], Check]:
+def make_check(case: AttentionCase, x: Inputs) -> Checker:
     """The check of one provider. Of a larger batch only the first and the last sample are looked at."""
     chosen = sorted({0, case.batch - 1})
     few = Inputs._make(tensor[chosen] for tensor in x)
@@ -240,17 +240,6 @@ class DecodeCase(AttentionCase):
     num_heads: int = 32
     num_kv_heads: int = 8
     head_dim: int = 128
-
-    @property
-    def shape(self) -> str:
-        return f"B{self.batch} H{self.num_heads}/{self.num_kv_heads} D{self.head_dim}"
-
-    @property
-    def kind(self) -> str:
-        return self.mode
-
-    def label(self) -> str:
-        return f"decode B{self.batch} N{self.num_tokens} keep {self.keep:.0%} {dtype_name(self.dtype)}"
 
     def bench(self, settings: Settings) -> list[Row]:
         """A step of decoding against SDPA with and without the mask. Useful work: visible keys and values, once."""

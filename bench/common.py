@@ -40,6 +40,7 @@ T = TypeVar("T")
 Row = dict[str, Any]
 Call = Callable[[], list[Tensor]]
 MIB = 2**20
+MAX_ROUNDS = 200
 FLUSH_BYTES = 256 * MIB  # larger than the L2 cache of any current GPU
 LEFT_OUT = "left out here: the plan pays for torch.compile in other cases"
 WRONG = 100.0  # a peer this far over the budget computes something else and is not timed
@@ -217,12 +218,7 @@ def now(device: torch.device) -> float:
 
 
 def in_turn(
-    calls: Mapping[str, Callable[[], T]],
-    *,
-    seconds: float = 0.0,
-    min_rounds: int = 5,
-    max_rounds: int = 200,
-    warm_up: int = 2,
+    calls: Mapping[str, Callable[[], T]], *, seconds: float = 0.0, min_rounds: int = 5, warm_up: int = 2
 ) -> dict[str, list[T]]:
     """Call A B C, A B C, ... for about ``seconds`` in all, so that a machine's drift hits all alike; what they return.
 
@@ -233,7 +229,7 @@ def in_turn(
         for call in calls.values():
             call()
     deadline, done = time.perf_counter() + seconds, 0
-    while done < min_rounds or (done < max_rounds and time.perf_counter() < deadline):
+    while done < min_rounds or (done < MAX_ROUNDS and time.perf_counter() < deadline):
         for name, call in calls.items():
             results[name].append(call())
         done += 1
@@ -289,9 +285,10 @@ class Check(NamedTuple):
 
     @property
     def ratio(self) -> float:
-        if self.error == 0:
-            return 0.0
-        return self.error / self.budget if self.budget > 0 else math.inf
+        return self.error / self.budget if self.budget > 0 else math.inf if self.error else 0.0
+
+
+Checker = Callable[[list[Tensor]], Check]
 
 
 @dataclass(frozen=True)
@@ -359,8 +356,13 @@ class Case:
         """What is computed, without the sizes; the ``mode`` column."""
         return self.mode
 
+    @property
+    def share(self) -> str:
+        """How many tokens are kept, where the shape does not say it."""
+        return ""
+
     def label(self) -> str:
-        return f"{self.op} {self.kind} {self.shape} {dtype_name(self.dtype)}"
+        return f"{self.op} {self.kind} {self.shape}{self.share} {dtype_name(self.dtype)}"
 
     def labels(self) -> Row:
         """The columns that all rows of the case share."""
@@ -386,9 +388,8 @@ def measure_peaks(device: torch.device, dtypes: Sequence[torch.dtype], size: str
         timing = time_interleaved({"": functools.partial(torch.matmul, left, right)}, device, seconds=seconds)[""]
         flops[dtype] = 2 * edge**3 / (timing.p20_ms * 1e-3)
     source = torch.ones(2**30 if device.type == "cuda" else 2**27, dtype=torch.uint8, device=device)
-    timing = time_interleaved({"": functools.partial(torch.empty_like(source).copy_, source)}, device, seconds=seconds)[
-        ""
-    ]
+    copy = functools.partial(torch.empty_like(source).copy_, source)
+    timing = time_interleaved({"": copy}, device, seconds=seconds)[""]
     return Peaks(flops, 2 * source.numel() / (timing.p20_ms * 1e-3))
 
 
@@ -442,13 +443,7 @@ def reason_of(error: BaseException) -> str:
     return f"{name}: {message}"[:240].removesuffix(": ")
 
 
-def compare(
-    case: Case,
-    providers: Sequence[Provider],
-    check: Callable[[list[Tensor]], Check],
-    work: Work,
-    settings: Settings,
-) -> list[Row]:
+def compare(case: Case, providers: Sequence[Provider], check: Checker, work: Work, settings: Settings) -> list[Row]:
     """Check and meter every provider, then time those that can run in turn. One row each, in their order.
 
     ``check`` returns the error of a provider's results against the definition.
@@ -494,9 +489,7 @@ def compare(
     return [{column: row.get(column) for column in COLUMNS} for row in rows.values()]
 
 
-def _meter(
-    provider: Provider, row: Row, notes: list[str], check: Callable[[list[Tensor]], Check], device: torch.device
-) -> bool:
+def _meter(provider: Provider, row: Row, notes: list[str], check: Checker, device: torch.device) -> bool:
     """Put error and memory of a provider into ``row``; whether it is right enough to be timed."""
     begin = now(device)
     results = provider.call()

@@ -31,14 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 from bench import tune
 from bench.common import Row, environment, git_commit, now, read_csv, table, write_csv
 from bench.targets import Value, verdict
-from toprl_kernels import (
-    actor_score,
-    compact_cache,
-    masked_attention,
-    prune_stage,
-    sample_keep_mask,
-    topk_compact,
-)
+from toprl_kernels import actor_score, compact_cache, masked_attention, prune_stage, sample_keep_mask, topk_compact
 from toprl_kernels.configs import LaunchConfig as C
 from toprl_kernels.testing import make_actor_weights, make_attention_inputs
 
@@ -154,11 +147,8 @@ def launch(command: list[str], variables: dict[str, str], seconds: float, output
 def small_cases(device: torch.device) -> None:
     """Every op forward and backward at odd sizes: what a memory checker finishes within minutes."""
     options: dict[str, Any] = {"backend": "triton"}
-    for mask, dtype, queries in (
-        ("hard", torch.bfloat16, 33),
-        ("mixed", torch.float32, 33),
-        ("hard", torch.float32, 1),
-    ):
+    half, single = torch.bfloat16, torch.float32
+    for mask, dtype, queries in (("hard", half, 33), ("mixed", single, 33), ("hard", single, 1)):
         x = make_attention_inputs(2, 2, 1, queries, 33, 32, mask=mask, padding=True, dtype=dtype, device=device)
         query, key, value = (tensor.detach().requires_grad_() for tensor in (x.query, x.key, x.value))
         more = {"key_padding_mask": x.key_padding_mask, "is_causal": True, **options}

@@ -22,16 +22,7 @@ from torch import Tensor
 
 from bench import prefill
 from bench.common import Report, Row, dtype_name, in_turn, now, quantiles
-from bench.prefill import (
-    Case,
-    Method,
-    WrongPrefillError,
-    attached,
-    build_actor,
-    build_inputs,
-    build_methods,
-    build_model,
-)
+from bench.prefill import Case, Method, WrongPrefillError, attached, build_inputs, build_methods, build_model
 from toprl_models import Policy, Schedule, StageContext
 from toprl_models.schedule import stage_layers_for
 
@@ -69,7 +60,7 @@ def keep_all(case: Case, model: Any) -> dict[str, Method]:
     """Ways that remove nothing."""
     layers = stage_layers_for(case.num_layers)
     everything = Schedule(tuple((layer, 1.0) for layer in layers))
-    actor = build_actor(case, list(layers), model.device)
+    actor = prefill.build_actor(case, list(layers), model.device)
     return {"unpruned": None, "hooks": (Constant(), everything), "hooks and actor": (actor, everything)}
 
 

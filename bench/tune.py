@@ -35,7 +35,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that ``bench`
 from bench.common import dtype_name, milliseconds
 from toprl_kernels import actor_score, configs, masked_attention
 from toprl_kernels.configs import Bucket, LaunchConfig, Measurements, Times
-from toprl_kernels.testing import AttentionInputs, make_actor_weights, make_attention_inputs
+from toprl_kernels.testing import make_actor_weights, make_attention_inputs
 
 C = LaunchConfig
 Timer = Callable[[Callable[[], object]], float]  # milliseconds of one call
@@ -116,52 +116,45 @@ class Problem:
         return configs.row(self.kernel, configs.architecture_of(device), size=self.size, dtype=self.dtype)
 
 
-def attention_problems(device: torch.device, sizes: Sizes) -> Iterator[Problem]:
+class Attention:
     """Causal attention, a hard and a soft mask after each other: they share a configuration."""
+
+    def __init__(self, queries: int, head_dim: int, dtype: torch.dtype, device: torch.device, sizes: Sizes) -> None:
+        shape = (1, *sizes.heads, queries, sizes.tokens, head_dim)
+        self.inputs = [
+            make_attention_inputs(*shape, mask=mask, dtype=dtype, device=device) for mask in ("hard", "soft")
+        ]
+        self.leaves = [[tensor.detach().requires_grad_() for tensor in (x.query, x.key, x.value)] for x in self.inputs]
+        self.outputs = self.forward()
+
+    def forward(self) -> list[Tensor]:
+        calls = [(*leaves, x.keep_mask) for leaves, x in zip(self.leaves, self.inputs, strict=True)]
+        return [masked_attention(*tensors, is_causal=True, backend="triton") for tensors in calls]
+
+    def backward(self, *wanted: int) -> list[Tensor]:
+        """The gradients with respect to some of (query, key, value)."""
+        gradients: list[Tensor] = []
+        for output, leaves, x in zip(self.outputs, self.leaves, self.inputs, strict=True):
+            some = [leaves[index] for index in wanted]
+            gradients += torch.autograd.grad(output, some, x.grad_output, retain_graph=True)
+        return gradients
+
+
+def attention_problems(device: torch.device, sizes: Sizes) -> Iterator[Problem]:
+    """Each kernel on the route that launches it."""
     for dtype, head_dim in itertools.product(sizes.dtypes, sizes.head_dims):
-
-        def inputs(
-            queries: int, dtype: torch.dtype = dtype, head_dim: int = head_dim
-        ) -> list[tuple[AttentionInputs, list[Tensor]]]:
-            """Of both masks, and the leaves that gradients are for."""
-            shape = (1, *sizes.heads, queries, sizes.tokens, head_dim)
-            made = [make_attention_inputs(*shape, mask=mask, dtype=dtype, device=device) for mask in ("hard", "soft")]
-            return [(x, [tensor.detach().requires_grad_() for tensor in (x.query, x.key, x.value)]) for x in made]
-
-        many, one = inputs(sizes.tokens), inputs(1)
-        outputs = [_attend(x, leaves) for x, leaves in many]
-        label = f"D={head_dim} {dtype_name(dtype)}"
+        many, few = (Attention(queries, head_dim, dtype, device, sizes) for queries in (sizes.tokens, 1))
         for kernel, run, route in (
-            ("fwd", partial(_forward, many), "listed"),
-            ("fwd_compact", partial(_forward, many), "gathered"),
-            ("decode", partial(_forward, one), "listed"),
-            ("bwd_prepare", partial(_backward, many, outputs, [0]), "listed"),
-            ("bwd_dkdv", partial(_backward, many, outputs, [1, 2]), "listed"),
-            ("bwd_dq", partial(_backward, many, outputs, [0]), "listed"),
-            ("bwd_dq_compact", partial(_backward, many, outputs, [0]), "gathered"),
+            ("fwd", many.forward, "listed"),
+            ("fwd_compact", many.forward, "gathered"),
+            ("decode", few.forward, "listed"),
+            ("bwd_prepare", partial(many.backward, 0), "listed"),
+            ("bwd_dkdv", partial(many.backward, 1, 2), "listed"),
+            ("bwd_dq", partial(many.backward, 0), "listed"),
+            ("bwd_dq_compact", partial(many.backward, 0), "gathered"),
         ):
+            label = f"D={head_dim} {dtype_name(dtype)}"
             yield Problem(f"masked_attention_{kernel}", head_dim, dtype, label, run, ROUTES[route])
-
-
-def _attend(x: AttentionInputs, leaves: Sequence[Tensor]) -> Tensor:
-    query, key, value = leaves
-    return masked_attention(query, key, value, x.keep_mask, is_causal=True, backend="triton")
-
-
-def _forward(inputs: Sequence[tuple[AttentionInputs, list[Tensor]]]) -> list[Tensor]:
-    with torch.no_grad():
-        return [_attend(x, leaves) for x, leaves in inputs]
-
-
-def _backward(
-    inputs: Sequence[tuple[AttentionInputs, list[Tensor]]], outputs: Sequence[Tensor], wanted: Sequence[int]
-) -> list[Tensor]:
-    """The gradients with respect to some of (query, key, value), after a forward that ran once."""
-    gradients: list[Tensor] = []
-    for (x, leaves), output in zip(inputs, outputs, strict=True):
-        some = [leaves[i] for i in wanted]
-        gradients += torch.autograd.grad(output, some, x.grad_output, retain_graph=True)
-    return gradients
 
 
 def actor_problems(device: torch.device, sizes: Sizes) -> Iterator[Problem]:
@@ -210,11 +203,11 @@ def best_config(
             if expected is None:
                 expected = results
             _require_equal(problem, config, results, expected)
-            milliseconds = timer(problem.run)
+            taken = timer(problem.run)
         if config == pinned:
-            best_ms = pinned_ms = milliseconds
-        elif milliseconds < min(best_ms, pinned_ms * MARGIN):
-            best, best_ms = config, milliseconds
+            best_ms = pinned_ms = taken
+        elif taken < min(best_ms, pinned_ms * MARGIN):
+            best, best_ms = config, taken
     return best, best_ms, pinned_ms
 
 
@@ -261,9 +254,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kernel", default="", metavar="PATTERN", help="only kernels or ops whose name matches")
-    parser.add_argument(
-        "--output", type=Path, help=f"the file; default: {configs.ENVIRONMENT_VARIABLE}, else the cache"
-    )
+    default = f"default: {configs.ENVIRONMENT_VARIABLE}, else the cache"
+    parser.add_argument("--output", type=Path, help=f"the file; {default}")
     parser.add_argument("--dry-run", action="store_true", help="tiny sizes in Triton's interpreter, to rehearse")
     options = parser.parse_args(arguments)
     names = [*CANDIDATES, "actor_score"]

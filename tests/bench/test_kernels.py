@@ -33,7 +33,7 @@ PEERS = {
     "compact_cache fwd": "toprl (eager)|gather|index_select",
     "actor_score fwd": "toprl (eager)|nn.Sequential|torch.compile of nn.Sequential",
     "sample_keep_mask fwd": "toprl (eager)|plain torch",
-    "decode fwd": "toprl (eager)|sdpa bool mask|sdpa all keys (bound)",
+    "decode hard fwd": "toprl (eager)|sdpa bool mask|sdpa all keys (bound)",
 }
 
 
