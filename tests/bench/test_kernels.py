@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 from dataclasses import dataclass
 
@@ -39,28 +41,27 @@ PEERS = {
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """Last line of stdout of each suite run through the script's own main, and the folder."""
+    """Rows and summary of both suites, run through the script's own main; the summary is its last line."""
     folder = tmp_path_factory.mktemp("bench")
-    last = {}
-    with pytest.MonkeyPatch.context() as patch:
-        printed: list[str] = []
-        patch.setattr("builtins.print", lambda *args, **_: printed.append(" ".join(map(str, args))))
-        for suite in ("kernels", "decode"):
-            arguments = ["--suite", suite, "--tiny", "--device", "cpu", "--output_dir", str(folder)]
-            assert run.main(arguments) == 0
-            last[suite] = printed[-1]
-    return last, folder
+    rows, summary = [], {}
+    for suite in ("kernels", "decode"):
+        with contextlib.redirect_stdout(io.StringIO()) as printed:
+            assert run.main(["--suite", suite, "--tiny", "--device", "cpu", "--output_dir", str(folder)]) == 0
+        summary |= json.loads(printed.getvalue().splitlines()[-1])["suites"]
+        rows += read_csv(folder / f"{suite}.csv")
+    return rows, summary, folder
 
 
-@pytest.fixture(scope="module")
-def rows(finished):
-    return [row for suite in ("kernels", "decode") for row in read_csv(finished[1] / f"{suite}.csv")]
-
-
-def test_every_provider_of_every_case_has_a_row_with_a_time_or_a_reason(rows):
+def test_every_provider_of_every_case_has_a_row_with_a_time_or_a_reason(finished):
+    rows, summary, folder = finished
+    assert sum(len(suite["rows"]) for suite in summary.values()) == len(rows)
+    for name in ("targets", "memory", "peaks"):
+        assert read_csv(folder / f"kernels_{name}.csv") and summary["kernels"][name]
     for case in dict.fromkeys(row["case"] for row in rows):
-        mine = [row for row in rows if row["case"] == case]
-        assert [row["provider"] for row in mine] == PEERS[f"{mine[0]['op']} {mine[0]['mode']}"].split("|"), case
+        of_case = [row for row in rows if row["case"] == case]
+        assert [row["provider"] for row in of_case] == PEERS[f"{of_case[0]['op']} {of_case[0]['mode']}"].split("|"), (
+            case
+        )
     for row in rows:
         assert list(row)[: len(COLUMNS)] == COLUMNS and row["torch"] == torch.__version__
         if row["p50_ms"] is None:
@@ -73,14 +74,6 @@ def test_every_provider_of_every_case_has_a_row_with_a_time_or_a_reason(rows):
         assert row["ratio_to_ours"] == pytest.approx(row["p50_ms"] / ours["p50_ms"])
     notes = {row["provider"]: row["note"] for row in rows if row["mode"] == "hard fwd+bwd"}
     assert notes["flex mask_mod"] == "left out here: the plan pays for torch.compile in other cases"
-
-
-def test_files_and_last_line(finished, rows):
-    last, folder = finished
-    summary = json.loads(last["kernels"])["suites"]["kernels"]
-    assert len(summary["rows"]) + len(json.loads(last["decode"])["suites"]["decode"]["rows"]) == len(rows)
-    for name in ("targets", "memory", "peaks"):
-        assert read_csv(folder / f"kernels_{name}.csv") and summary[name]
 
 
 def test_useful_work_of_attention():
@@ -130,33 +123,33 @@ def test_resume_refuses_rows_of_another_machine(tmp_path):
 # -- correctness gate ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("spoiled", ["output", "gradient"])
-def test_a_wrong_op_aborts_before_timing(spoiled, monkeypatch):
-    right = attention.masked_attention
+def spoiled_output(right):
+    return lambda *args, **options: right(*args, **options) * (1 + 1e-4)
 
-    def wrong(query, key, value, mask, **options):
-        output = right(query, key, value, mask, **options)
-        if options.get("backend") == "reference":
-            return output
-        if spoiled == "output":
-            return output * (1 + 1e-4)
-        return output + 1e-3 * (value - value.detach())[:, :1]  # the same values, another gradient
 
-    monkeypatch.setattr(attention, "masked_attention", wrong)
+def spoiled_gradient(right):  # the same values, another gradient
+    return lambda q, k, v, m, **options: right(q, k, v, m, **options) + 1e-3 * (v - v.detach())[:, :1]
+
+
+def spoiled_selection(right):
+    return lambda hidden, scores, k, **options: right(hidden, -scores, k, **options)
+
+
+@pytest.mark.parametrize(
+    ("module", "op", "spoil", "case"),
+    [
+        (attention, "masked_attention", spoiled_output, AttentionCase(64, mode="fwd+bwd", **SMALL)),
+        (attention, "masked_attention", spoiled_gradient, AttentionCase(64, mode="fwd+bwd", **SMALL)),
+        (topk, "topk_compact", spoiled_selection, topk.TopkCase(64, 16, 32)),
+    ],
+)
+def test_a_wrong_op_aborts_before_timing(module, op, spoil, case, monkeypatch):
+    right = getattr(module, op)
+    wrong = spoil(right)
+    monkeypatch.setattr(module, op, lambda *a, **k: (right if k.get("backend") == "reference" else wrong)(*a, **k))
     monkeypatch.setattr(common, "time_interleaved", lambda *a, **k: pytest.fail("timed a wrong result"))
-    with pytest.raises(WrongResultError, match=r"hard fwd\+bwd .*toprl \(eager\): error .* exceeds the budget"):
-        AttentionCase(64, mode="fwd+bwd", **SMALL).measure(SETTINGS)
-
-
-def test_a_wrong_selection_aborts_the_run(monkeypatch):
-    right = topk.topk_compact
-
-    def wrong(hidden, scores, k, **options):
-        return right(hidden, scores if options.get("backend") else -scores, k, **options)
-
-    monkeypatch.setattr(topk, "topk_compact", wrong)
-    with pytest.raises(WrongResultError, match="topk_compact fwd"):
-        topk.TopkCase(64, 16, 32).measure(SETTINGS)
+    with pytest.raises(WrongResultError, match=rf"^{op} .*toprl \(eager\): error .* exceeds the budget"):
+        case.measure(SETTINGS)
 
 
 # -- peers, oracle, plans ------------------------------------------------------------------------------------------

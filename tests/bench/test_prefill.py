@@ -115,8 +115,8 @@ def shift(monkeypatch):
 def drop_nothing(monkeypatch):
     """An attach that ignores the schedule's keeps."""
 
-    def wrong(model, policy, *, schedule, mode="compact"):
-        return attach(model, policy, schedule=Schedule(tuple((layer, 1.0) for layer in schedule.layers)), mode=mode)
+    def wrong(model, policy, *, schedule, **options):
+        return attach(model, policy, schedule=Schedule(tuple((layer, 1.0) for layer in schedule.layers)), **options)
 
     monkeypatch.setattr(prefill, "attach", wrong)
 
