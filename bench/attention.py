@@ -1,15 +1,16 @@
 """masked_attention against its peers.
 
 Useful work: a pair (i, j) counts when its weight is not 0, that is j kept or j == i, and j <= i under causality. Two
-products of 2 D FLOPs per pair and head forward, five more backward (the gradient by the mask needs no further one).
+products of 2 D FLOPs per pair and head forward, five more backward (the gradient of the mask needs no further one).
 Bytes: each of query, key, value and output moved once forward; all of them and their gradients once backward.
 """
 
 from __future__ import annotations
 
-import functools
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache, partial
 from typing import NamedTuple
 
 import torch
@@ -18,61 +19,38 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from bench import attention_peers as peers
-from bench.common import (
-    LEFT_OUT,
-    Built,
-    Call,
-    Check,
-    NotAvailableError,
-    Provider,
-    Row,
-    Settings,
-    Work,
-    checked,
-    compare,
-    dtype_name,
-    our_name,
-    shared_labels,
-)
+from bench.common import Call, Case, Checker, Provider, Row, Settings, Work, checked, compare, graph, our_name
 from toprl_kernels import masked_attention
 
 ORACLE_ROWS = 512  # query rows of the float64 definition at a time
 CLUSTER = 64  # tokens kept or dropped together
-
 BASE_SIZE, BASE_KEEP = 2048, 0.25
 
 Attention = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]  # (query, key, value, keep_mask) -> output
 
 
 @dataclass(frozen=True)
-class AttentionCase:
+class AttentionCase(Case):
     """Self-attention over one padded-free batch in which every sample keeps ``num_kept`` tokens.
 
     ``mask``: "hard" is bool; "soft" is uniform in (0, 1), so that no token is dropped and ``keep`` says nothing;
     "straight-through" is float with the values of "hard". ``mode``: "fwd", "fwd+bwd" (query, key, value) or
-    "fwd+bwd+mask" (also the gradient by the mask).
+    "fwd+bwd+mask" (also the gradient of the mask).
     """
 
+    op = "masked_attention"
     num_tokens: int = BASE_SIZE
-    keep: float = BASE_KEEP
+    keep: float | None = BASE_KEEP
     pattern: str = "random"  # or "clustered"
     mask: str = "hard"
-    mode: str = "fwd"
-    batch: int = 1
     causal: bool = True
     num_heads: int = 8
     num_kv_heads: int = 2
     head_dim: int = 64
-    dtype: torch.dtype = torch.float32
-    compiled: bool = False  # whether the peers that need torch.compile take part
 
     @property
     def num_kept(self) -> int:
-        return max(1, round(self.keep * self.num_tokens))
-
-    @property
-    def backward(self) -> bool:
-        return self.mode != "fwd"
+        return max(1, round((self.keep or 1.0) * self.num_tokens))
 
     @property
     def mask_gradient(self) -> bool:
@@ -84,13 +62,18 @@ class AttentionCase:
 
     @property
     def kind(self) -> str:
-        """What is computed, without the sizes; the ``mode`` column."""
-        words = [self.mask, self.mode]
-        return " ".join(words if self.causal else [*words, "non-causal"])
+        return f"{self.mask} {self.mode}" + ("" if self.causal else " non-causal")
 
-    def label(self) -> str:
-        keep = "" if self.mask == "soft" else f" keep {self.keep:.0%} {self.pattern}"
-        return f"masked_attention {self.kind} {self.shape}{keep} {dtype_name(self.dtype)}"
+    @property
+    def share(self) -> str:
+        return "" if self.mask == "soft" else f" keep {self.keep:.0%} {self.pattern}"
+
+    def labels(self) -> Row:
+        return super().labels() | ({"keep": None, "pattern": ""} if self.mask == "soft" else {})
+
+    def bench(self, settings: Settings) -> list[Row]:
+        x = make_inputs(self, settings.device)
+        return compare(self, providers_of(self, x), make_check(self, x), work_of(self, x.keep), settings)
 
 
 class Inputs(NamedTuple):
@@ -101,20 +84,16 @@ class Inputs(NamedTuple):
     keep: Tensor  # [B, N] bool: the mask rounded up
     grad_output: Tensor  # [B, H, N, D]
 
-    def samples(self, chosen: list[int]) -> Inputs:
-        return Inputs._make(tensor[chosen] for tensor in self)
-
 
 def make_keep(case: AttentionCase, generator: torch.Generator) -> Tensor:
     """[B, N] bool with exactly ``num_kept`` True per sample: single tokens at random, or random runs."""
     run = CLUSTER if case.pattern == "clustered" else 1
-    rows = []
-    for _ in range(case.batch):
+    keep = torch.zeros(case.batch, case.num_tokens, dtype=torch.bool)
+    for row in keep:
         order = torch.randperm(-(-case.num_tokens // run), generator=generator)
         tokens = (order[:, None] * run + torch.arange(run)).flatten()
-        tokens = tokens[tokens < case.num_tokens]
-        rows.append(torch.zeros(case.num_tokens, dtype=torch.bool).index_fill_(0, tokens[: case.num_kept], True))
-    return torch.stack(rows)
+        row[tokens[tokens < case.num_tokens][: case.num_kept]] = True
+    return keep
 
 
 def make_inputs(case: AttentionCase, device: torch.device) -> Inputs:
@@ -127,27 +106,22 @@ def make_inputs(case: AttentionCase, device: torch.device) -> Inputs:
     query, grad_output = normal(case.num_heads), normal(case.num_heads)
     key, value = normal(case.num_kv_heads), normal(case.num_kv_heads)
     keep = make_keep(case, generator)
-    keep_mask = keep
+    keep_mask = keep.float() if case.mask == "straight-through" else keep
     if case.mask == "soft":
         keep_mask = torch.rand(case.batch, case.num_tokens, generator=generator).clamp(min=1e-3)
         keep = torch.ones_like(keep)
-    elif case.mask == "straight-through":
-        keep_mask = keep.float()
     return Inputs(query, key, value, keep_mask.to(device), keep.to(device), grad_output)
 
 
-def call_of(attention: Attention, x: Inputs, *, backward: bool, mask_gradient: bool) -> Call:
+def call_of(attention: Attention, x: Inputs, *, backward: bool, mask_gradient: bool = False) -> Call:
     """Forward, or forward and backward: the results are the output and the gradients that are wanted."""
 
     def call() -> list[Tensor]:
         leaves = [tensor.detach().requires_grad_(backward) for tensor in (x.query, x.key, x.value)]
-        mask_leaf = x.keep_mask.detach().requires_grad_(True) if mask_gradient else x.keep_mask
-        with torch.set_grad_enabled(backward):
-            output = attention(leaves[0], leaves[1], leaves[2], mask_leaf)
-        if not backward:
-            return [output]
-        wanted = [*leaves, mask_leaf] if mask_gradient else leaves
-        return [output, *torch.autograd.grad(output, wanted, x.grad_output)]
+        mask = x.keep_mask.detach().requires_grad_(True) if mask_gradient else x.keep_mask
+        output = attention(leaves[0], leaves[1], leaves[2], mask)
+        wanted = [*leaves, mask] if mask_gradient else leaves
+        return [output, *(torch.autograd.grad(output, wanted, x.grad_output) if backward else ())]
 
     return call
 
@@ -160,22 +134,15 @@ def oracle(case: AttentionCase, x: Inputs) -> list[Tensor]:
     """
     leaves = [x.query, x.key, x.value, x.keep_mask] if case.mask_gradient else [x.query, x.key, x.value]
     wide = [leaf.double().requires_grad_(case.backward) for leaf in leaves]
-    query, key, value = wide[:3]
-    mask = wide[3] if case.mask_gradient else x.keep_mask
+    query, key, value, mask = [*wide, x.keep_mask][:4]
     outputs, gradients = [], [torch.zeros_like(leaf) for leaf in wide]
     tokens = torch.arange(case.num_tokens, device=query.device)
     for first in range(0, case.num_tokens, ORACLE_ROWS):
         block = tokens[first : first + ORACLE_ROWS]
         last = first + len(block)
         order = tokens[:last] if case.causal else torch.cat([tokens[:first], tokens[last:], block])
-        output = masked_attention(
-            query[:, :, first:last],
-            key[:, :, order],
-            value[:, :, order],
-            mask[:, order],
-            is_causal=case.causal,
-            backend="reference",
-        )
+        keys = (key[:, :, order], value[:, :, order], mask[:, order])
+        output = masked_attention(query[:, :, first:last], *keys, is_causal=case.causal, backend="reference")
         outputs.append(output.detach())
         if case.backward:
             parts = torch.autograd.grad(output, wide, x.grad_output[:, :, first:last].double())
@@ -184,11 +151,11 @@ def oracle(case: AttentionCase, x: Inputs) -> list[Tensor]:
     return [torch.cat(outputs, dim=2), *(gradients if case.backward else [])]
 
 
-def make_check(case: AttentionCase, x: Inputs) -> Callable[[list[Tensor]], Check]:
+def make_check(case: AttentionCase, x: Inputs) -> Checker:
     """The check of one provider. Of a larger batch only the first and the last sample are looked at."""
     chosen = sorted({0, case.batch - 1})
-    few = x.samples(chosen)
-    plain = functools.partial(peers.eager_attention, causal=case.causal)
+    few = Inputs._make(tensor[chosen] for tensor in x)
+    plain = partial(peers.eager_attention, causal=case.causal)
     eager = call_of(plain, few, backward=case.backward, mask_gradient=case.mask_gradient)()
     truth = oracle(case, few)
     return lambda results: checked([result[chosen] for result in results], eager, truth, case.dtype)
@@ -196,250 +163,104 @@ def make_check(case: AttentionCase, x: Inputs) -> Callable[[list[Tensor]], Check
 
 def work_of(case: AttentionCase, keep: Tensor) -> Work:
     """See the head of this file. ``keep`` [B, N] bool."""
-    if case.causal:
-        pairs = int((keep.cumsum(dim=1) + ~keep).sum())
-    else:
-        pairs = int((keep.sum(dim=1, keepdim=True) + ~keep).sum())
-    products = 7 if case.backward else 2
-    rows = case.batch * case.num_tokens * case.head_dim * case.dtype.itemsize
-    moves = 6 if case.backward else 2  # of a query-like and of a key-like tensor each
-    return Work(
-        products * 2.0 * case.head_dim * case.num_heads * pairs, moves * rows * (case.num_heads + case.num_kv_heads)
-    )
-
-
-def bench_attention(case: AttentionCase, settings: Settings) -> list[Row]:
-    """All providers of one case."""
-    x = make_inputs(case, settings.device)
-    labels = shared_labels(
-        "masked_attention",
-        case.kind,
-        case.shape,
-        case.dtype,
-        case.label(),
-        batch=case.batch,
-        num_tokens=case.num_tokens,
-        keep=None if case.mask == "soft" else case.keep,
-        pattern="" if case.mask == "soft" else case.pattern,
-    )
-    return compare(labels, case.dtype, providers_of(case, x), make_check(case, x), work_of(case, x.keep), settings)
-
-
-@dataclass(frozen=True)
-class DecodeCase:
-    """One query per sample over ``num_tokens`` cached keys, of which the share ``keep`` is visible."""
-
-    num_tokens: int
-    keep: float = 1.0
-    batch: int = 1
-    num_heads: int = 32
-    num_kv_heads: int = 8
-    head_dim: int = 128
-    dtype: torch.dtype = torch.float32
-
-    def label(self) -> str:
-        return f"decode B{self.batch} N{self.num_tokens} keep {self.keep:.0%} {dtype_name(self.dtype)}"
-
-
-def bench_decode(case: DecodeCase, settings: Settings) -> list[Row]:
-    """A step of decoding against SDPA with and without the mask. Useful work: the visible keys and values, once."""
-    shapes = AttentionCase(
-        case.num_tokens, case.keep, batch=case.batch, num_heads=case.num_heads, num_kv_heads=case.num_kv_heads,
-        head_dim=case.head_dim, dtype=case.dtype,
-    )  # fmt: skip
-    x = make_inputs(shapes, settings.device)
-    query, visible = (
-        x.query[:, :, -1:],
-        x.keep.index_fill(1, torch.tensor([case.num_tokens - 1]).to(x.keep.device), True),
-    )
-    visible = visible[:, None, None]
-
-    def ours(q: Tensor = query, k: Tensor = x.key, v: Tensor = x.value, backend: str | None = None) -> list[Tensor]:
-        return [masked_attention(q, k, v, x.keep, is_causal=True, backend=backend)]
-
-    def sdpa(mask: Tensor | None) -> Built:
-        return Built(lambda: [peers.sdpa(query, x.key, x.value, mask)])
-
-    pairs = float(visible.sum())
-    moved = 2 * pairs * case.num_kv_heads * case.head_dim * case.dtype.itemsize
-    work = Work(4 * pairs * case.num_heads * case.head_dim, moved)
-    labels = shared_labels("decode", "fwd", f"B{case.batch} H{case.num_heads}/{case.num_kv_heads} D{case.head_dim}",
-                           case.dtype, case.label(), batch=case.batch, num_tokens=case.num_tokens,
-                           keep=case.keep)  # fmt: skip
-    providers = [
-        Provider(our_name(settings.device), lambda: Built(ours), role="ours"),
-        Provider("sdpa bool mask", lambda: sdpa(visible)),
-        Provider("sdpa all keys (bound)", lambda: sdpa(None), role="bound"),
-    ]
-    with torch.no_grad():
-        truth = ours(query.double(), x.key.double(), x.value.double(), "reference")
-        eager = sdpa(visible).call()
-        return compare(
-            labels, case.dtype, providers, lambda got: checked(got, eager, truth, case.dtype), work, settings
-        )
+    seen = keep.cumsum(dim=1) if case.causal else keep.sum(dim=1, keepdim=True)
+    pairs = int((seen + ~keep).sum())
+    products, moves = (7, 6) if case.backward else (2, 2)  # moves of a query-like and of a key-like tensor each
+    moved = moves * keep.numel() * case.head_dim * case.dtype.itemsize * (case.num_heads + case.num_kv_heads)
+    return Work(products * 2.0 * case.head_dim * case.num_heads * pairs, moved)
 
 
 # -- providers -----------------------------------------------------------------------------------------------------
 
 
 def providers_of(case: AttentionCase, x: Inputs) -> list[Provider]:
-    """Our op, its peers by kind of mask, and the bounds."""
-
-    def run(attention: Attention) -> Call:
-        return call_of(attention, x, backward=case.backward, mask_gradient=case.mask_gradient)
+    """Our op, its peers by kind of mask, and the bounds: attention over all tokens, and over the kept ones alone."""
+    causal, batch, num_tokens = case.causal, case.batch, case.num_tokens
+    run = partial(call_of, x=x, backward=case.backward, mask_gradient=case.mask_gradient)
+    flex = partial(graph(flex_attention, fullgraph=True), enable_gqa=case.num_heads != case.num_kv_heads)
+    eager = partial(peers.eager_attention, causal=causal)
+    flash = x.query.is_cuda and case.dtype != torch.float32
 
     def ours(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
-        return masked_attention(query, key, value, mask, is_causal=case.causal)
+        return masked_attention(query, key, value, mask, is_causal=causal)
 
-    plain = functools.partial(peers.eager_attention, causal=case.causal)
-    found = [
-        Provider(our_name(x.query.device), lambda: Built(run(ours)), role="ours"),
-        Provider("torch eager (Eq. 7)", lambda: Built(run(plain))),
-    ]
+    def dense(query: Tensor, key: Tensor, value: Tensor, _: Tensor) -> Tensor:
+        with sdpa_kernel(SDPBackend.FLASH_ATTENTION) if flash else contextlib.nullcontext():
+            return peers.sdpa(query, key, value, causal=causal)
+
+    found = [Provider(our_name(x.query.device), run(ours), "ours"), Provider("torch eager (Eq. 7)", run(eager))]
     if case.mask == "hard":
-        found += _hard_peers(case, x, run)
+        kept = x.keep.nonzero()[:, 1].view(batch, -1)
+        bool_mask = cache(lambda: peers.bool_mask(x.keep, causal))
+        float_mask = cache(lambda: peers.float_mask(x.keep, causal, case.dtype))
+        block_mask = cache(lambda: peers.hard_block_mask(x.keep, causal))
+        compacted = cache(lambda: peers.flex_compacted_mask(kept, num_tokens, causal))
+        create = graph(create_block_mask)
+        build_flex = lambda q, k, v, m: flex(q, k, v, block_mask=peers.hard_block_mask(m, causal, create))  # noqa: E731
+        merge = lambda q, k, v, _: peers.flex_compacted(flex, q, k, v, kept, compacted())  # noqa: E731
+        cells = batch * num_tokens**2
+        found += [
+            Provider("sdpa bool mask", run(lambda q, k, v, _: peers.sdpa(q, k, v, bool_mask())), resident=cells),
+            Provider("sdpa bool mask + build", run(lambda q, k, v, m: peers.sdpa(q, k, v, peers.bool_mask(m, causal)))),
+            Provider("sdpa float mask", run(lambda q, k, v, _: peers.sdpa(q, k, v, float_mask())),
+                     resident=cells * case.dtype.itemsize),
+            Provider("flex mask_mod", run(lambda q, k, v, _: flex(q, k, v, block_mask=block_mask())), compiled=True),
+            Provider("flex mask_mod + BlockMask", run(build_flex), compiled=True),
+            Provider("flex compacted + lse", run(merge), compiled=True),
+        ]  # fmt: skip
     else:
-        found += _soft_peers(case, x, run, ours)
-    found.append(_compiled("torch.compile of eager", case, lambda: Built(run(_compile(plain)))))
-    return found + _bounds(case, x)
-
-
-def _compile(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    return torch.compile(function, dynamic=False, fullgraph=True)
-
-
-def _compiled(name: str, case: AttentionCase, build: Callable[[], Built]) -> Provider:
-    def left_out() -> Built:
-        raise NotAvailableError(LEFT_OUT)
-
-    return Provider(name, build if case.compiled else left_out, compiled=case.compiled)
-
-
-def _hard_peers(case: AttentionCase, x: Inputs, run: Callable[[Attention], Call]) -> list[Provider]:
-    causal, dtype, keep = case.causal, case.dtype, x.keep
-
-    def sdpa_given(make: Callable[[], Tensor]) -> Built:
-        mask = make()
-        return Built(run(lambda q, k, v, _: peers.sdpa(q, k, v, mask)), mask.numel() * mask.element_size())
-
-    def flex_given() -> Built:
-        block_mask, flex = peers.hard_block_mask(keep, causal), _compile(flex_attention)
-        grouped = case.num_heads != case.num_kv_heads
-        return Built(run(lambda q, k, v, _: flex(q, k, v, block_mask=block_mask, enable_gqa=grouped)))
-
-    def flex_built() -> Built:
-        flex, create = _compile(flex_attention), torch.compile(create_block_mask, dynamic=False)
-        grouped = case.num_heads != case.num_kv_heads
-        return Built(
-            run(
-                lambda q, k, v, mask: flex(
-                    q, k, v, block_mask=peers.hard_block_mask(mask, causal, create), enable_gqa=grouped
-                )
-            )
-        )
-
-    def flex_compacted() -> Built:
-        kept = keep.nonzero()[:, 1].view(case.batch, -1)
-        block_mask, flex = peers.flex_compacted_mask(kept, case.num_tokens, causal), _compile(flex_attention)
-        return Built(run(lambda q, k, v, _: peers.flex_compacted(flex, q, k, v, kept, block_mask)))
-
-    return [
-        Provider("sdpa bool mask", lambda: sdpa_given(lambda: peers.bool_mask(keep, causal))),
-        Provider(
-            "sdpa bool mask + build",
-            lambda: Built(run(lambda q, k, v, mask: peers.sdpa(q, k, v, peers.bool_mask(mask, causal)))),
-        ),
-        Provider("sdpa float mask", lambda: sdpa_given(lambda: peers.float_mask(keep, causal, dtype))),
-        _compiled("flex mask_mod", case, flex_given),
-        _compiled("flex mask_mod + BlockMask", case, flex_built),
-        _compiled("flex compacted + lse", case, flex_compacted),
-    ]
-
-
-def _soft_peers(case: AttentionCase, x: Inputs, run: Callable[[Attention], Call], ours: Attention) -> list[Provider]:
-    def sdpa_built(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
-        return peers.sdpa(query, key, value, peers.float_mask(mask, case.causal, case.dtype))
-
-    def flex_soft() -> Built:
-        block_mask = peers.causal_block_mask(case.num_tokens, x.query.device) if case.causal else None
-        flex = _compile(flex_attention)
-        return Built(run(lambda q, k, v, mask: peers.flex_soft(flex, q, k, v, mask, block_mask)))
-
-    found = [
-        Provider("sdpa float mask + build", lambda: Built(run(sdpa_built))),
-        _compiled("flex score_mod", case, flex_soft),
-    ]
-    if case.mask_gradient and x.query.is_cuda:  # parts of our call: what the gradient by the mask adds on a GPU
-        for name, backward in (("ours, forward only", False), ("ours, no mask gradient", True)):
-            build = functools.partial(call_of, ours, x, backward=backward, mask_gradient=False)
-            found.append(Provider(name, lambda build=build: Built(build()), role="bound"))  # type: ignore[misc]
+        past = cache(lambda: peers.causal_block_mask(num_tokens, x.query.device) if causal else None)
+        given = lambda q, k, v, m: peers.sdpa(q, k, v, peers.float_mask(m, causal, case.dtype))  # noqa: E731
+        score = lambda q, k, v, m: peers.flex_soft(flex, q, k, v, m, past())  # noqa: E731
+        found += [
+            Provider("sdpa float mask + build", run(given)),
+            Provider("flex score_mod", run(score), compiled=True),
+        ]
+        if case.mask_gradient and x.query.is_cuda:  # parts of our call: what the gradient of the mask adds on a GPU
+            found.append(Provider("ours, forward only", call_of(ours, x, backward=False), "bound"))
+            found.append(Provider("ours, no mask gradient", call_of(ours, x, backward=True), "bound"))
+    found.append(Provider("torch.compile of eager", run(graph(eager, fullgraph=True)), compiled=True))
+    over_all = call_of(dense, x, backward=case.backward)
+    found.append(Provider("sdpa dense (bound)", over_all, "bound", work_of(case, torch.ones_like(x.keep))))
+    if case.mask == "hard":  # tensors of the kept tokens alone, as a layer after compaction sees them
+        small = Inputs._make(t.gather(1, kept) if t.ndim == 2 else peers.gather_rows(t, kept) for t in x)
+        call, work = call_of(dense, small, backward=case.backward), work_of(case, small.keep)
+        found.append(Provider("sdpa over kept tokens (floor)", call, "bound", work))
     return found
 
 
-def _bounds(case: AttentionCase, x: Inputs) -> list[Provider]:
-    """Dense attention over all tokens, and over as many tokens as are kept."""
-    everything = torch.ones_like(x.keep)
-
-    def dense() -> Built:
-        on_cuda = x.query.device.type == "cuda" and case.dtype != torch.float32
-        call = call_of(functools.partial(_dense, case.causal), x, backward=case.backward, mask_gradient=False)
-        return Built(_with_flash(call) if on_cuda else call)
-
-    def flash() -> Built:
-        try:
-            from flash_attn import flash_attn_func
-        except ImportError:
-            raise NotAvailableError("flash-attn is not installed (pip install flash-attn, CUDA only)") from None
-
-        def attention(query: Tensor, key: Tensor, value: Tensor, _: Tensor) -> Tensor:
-            rows = (tensor.transpose(1, 2) for tensor in (query, key, value))  # [B, N, H, D]
-            output: Tensor = flash_attn_func(*rows, causal=case.causal)
-            return output.transpose(1, 2)
-
-        return Built(call_of(attention, x, backward=case.backward, mask_gradient=False))
-
-    found = [
-        Provider("sdpa dense (bound)", dense, role="bound", work=work_of(case, everything)),
-        Provider("flash-attn dense (bound)", flash, role="bound", work=work_of(case, everything)),
-    ]
-    if case.mask == "hard":
-        found.append(floor_provider(case, x))
-    return found
+# -- decoding ------------------------------------------------------------------------------------------------------
 
 
-def _dense(causal: bool, query: Tensor, key: Tensor, value: Tensor, _: Tensor) -> Tensor:
-    return peers.sdpa(query, key, value, causal=causal)
+@dataclass(frozen=True)
+class DecodeCase(AttentionCase):
+    """One query per sample over ``num_tokens`` cached keys, of which the share ``keep`` is visible."""
 
+    op = "decode"
+    num_heads: int = 32
+    num_kv_heads: int = 8
+    head_dim: int = 128
 
-def _with_flash(call: Call) -> Call:
-    def run() -> list[Tensor]:
-        with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
-            return call()
+    def bench(self, settings: Settings) -> list[Row]:
+        """A step of decoding against SDPA with and without the mask. Useful work: visible keys and values, once."""
+        x = make_inputs(self, settings.device)
+        query = x.query[:, :, -1:]
+        visible = x.keep.clone()
+        visible[:, -1] = True
+        pairs = float(visible.sum())
 
-    return run
+        def ours(q: Tensor = query, k: Tensor = x.key, v: Tensor = x.value, backend: str | None = None) -> list[Tensor]:
+            return [masked_attention(q, k, v, x.keep, is_causal=True, backend=backend)]
 
+        def sdpa(mask: Tensor | None = visible[:, None, None]) -> list[Tensor]:
+            return [peers.sdpa(query, x.key, x.value, mask)]
 
-def compacted_inputs(case: AttentionCase, x: Inputs) -> Inputs:
-    """Tensors of the kept tokens alone, as a layer after compaction sees them."""
-    indices = x.keep.nonzero()[:, 1].view(case.batch, -1)
-    return Inputs(
-        query=peers.gather_rows(x.query, indices),
-        key=peers.gather_rows(x.key, indices),
-        value=peers.gather_rows(x.value, indices),
-        keep_mask=x.keep_mask.gather(1, indices),
-        keep=x.keep.gather(1, indices),
-        grad_output=peers.gather_rows(x.grad_output, indices),
-    )
-
-
-def floor_provider(case: AttentionCase, x: Inputs) -> Provider:
-    small = compacted_inputs(case, x)
-
-    def build() -> Built:
-        return Built(
-            call_of(functools.partial(_dense, case.causal), small, backward=case.backward, mask_gradient=False)
-        )
-
-    work = work_of(case, small.keep)
-    short = work.bytes * case.num_kept / case.num_tokens
-    return Provider("sdpa over kept tokens (floor)", build, role="bound", work=Work(work.flops, short))
+        providers = [
+            Provider(our_name(settings.device), ours, "ours"),
+            Provider("sdpa bool mask", sdpa),
+            Provider("sdpa all keys (bound)", lambda: sdpa(None), "bound"),
+        ]
+        truth, eager = ours(query.double(), x.key.double(), x.value.double(), "reference"), sdpa()
+        moved = 2 * pairs * self.num_kv_heads * self.head_dim * self.dtype.itemsize
+        work = Work(4 * pairs * self.num_heads * self.head_dim, moved)
+        return compare(self, providers, lambda got: checked(got, eager, truth, self.dtype), work, settings)

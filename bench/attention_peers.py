@@ -1,4 +1,4 @@
-"""What else PyTorch offers for masked attention (Eqs. 6-7), each in the fastest form found.
+"""What else PyTorch offers for masked attention (Eqs. 6-7), each in the fastest form known.
 
 Peers that take a mask or an index in a form of their own get it ready-made, and appear a second time with the cost of
 making it; a mask that wants a gradient is part of the graph and always made in the call. All of them take grouped
@@ -23,12 +23,16 @@ def _is_self(length: int, device: torch.device) -> Tensor:
     return torch.eye(length, dtype=torch.bool, device=device)
 
 
+def _is_past(length: int, device: torch.device) -> Tensor:
+    return torch.ones(length, length, dtype=torch.bool, device=device).tril()
+
+
 def eager_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, causal: bool) -> Tensor:
     """Eq. 7 in a few lines of PyTorch, with the maximum over the kept keys subtracted; autograd does the rest."""
     length = query.shape[2]
     gate = torch.where(_is_self(length, query.device), 1.0, mask.float()[:, None, :])[:, None]
     if causal:
-        gate = gate * torch.ones(length, length, dtype=torch.bool, device=query.device).tril()
+        gate = gate * _is_past(length, query.device)
     groups = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
     scores = (query @ key.transpose(-1, -2)).float() / math.sqrt(query.shape[3])
@@ -43,7 +47,7 @@ def float_mask(mask: Tensor, causal: bool, dtype: torch.dtype) -> Tensor:
     bias = (mask.float() + FLOOR).log()[:, None, :].expand(-1, length, -1)
     bias = torch.where(_is_self(length, mask.device), 0.0, bias)
     if causal:
-        bias = bias.masked_fill(~torch.ones(length, length, dtype=torch.bool, device=mask.device).tril(), -torch.inf)
+        bias = bias.masked_fill(~_is_past(length, mask.device), -torch.inf)
     return bias[:, None].to(dtype)
 
 
@@ -51,9 +55,7 @@ def bool_mask(mask: Tensor, causal: bool) -> Tensor:
     """G > 0 as [B, 1, N, N]."""
     length = mask.shape[1]
     visible = mask[:, None, :] | _is_self(length, mask.device)
-    if causal:
-        visible = visible & torch.ones(length, length, dtype=torch.bool, device=mask.device).tril()
-    return visible[:, None]
+    return (visible & _is_past(length, mask.device) if causal else visible)[:, None]
 
 
 def sdpa(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, causal: bool = False) -> Tensor:
@@ -80,12 +82,7 @@ def causal_block_mask(length: int, device: torch.device) -> BlockMask:
 
 
 def flex_soft(
-    compiled: Callable[..., Tensor],
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor,
-    block_mask: BlockMask | None,
+    flex: Callable[..., Tensor], query: Tensor, key: Tensor, value: Tensor, mask: Tensor, block_mask: BlockMask | None
 ) -> Tensor:
     """FlexAttention with log G added to the scores."""
     log_mask = (mask.float() + FLOOR).log()
@@ -93,12 +90,7 @@ def flex_soft(
     def score_mod(score: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
         return torch.where(i == j, score, score + log_mask[b, j])
 
-    return compiled(
-        query, key, value, score_mod=score_mod, block_mask=block_mask, enable_gqa=query.shape[1] != key.shape[1]
-    )
-
-
-# -- attention over the kept keys, merged with the self term ---------------------------------------------------------
+    return flex(query, key, value, score_mod=score_mod, block_mask=block_mask)
 
 
 def gather_rows(x: Tensor, indices: Tensor) -> Tensor:
@@ -119,15 +111,13 @@ def flex_compacted_mask(indices: Tensor, length: int, causal: bool) -> BlockMask
 
 
 def flex_compacted(
-    compiled: Callable[..., Any], query: Tensor, key: Tensor, value: Tensor, indices: Tensor, block_mask: BlockMask
+    flex: Callable[..., Any], query: Tensor, key: Tensor, value: Tensor, indices: Tensor, block_mask: BlockMask
 ) -> Tensor:
     """FlexAttention over the gathered kept keys, merged with the self term; its log-sum-exp is differentiable."""
     groups = query.shape[1] // key.shape[1]
     kept_key, kept_value = gather_rows(key, indices), gather_rows(value, indices)
-    output, log_sum = compiled(
-        query, kept_key, kept_value, block_mask=block_mask, enable_gqa=groups > 1, return_lse=True
-    )
-    own_key, own_value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
-    own_score = (query.float() * own_key.float()).sum(dim=-1) / math.sqrt(query.shape[3])
-    share = torch.sigmoid(own_score - log_sum)[..., None]
-    return (output * (1 - share) + share * own_value).to(query.dtype)
+    output, log_sum = flex(query, kept_key, kept_value, block_mask=block_mask, return_lse=True)
+    self_key, self_value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
+    self_score = (query.float() * self_key.float()).sum(dim=-1) / math.sqrt(query.shape[3])
+    share = torch.sigmoid(self_score - log_sum)[..., None]
+    return (output * (1 - share) + share * self_value).to(query.dtype)

@@ -1,4 +1,4 @@
-"""What all suites share: timing, checked comparison of providers, results as CSV.
+"""What all suites share: timing, checked comparison of providers, tables, results as CSV.
 
 Columns that need a word:
     ratio_to_ours: median time over that of our op in the same case; above 1 we are faster.
@@ -9,8 +9,7 @@ Columns that need a word:
     error, error_budget, error_ratio: of the output or gradient with the largest ratio, against the definition in
         float64; the budget is 2 * (error of eager at the same precision + eps * max|truth|).
     peak_mib: largest memory allocated during one call beyond what was there before, plus what a provider was given
-        ready-made (an N x N mask). CUDA: torch.cuda.max_memory_allocated. CPU: every allocation and release seen by
-        torch's profiler; buffers inside oneDNN and MKL are not seen.
+        ready-made (an N x N mask). On a CPU as torch's profiler sees it: without the buffers of oneDNN and MKL.
     note: why a provider has no time, or what a reader must know about it.
 """
 
@@ -18,6 +17,7 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import functools
 import gc
 import importlib.metadata
 import math
@@ -26,21 +26,22 @@ import platform
 import re
 import subprocess
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 from toprl_kernels.testing import error_budget, max_error
 
+T = TypeVar("T")
 Row = dict[str, Any]
 Call = Callable[[], list[Tensor]]
 MIB = 2**20
+MAX_ROUNDS = 200
 FLUSH_BYTES = 256 * MIB  # larger than the L2 cache of any current GPU
-SIZES = ("tiny", "quick", "full")
 LEFT_OUT = "left out here: the plan pays for torch.compile in other cases"
 WRONG = 100.0  # a peer this far over the budget computes something else and is not timed
 COMPARABLE = ("device", "device_type", "torch_threads", "torch", "triton", "python", "git_commit", "size")
@@ -48,6 +49,12 @@ COLUMNS = (
     "op mode shape dtype batch num_tokens keep pattern hidden_size provider role p20_ms p50_ms p80_ms rounds "
     "ratio_to_ours tflops gbps floor_percent error error_budget error_ratio peak_mib note case"
 ).split()
+
+
+def graph(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
+    """The function compiled for static sizes; nothing of Dynamo is imported before the first call."""
+    compiled = functools.cache(lambda: torch.compile(function, dynamic=False, **options))
+    return lambda *arguments, **named: compiled()(*arguments, **named)
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -64,10 +71,9 @@ def environment(device: torch.device, size: str) -> Row:
     """What a number means nothing without."""
 
     def version(package: str) -> str | None:
-        try:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             return importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            return None
+        return None
 
     return {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu",
@@ -80,9 +86,9 @@ def environment(device: torch.device, size: str) -> Row:
 
 def git_commit() -> str | None:
     """The commit that is measured; None without git."""
-    command, here = ["git", "rev-parse", "HEAD"], Path(__file__).parent
+    command, folder = ["git", "rev-parse", "HEAD"], Path(__file__).parent
     try:
-        return subprocess.run(command, cwd=here, capture_output=True, text=True, timeout=10).stdout.strip() or None
+        return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=10).stdout.strip() or None
     except (OSError, subprocess.TimeoutExpired):
         return None
 
@@ -95,8 +101,25 @@ def columns_of(rows: Sequence[Row]) -> list[str]:
     return list(dict.fromkeys(key for row in rows for key in row))
 
 
+def table(rows: Sequence[Row], columns: Sequence[str] | None = None) -> str:
+    """A Markdown table with aligned columns, by default all of them; a word where there are no rows."""
+
+    def cell(value: object) -> str:
+        if isinstance(value, float):
+            return f"{value:.3g}" if abs(value) < 1e-2 else f"{value:.3f}"
+        return "" if value is None else str(value).replace("|", "/")
+
+    if not rows:
+        return "not measured"
+    columns = columns_of(rows) if columns is None else columns
+    lines = [list(columns), *([cell(row.get(column)) for column in columns] for row in rows)]
+    widths = [max(3, *map(len, column)) for column in zip(*lines, strict=True)]
+    lines.insert(1, ["-" * width for width in widths])
+    return "\n".join("| " + " | ".join(map(str.ljust, line, widths)) + " |" for line in lines)
+
+
 def read_csv(path: Path) -> list[Row]:
-    """Rows of a results file, with numbers as numbers and empty cells as None."""
+    """Rows of a results file, with numbers as numbers and empty cells as None; no rows without the file."""
 
     def value(text: str) -> object:
         if text in ("True", "False", ""):
@@ -106,6 +129,8 @@ def read_csv(path: Path) -> list[Row]:
                 return kind(text)
         return text
 
+    if not path.exists():
+        return []
     with path.open(newline="") as file:
         return [{name: value(text) for name, text in row.items()} for row in csv.DictReader(file)]
 
@@ -140,18 +165,14 @@ class Report:
         self.tables: dict[str, list[Row]] = {}
         if resume and folder is None:
             raise ValueError("--resume needs the --output_dir of the interrupted run")
-        if resume and folder is not None and (folder / f"{suite}.csv").exists():
-            self._take_over(read_csv(folder / f"{suite}.csv"))
-
-    def _take_over(self, rows: list[Row]) -> None:
-        for row in rows:
+        for row in read_csv(folder / f"{suite}.csv") if resume and folder is not None else []:
             for name in COMPARABLE:
-                if str(row.get(name)) != str(self.where.get(name)):
+                if str(row.get(name)) != str(where.get(name)):
                     raise ValueError(
-                        f"--resume: {self.suite}.csv was measured with {name}={row.get(name)!r}, this run has "
-                        f"{self.where.get(name)!r}; start anew without --resume"
+                        f"--resume: {suite}.csv was measured with {name}={row.get(name)!r}, this run has "
+                        f"{where.get(name)!r}; start anew without --resume"
                     )
-        self.rows = [{name: value for name, value in row.items() if name not in self.where} for row in rows]
+            self.rows.append({name: value for name, value in row.items() if name not in where})
 
     def has(self, case: str) -> bool:
         """Whether the rows of ``case`` are there already."""
@@ -173,26 +194,13 @@ class Report:
 # -- timing --------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Timing:
+class Timing(NamedTuple):
     """Milliseconds of one provider."""
 
     p20_ms: float
     p50_ms: float
     p80_ms: float
     rounds: int
-
-
-@contextlib.contextmanager
-def without_collector() -> Iterator[None]:
-    """The garbage collector off, and on again afterwards only where it was on."""
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()
 
 
 def quantiles(samples: Sequence[float]) -> tuple[float, float, float]:
@@ -209,44 +217,50 @@ def now(device: torch.device) -> float:
     return time.perf_counter() * 1e3
 
 
-def time_interleaved(
-    providers: Mapping[str, Callable[[], object]],
-    device: torch.device,
-    *,
-    seconds: float,
-    min_rounds: int = 5,
-    max_rounds: int = 200,
-    warm_up: int = 2,
-) -> dict[str, Timing]:
-    """Run A B C, A B C, ... for about ``seconds`` in all and return the quantiles of each provider.
+def in_turn(
+    calls: Mapping[str, Callable[[], T]], *, seconds: float = 0.0, min_rounds: int = 5, warm_up: int = 2
+) -> dict[str, list[T]]:
+    """Call A B C, A B C, ... for about ``seconds`` in all, so that a machine's drift hits all alike; what they return.
 
-    On CUDA each call is timed by events after clearing the L2 cache; on the CPU by the wall clock. ``warm_up`` untimed
-    rounds come first: compilation, allocation, paging in.
+    ``warm_up`` further rounds come first and leave no result: compilation, allocation, paging in.
     """
-    on_cuda = device.type == "cuda"
-    scratch = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device=device) if on_cuda else None
+    results: dict[str, list[T]] = {name: [] for name in calls}
     for _ in range(warm_up):
-        for call in providers.values():
+        for call in calls.values():
             call()
-    samples: dict[str, list[float]] = {name: [] for name in providers}
-    deadline = time.perf_counter() + seconds
-    rounds = 0
-    while rounds < min_rounds or (rounds < max_rounds and time.perf_counter() < deadline):
-        for name, call in providers.items():
-            if scratch is not None:
-                scratch.zero_()
-                start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-                start.record()
-                call()
-                end.record()
-                torch.cuda.synchronize(device)
-                samples[name].append(start.elapsed_time(end))
-            else:
-                begin = time.perf_counter()
-                call()
-                samples[name].append((time.perf_counter() - begin) * 1e3)
-        rounds += 1
-    return {name: Timing(*quantiles(values), rounds) for name, values in samples.items()}
+    deadline, done = time.perf_counter() + seconds, 0
+    while done < min_rounds or (done < MAX_ROUNDS and time.perf_counter() < deadline):
+        for name, call in calls.items():
+            results[name].append(call())
+        done += 1
+    return results
+
+
+def milliseconds(call: Callable[[], T], device: torch.device, scratch: Tensor | None = None) -> tuple[float, T]:
+    """Time of a call, and its result: by events on CUDA, after clearing the L2 cache with ``scratch``."""
+    if device.type != "cuda":
+        begin = time.perf_counter()
+        result = call()
+        return (time.perf_counter() - begin) * 1e3, result
+    if scratch is None:
+        torch.cuda.synchronize(device)
+    else:
+        scratch.zero_()
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    result = call()
+    end.record()
+    torch.cuda.synchronize(device)
+    return start.elapsed_time(end), result
+
+
+def time_interleaved(
+    providers: Mapping[str, Callable[[], object]], device: torch.device, **rounds: Any
+) -> dict[str, Timing]:
+    """Quantiles of each provider's time, called as :func:`in_turn` says."""
+    scratch = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device=device) if device.type == "cuda" else None
+    timed = {name: lambda call=call: milliseconds(call, device, scratch)[0] for name, call in providers.items()}
+    return {name: Timing(*quantiles(times), len(times)) for name, times in in_turn(timed, **rounds).items()}
 
 
 # -- checked comparison of providers -------------------------------------------------------------------------------
@@ -254,10 +268,6 @@ def time_interleaved(
 
 class WrongResultError(RuntimeError):
     """Our op missed its error budget; its timing would be worthless."""
-
-
-class NotAvailableError(RuntimeError):
-    """A provider cannot run here; the message is the reason."""
 
 
 class Work(NamedTuple):
@@ -275,16 +285,10 @@ class Check(NamedTuple):
 
     @property
     def ratio(self) -> float:
-        if self.error == 0:
-            return 0.0
-        return self.error / self.budget if self.budget > 0 else math.inf
+        return self.error / self.budget if self.budget > 0 else math.inf if self.error else 0.0
 
 
-class Built(NamedTuple):
-    """A provider ready to be called; ``resident`` are bytes that it was given ready-made."""
-
-    call: Call
-    resident: int = 0
+Checker = Callable[[list[Tensor]], Check]
 
 
 @dataclass(frozen=True)
@@ -292,19 +296,22 @@ class Provider:
     """One way to compute a case.
 
     Args:
-        build: prepares what is not timed and returns the call; raises NotAvailableError with the reason.
+        call: what is timed. Its first call, which is not, may prepare what a provider is given (a mask).
         role: "ours" (must be right), "peer" (same result, else a note), "bound" (another result: a limit to compare
             with, or a part of our own call).
         work: useful work, where it is not that of the case.
-        note: what a reader must know.
+        resident: bytes that it is given.
+        compiled: whether it needs torch.compile.
+        missing: why it cannot run.
     """
 
     name: str
-    build: Callable[[], Built]
+    call: Call
     role: str = "peer"
     work: Work | None = None
+    resident: int = 0
     compiled: bool = False
-    note: str = ""
+    missing: str = ""
 
 
 @dataclass(frozen=True)
@@ -322,8 +329,54 @@ class Peaks:
 class Settings:
     device: torch.device
     peaks: Peaks
-    seconds: float
+    seconds: float  # timing per case, all providers together
     min_rounds: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """What is computed in one comparison; an op's file adds sizes, ``shape`` and ``bench``."""
+
+    op: ClassVar[str]
+    batch: int = 1
+    mode: str = "fwd"  # or "fwd+bwd"
+    dtype: torch.dtype = torch.float32
+    compiled: bool = False  # whether the peers that need torch.compile take part
+
+    @property
+    def backward(self) -> bool:
+        return self.mode != "fwd"
+
+    @property
+    def shape(self) -> str:
+        raise NotImplementedError
+
+    @property
+    def kind(self) -> str:
+        """What is computed, without the sizes; the ``mode`` column."""
+        return self.mode
+
+    @property
+    def share(self) -> str:
+        """How many tokens are kept, where the shape does not say it."""
+        return ""
+
+    def label(self) -> str:
+        return f"{self.op} {self.kind} {self.shape}{self.share} {dtype_name(self.dtype)}"
+
+    def labels(self) -> Row:
+        """The columns that all rows of the case share."""
+        axes = {name: getattr(self, name, None) for name in ("batch", "num_tokens", "keep", "pattern", "hidden_size")}
+        names = {"op": self.op, "mode": self.kind, "shape": self.shape, "dtype": dtype_name(self.dtype)}
+        return {**names, **axes, "case": self.label()}
+
+    def bench(self, settings: Settings) -> list[Row]:
+        """A row per provider."""
+        raise NotImplementedError
+
+    def measure(self, settings: Settings) -> list[Row]:
+        with torch.set_grad_enabled(self.backward):
+            return self.bench(settings)
 
 
 def measure_peaks(device: torch.device, dtypes: Sequence[torch.dtype], size: str) -> Peaks:
@@ -332,37 +385,32 @@ def measure_peaks(device: torch.device, dtypes: Sequence[torch.dtype], size: str
     flops, seconds = {}, 0.05 if size == "tiny" else 1.0
     for dtype in dtypes:
         left, right = torch.randn(2, edge, edge, device=device).to(dtype).unbind(0)
-        timing = time_interleaved({"": lambda a=left, b=right: a @ b}, device, seconds=seconds)[""]  # type: ignore[misc]
+        timing = time_interleaved({"": functools.partial(torch.matmul, left, right)}, device, seconds=seconds)[""]
         flops[dtype] = 2 * edge**3 / (timing.p20_ms * 1e-3)
     source = torch.ones(2**30 if device.type == "cuda" else 2**27, dtype=torch.uint8, device=device)
-    target = torch.empty_like(source)
-    timing = time_interleaved({"": lambda: target.copy_(source)}, device, seconds=seconds)[""]
+    copy = functools.partial(torch.empty_like(source).copy_, source)
+    timing = time_interleaved({"": copy}, device, seconds=seconds)[""]
     return Peaks(flops, 2 * source.numel() / (timing.p20_ms * 1e-3))
 
 
 def peak_memory(call: Callable[[], object], device: torch.device) -> int:
     """Bytes: the largest memory allocated at a time during one call, beyond what was allocated before it."""
-    with without_collector():  # garbage of earlier providers, released during the call, would be subtracted
-        return _peak_on_cuda(call, device) if device.type == "cuda" else _peak_on_cpu(call)
-
-
-def _peak_on_cuda(call: Callable[[], object], device: torch.device) -> int:
-    torch.cuda.synchronize(device)
-    torch.cuda.reset_peak_memory_stats(device)
-    before = torch.cuda.memory_allocated(device)
-    call()
-    torch.cuda.synchronize(device)
-    return torch.cuda.max_memory_allocated(device) - before
-
-
-def _peak_on_cpu(call: Callable[[], object]) -> int:
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
-        result = call()
-    del result
+    gc.disable()  # garbage of earlier providers, released during the call, would be subtracted
+    try:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+            torch.cuda.reset_peak_memory_stats(device)
+            before = torch.cuda.memory_allocated(device)
+            call()
+            torch.cuda.synchronize(device)
+            return torch.cuda.max_memory_allocated(device) - before
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
+            call()
+    finally:
+        gc.enable()
     events = profiler.profiler.kineto_results.events()
-    changes = sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]")
     held = peak = 0
-    for _, change in changes:
+    for _, change in sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]"):
         held += change
         peak = max(peak, held)
     return peak
@@ -395,95 +443,68 @@ def reason_of(error: BaseException) -> str:
     return f"{name}: {message}"[:240].removesuffix(": ")
 
 
-def compare(
-    labels: Row,
-    dtype: torch.dtype,
-    providers: Sequence[Provider],
-    check: Callable[[list[Tensor]], Check],
-    work: Work,
-    settings: Settings,
-) -> list[Row]:
-    """Build, check and meter every provider, then time those that can run in turn. One row each, in their order.
+def compare(case: Case, providers: Sequence[Provider], check: Checker, work: Work, settings: Settings) -> list[Row]:
+    """Check and meter every provider, then time those that can run in turn. One row each, in their order.
 
-    Args:
-        labels: columns that all rows of the case share; ``labels["case"]`` names it in messages.
-        check: the error of a provider's results against the definition.
+    ``check`` returns the error of a provider's results against the definition.
 
     Raises:
         WrongResultError: a provider of role "ours" is over its budget.
     """
     gc.collect()
-    torch._dynamo.reset()  # each case compiles for its own static sizes; old graphs would count against Dynamo's limit
-    rows: dict[str, Row] = {}
+    torch.compiler.reset()  # each case compiles for its own static sizes; old graphs would count against a limit
+    rows = {each.name: {**case.labels(), "provider": each.name, "role": each.role} for each in providers}
     calls: dict[str, Call] = {}
     for provider in providers:
-        row: Row = {**labels, "provider": provider.name, "role": provider.role, "note": provider.note}
-        rows[provider.name] = row
+        row, notes = rows[provider.name], []
+        missing = provider.missing or (LEFT_OUT if provider.compiled and not case.compiled else "")
         try:
-            call = _prepare(provider, row, check, settings.device)
-        except NotAvailableError as error:
-            row["note"] = str(error)
+            if missing:
+                notes = [missing]
+            elif _meter(provider, row, notes, check, settings.device):
+                calls[provider.name] = provider.call
         except Exception as error:  # whatever a peer does, the others are still to be measured
             if provider.role == "ours":
                 raise
-            row["note"] = f"cannot run: {reason_of(error)}"
-        else:
-            if call is not None:
-                calls[provider.name] = call
+            notes.append(f"cannot run: {reason_of(error)}")
+        row["note"] = "; ".join(notes)
         if settings.device.type == "cuda":
             torch.cuda.empty_cache()
     # no further warm-up: each ran twice for its error and its memory
-    timings = time_interleaved(
-        calls, settings.device, seconds=settings.seconds, min_rounds=settings.min_rounds, warm_up=0
-    )
+    rounds = {"seconds": settings.seconds, "min_rounds": settings.min_rounds, "warm_up": 0}
+    timings = time_interleaved(calls, settings.device, **rounds)
     ours = next(provider.name for provider in providers if provider.role == "ours")
     for provider in providers:
-        timing = timings.get(provider.name)
-        own = provider.work or work
-        seconds = timing.p50_ms * 1e-3 if timing else math.nan
-        row = rows[provider.name]
-        row |= {
-            "p20_ms": timing.p20_ms if timing else None,
-            "p50_ms": timing.p50_ms if timing else None,
-            "p80_ms": timing.p80_ms if timing else None,
-            "rounds": timing.rounds if timing else 0,
-            "ratio_to_ours": timing.p50_ms / timings[ours].p50_ms if timing and ours in timings else None,
-            "tflops": own.flops / seconds / 1e12 if timing and own.flops else None,
-            "gbps": own.bytes / seconds / 1e9 if timing else None,
-            "floor_percent": 100 * settings.peaks.milliseconds(own, dtype) / timing.p50_ms if timing else None,
+        row, timing, useful = rows[provider.name], timings.get(provider.name), provider.work or work
+        row["rounds"] = 0
+        if timing is None:
+            continue
+        seconds = timing.p50_ms * 1e-3
+        row |= timing._asdict() | {
+            "ratio_to_ours": timing.p50_ms / timings[ours].p50_ms,
+            "tflops": useful.flops / seconds / 1e12 if useful.flops else None,
+            "gbps": useful.bytes / seconds / 1e9,
+            "floor_percent": 100 * settings.peaks.milliseconds(useful, case.dtype) / timing.p50_ms,
         }
-    return [{column: rows[provider.name].get(column) for column in COLUMNS} for provider in providers]
+    return [{column: row.get(column) for column in COLUMNS} for row in rows.values()]
 
 
-def _prepare(provider: Provider, row: Row, check: Callable[[list[Tensor]], Check], device: torch.device) -> Call | None:
-    """The provider's call after one run, with its error and memory in ``row``; None when it must not be timed."""
-    built = provider.build()
-    begin = time.perf_counter()
-    results = built.call()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+def _meter(provider: Provider, row: Row, notes: list[str], check: Checker, device: torch.device) -> bool:
+    """Put error and memory of a provider into ``row``; whether it is right enough to be timed."""
+    begin = now(device)
+    results = provider.call()
     if provider.compiled:
-        _add_note(row, f"first call {time.perf_counter() - begin:.0f} s (compilation)")
+        notes.append(f"first call {(now(device) - begin) / 1e3:.0f} s (compilation)")
     if provider.role != "bound":
-        found = check(results)
-        row |= {"error": found.error, "error_budget": found.budget, "error_ratio": found.ratio}
-        if not found.ratio <= 1:
-            said = f"error {found.error:.2e} exceeds the budget {found.budget:.2e}"
+        worst = check(results)
+        row |= {"error": worst.error, "error_budget": worst.budget, "error_ratio": worst.ratio}
+        if not worst.ratio <= 1:
+            notes.append(f"error {worst.error:.2e} exceeds the budget {worst.budget:.2e}")
             if provider.role == "ours":
-                raise WrongResultError(f"{row['case']}, {provider.name}: {said}")
-            _add_note(row, said)
-            if not found.ratio <= WRONG:
-                _add_note(row, "wrong result, not timed")
-                return None
+                raise WrongResultError(f"{row['case']}, {provider.name}: {notes[-1]}")
+            if not worst.ratio <= WRONG:
+                notes.append("wrong result, not timed")
+                return False
     del results
-    row["peak_mib"] = (peak_memory(built.call, device) + built.resident) / MIB
-    return built.call
-
-
-def _add_note(row: Row, text: str) -> None:
-    row["note"] = "; ".join(filter(None, (row["note"], text)))
-
-
-def shared_labels(op: str, mode: str, shape: str, dtype: torch.dtype, case: str, **axes: object) -> Row:
-    """The columns that name a case. ``axes``: batch, num_tokens, keep, pattern, hidden_size."""
-    return {"op": op, "mode": mode, "shape": shape, "dtype": dtype_name(dtype), "case": case, **axes}
+    row["peak_mib"] = (peak_memory(provider.call, device) + provider.resident) / MIB
+    return True

@@ -32,13 +32,17 @@ import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import torch
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that ``bench`` is found when this file is a script
+
 import toprl_kernels
+from bench.common import Row, table
 from toprl_kernels import (
     actor_score,
     compact_cache,
@@ -58,13 +62,11 @@ MAX_THREADS = 1024
 # Tiles of keys and values that must be in flight up to D = 128, where shared memory is large
 IN_FLIGHT = {"masked_attention_fwd": 3, "masked_attention_bwd_dq": 3}
 # (kernel, pattern of "architecture case") -> why its problems may stay
+FLOAT = "float32 rows of D = 256 on the FMA units: every block size tried spills"
 KNOWN = {
     ("masked_attention_decode", "sm_(90|100) .*bf16"): "16 packed rows; the instructions of sm_90 and later want 64",
     ("masked_attention_bwd_dkdv", "sm_(80|86) D=256 bf16"): "64 keys for 8 warps; 4 warps spill inside the loop",
-    (
-        "masked_attention_bwd_dq",
-        "D=256 fp32",
-    ): "float32 rows of D = 256 on the FMA units: every block size tried spills",
+    ("masked_attention_bwd_dq", "D=256 fp32"): FLOAT,
 }
 
 
@@ -110,31 +112,29 @@ class Kernel:
         """What must not be shipped; empty for a good kernel."""
         if self.error:
             return [f"does not compile: {self.error}"]
-        limit, told = configs.SHARED_MEMORY[self.architecture], []
-        if self.shared > limit:
-            told.append(f"{self.shared} bytes of shared memory, the limit is {limit}")
-        if self.warps * 32 > MAX_THREADS:
-            told.append(f"{self.warps * 32} threads, the limit is {MAX_THREADS}")
-        if self.spills and not self.loops:
-            told.append(f"{self.spills} spills")
+        limit = configs.SHARED_MEMORY[self.architecture]
+        told: list[tuple[object, str]] = [
+            (self.shared > limit, f"{self.shared} bytes of shared memory, the limit is {limit}"),
+            (self.warps * 32 > MAX_THREADS, f"{self.warps * 32} threads, the limit is {MAX_THREADS}"),
+            (self.spills and not self.loops, f"{self.spills} spills"),
+        ]
+        shortest = min((loop.instructions for loop in self.loops), default=0)  # the others are edges of the main loop
         for number, loop in enumerate(self.loops):
             where = f"loop {number}: "
-            if loop.spills:
-                told.append(f"{where}{loop.spills} spills inside")
+            told.append((loop.spills, f"{where}{loop.spills} spills inside"))
             if not self.half:
                 continue
-            if not re.match(MATRIX[self.architecture], loop.instruction):
-                told.append(f"{where}products by {loop.instruction or 'no matrix instruction'}")
-            if loop.redundancy > 1:
-                told.append(f"{where}every product is computed {loop.redundancy:g} times")
+            is_matrix = re.match(MATRIX[self.architecture], loop.instruction)
             wide = sum(count for name, count in loop.loads.items() if name.endswith(".128"))
             narrow = sum(count for name, count in loop.loads.items() if re.search(r"\.[US](8|16)\b", name))
-            if narrow >= wide:  # a few of a vector are nothing
-                told.append(f"{where}{wide} loads of 16 bytes, {narrow} of 1 or 2")
-            is_main = loop.instructions == min(each.instructions for each in self.loops)  # the others are its edges
-            if is_main and loop.buffers < self.in_flight:
-                told.append(f"{where}{loop.buffers} buffers, wait {loop.wait}")
-        return told
+            is_shallow = loop.instructions == shortest and loop.buffers < self.in_flight
+            told += [
+                (not is_matrix, f"{where}products by {loop.instruction or 'no matrix instruction'}"),
+                (loop.redundancy > 1, f"{where}every product is computed {loop.redundancy:g} times"),
+                (narrow >= wide, f"{where}{wide} loads of 16 bytes, {narrow} of 1 or 2"),  # a few of a vector are fine
+                (is_shallow, f"{where}{loop.buffers} buffers, wait {loop.wait}"),
+            ]
+        return [text for is_wrong, text in told if is_wrong]
 
     def excuse(self) -> str | None:
         """The reason in ``KNOWN`` for this kernel."""
@@ -148,19 +148,19 @@ class Kernel:
 def cases() -> Iterator[tuple[str, Callable[[], object]]]:
     """Label and call of everything to compile, with every option on. Values mean nothing: nothing runs."""
     half, single = torch.bfloat16, torch.float32
-    for name, dtype in (("bf16", half), ("fp32", single)):
-        for size in (64, 128, 256):
-            yield f"D={size} {name} soft", lambda d=dtype, size=size: _attention(d, size, soft=True)  # type: ignore[misc]
-    yield "D=128 bf16 hard", lambda: _attention(half, 128, soft=False)
-    for size in (64, 128, 256):  # few queries: keys are read through their list, not gathered first
-        yield f"D={size} bf16 listed", lambda size=size: _attention(half, size, soft=False, num_queries=768)  # type: ignore[misc]
-    yield "decode D=128 bf16", lambda: _attention(half, 128, soft=False, num_queries=1)
+    for size in (64, 128, 256):
+        for name, dtype in (("bf16", half), ("fp32", single)):
+            yield f"D={size} {name} soft", partial(_attention, dtype, size, soft=True)
+        # few queries: keys are read through their list, not gathered first
+        yield f"D={size} bf16 listed", partial(_attention, half, size, num_queries=768)
+    yield "D=128 bf16 hard", partial(_attention, half, 128)
+    yield "decode D=128 bf16", partial(_attention, half, 128, num_queries=1)
     for tokens in (576, 1500, 2880, 65536):
-        yield f"N={tokens}", lambda n=tokens: _topk(n)  # type: ignore[misc]
-        yield f"stage N={tokens}", lambda n=tokens: _stage(n)  # type: ignore[misc]
+        yield f"N={tokens}", partial(_topk, tokens)
+        yield f"stage N={tokens}", partial(_stage, tokens)
     yield "bf16", _cache
     for name, dtype, tokens in (("bf16", half, 2880), ("bf16", half, 3 * 2880), ("fp32", single, 2880)):
-        yield f"N={tokens} {name}", lambda d=dtype, n=tokens: _actor(d, n)  # type: ignore[misc]
+        yield f"N={tokens} {name}", partial(_actor, dtype, tokens)
     yield "seed", _keep_mask
 
 
@@ -168,26 +168,28 @@ def _backward(*outputs: torch.Tensor) -> None:
     torch.autograd.backward(outputs, [torch.empty_like(output) for output in outputs])
 
 
-def _attention(dtype: torch.dtype, head_dim: int, *, soft: bool, num_queries: int = 2880) -> None:
+def _attention(dtype: torch.dtype, head_dim: int, *, soft: bool = False, num_queries: int = 2880) -> None:
     """Causal with padding; a hard mask without its gradient, or a soft one with the bounded gradient."""
     train = num_queries > 1
     query, key, value = (
         torch.empty(1, heads, tokens, head_dim, dtype=dtype, requires_grad=train)
         for heads, tokens in ((32, num_queries), (8, 2880), (8, 2880))
     )
-    keep = torch.ones(1, 2880, requires_grad=train) if soft else torch.ones(1, 2880, dtype=torch.bool)
-    output = masked_attention(
-        query, key, value, keep, key_padding_mask=torch.ones(1, 2880).bool(), is_causal=True, bounded_mask_grad=soft,
-        backend="triton",
-    )  # fmt: skip
+    valid = torch.ones(1, 2880, dtype=torch.bool)
+    keep = torch.ones(1, 2880, requires_grad=train) if soft else valid
+    options: dict[str, Any] = {"is_causal": True, "bounded_mask_grad": soft, "backend": "triton"}
+    output = masked_attention(query, key, value, keep, key_padding_mask=valid, **options)
     if train:
         _backward(output)
 
 
+def _hidden(tokens: int) -> torch.Tensor:
+    return torch.empty(1, tokens, 4096 if tokens == 2880 else 64, dtype=torch.bfloat16, requires_grad=True)
+
+
 def _topk(tokens: int) -> None:
-    hidden = torch.empty(1, tokens, 4096 if tokens == 2880 else 64, dtype=torch.bfloat16, requires_grad=True)
     output = topk_compact(
-        hidden, torch.zeros(1, tokens), torch.tensor([192]), position_ids=torch.zeros(3, 1, tokens).long(),
+        _hidden(tokens), torch.zeros(1, tokens), torch.tensor([192]), position_ids=torch.zeros(3, 1, tokens).long(),
         max_length=192, valid_mask=torch.ones(1, tokens).bool(), padding_side="left", return_inverse=True,
         backend="triton",
     )  # fmt: skip
@@ -198,18 +200,17 @@ def _stage(tokens: int) -> None:
     visual = tokens // 2
     columns = torch.cat([torch.full((1, tokens - visual), -1), torch.arange(visual)[None]], dim=1)
     tables = [torch.zeros(1, tokens, 128, dtype=torch.bfloat16) for _ in range(2)]
+    positions = torch.zeros(3, 1, tokens).long()
+    scores = torch.zeros(1, visual, 2)
     output = prune_stage(
-        torch.empty(1, tokens, 4096 if tokens == 2880 else 64, dtype=torch.bfloat16, requires_grad=True),
-        torch.zeros(1, visual, 2), columns, 64, position_ids=torch.zeros(3, 1, tokens).long(), tables=tables,
-        backend="triton",
+        _hidden(tokens), scores, columns, 64, position_ids=positions, tables=tables, backend="triton"
     )  # fmt: skip
     _backward(output.hidden_states)
 
 
 def _cache() -> None:
-    keys, values = (torch.zeros(1, 8, 576, 128, dtype=torch.bfloat16) for _ in range(2))
-    indices = torch.arange(192)[None]
-    _backward(*compact_cache(keys.clone().requires_grad_(), values.clone().requires_grad_(), indices, backend="triton"))
+    keys, values = (torch.zeros(1, 8, 576, 128, dtype=torch.bfloat16).requires_grad_() for _ in range(2))
+    _backward(*compact_cache(keys, values, torch.arange(192)[None], backend="triton"))
 
 
 def _actor(dtype: torch.dtype, tokens: int) -> None:
@@ -438,25 +439,26 @@ def matrix_loops(code: list[tuple[int, str]], product: str) -> list[list[str]]:
 COLUMNS = (
     "kernel|case|launch|registers|spills|shared KiB|programs|loop|products|instruction|redundancy|buffers|wait|"
     "spills inside|loads|instructions|per 1k pairs|notes"
-)
+).split("|")
 
 
-def lines_of(kernel: Kernel) -> Iterator[list[str]]:
-    """One line per loop, or one."""
+def rows_of(kernel: Kernel) -> Iterator[Row]:
+    """One row per loop, or one."""
     notes = "; ".join(kernel.problems())
     if notes:
         notes = f"known, {kernel.excuse()}: {notes}" if kernel.excuse() else f"PROBLEM {notes}"
-    shared = f"{kernel.shared / 1024:.0f}/{configs.SHARED_MEMORY[kernel.architecture] >> 10}"
-    name = [kernel.kernel, kernel.case, kernel.launch]
-    numbers = [str(kernel.registers), str(kernel.spills), shared, str(kernel.programs())]
+    shared = f"{kernel.shared / 1024:.0f} of {configs.SHARED_MEMORY[kernel.architecture] >> 10}"
+    facts = [kernel.kernel, kernel.case, kernel.launch, kernel.registers, kernel.spills, shared, kernel.programs()]
+    row = dict(zip(COLUMNS, facts, strict=False))
     if not kernel.loops:
-        yield [*name, *numbers, *[""] * 10, notes]
+        yield {**row, "notes": notes}
     for i, loop in enumerate(kernel.loops):
         products = " ".join(tile.split()[0] for tile in loop.tiles)
         loads = " ".join(f"{name}:{count}" for name, count in loop.loads.items())
-        facts = [loop.redundancy, loop.buffers, loop.wait, loop.spills, loads, loop.instructions]
-        pairs = "" if loop.per_1k_pairs is None else f"{loop.per_1k_pairs:.0f}"
-        yield [*name, *numbers, str(i), products, loop.instruction, *map(str, facts), pairs, "" if i else notes]
+        pairs = None if loop.per_1k_pairs is None else round(loop.per_1k_pairs)
+        numbers = [i, products, loop.instruction, f"{loop.redundancy:g}", loop.buffers, loop.wait, loop.spills]
+        more = [loads, loop.instructions, pairs, "" if i else notes]
+        yield row | dict(zip(COLUMNS[len(row) :], numbers + more, strict=True))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -477,13 +479,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     every: list[Kernel] = []
     for architecture in (f"sm_{name}" for name in options.arch):
         kernels = compile_all(architecture, options.kernel, dict(options.config))
-        table = [COLUMNS.split("|"), *(line for kernel in kernels for line in lines_of(kernel))]
-        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-        table.insert(1, ["-" * width for width in widths])
-        print(f"### {architecture}\n")
-        for line in table:
-            print("| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) + " |")
-        print()
+        print(f"### {architecture}\n\n{table([row for kernel in kernels for row in rows_of(kernel)], COLUMNS)}\n")
         every += kernels
     if options.json:
         rows = [{**dataclasses.asdict(k), "problems": k.problems(), "excuse": k.excuse()} for k in every]

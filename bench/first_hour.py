@@ -12,7 +12,6 @@ bench/results/<gpu>/ (rehearsals: runs/rehearsal/) or --output_dir. Another comm
 from __future__ import annotations
 
 import argparse
-import functools
 import json
 import os
 import re
@@ -26,21 +25,25 @@ from typing import Any, NamedTuple
 
 import torch
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # without an installation
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
+
+from bench import tune
+from bench.common import Row, environment, git_commit, now, read_csv, table, write_csv
+from bench.targets import Value, verdict
+from toprl_kernels import actor_score, compact_cache, masked_attention, prune_stage, sample_keep_mask, topk_compact
+from toprl_kernels.configs import LaunchConfig as C
+from toprl_kernels.testing import make_actor_weights, make_attention_inputs
+
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "src")]  # without an installation
-
-from bench import tune  # noqa: E402
-from bench.common import Row, environment, git_commit, now, read_csv, write_csv  # noqa: E402
-from toprl_kernels import actor_score, compact_cache, configs, masked_attention, sample_keep_mask, topk_compact  # noqa: E402  # noqa: E402
-from toprl_kernels.configs import LaunchConfig as C  # noqa: E402
-from toprl_kernels.testing import make_actor_weights, make_attention_inputs  # noqa: E402
-
 STEP_S = 580
 SUITES = ("kernels", "decode", "stage", "prefill", "generate")
 SWEEP = {
     "masked_attention_fwd": [C(128, 64, 8, 3), C(128, 64, 8, 5), C(128, 128, 8, 5)],
+    "masked_attention_fwd_compact": [C(128, 64, 8, 3), C(128, 64, 8, 4), C(128, 128, 8, 2)],
     "masked_attention_bwd_dkdv": [C(32, 64, 8, 2), C(32, 128, 8, 2), C(64, 128, 8, 2)],
     "masked_attention_bwd_dq": [C(128, 64, 8, 3), C(128, 64, 8, 5)],
+    "masked_attention_bwd_dq_compact": [C(128, 64, 8, 2), C(128, 64, 8, 3), C(128, 64, 8, 4)],
 }
 SWEEP_TOKENS = (576, 2880, 8192)
 
@@ -68,7 +71,7 @@ def steps(folder: Path, dry_run: bool) -> Iterator[Step]:
         # what was compiled is in triton's cache: after its limit a step goes on faster
         yield Step(f"sweep {tokens}", ["bench/first_hour.py", "--do", f"sweep {tokens}", *output, *dry], attempts=3)
     for kernel in [*tune.CANDIDATES, "actor_score"]:
-        arguments = ["--kernel", kernel, "--output", str(folder / "tuned.json"), *dry]
+        arguments = ["--kernel", f"^{kernel}$", "--output", str(folder / "tuned.json"), *dry]
         yield Step(f"tune {kernel}", ["bench/tune.py", *arguments], attempts=3)
     for suite in SUITES:
         more = ["--resume"] if suite in ("kernels", "decode") else []
@@ -144,15 +147,18 @@ def launch(command: list[str], variables: dict[str, str], seconds: float, output
 def small_cases(device: torch.device) -> None:
     """Every op forward and backward at odd sizes: what a memory checker finishes within minutes."""
     options: dict[str, Any] = {"backend": "triton"}
-    for mask, dtype in (("hard", torch.bfloat16), ("mixed", torch.float32)):
-        x = make_attention_inputs(2, 2, 1, 33, 33, 32, mask=mask, padding=True, dtype=dtype, device=device)
+    half, single = torch.bfloat16, torch.float32
+    for mask, dtype, queries in (("hard", half, 33), ("mixed", single, 33), ("hard", single, 1)):
+        x = make_attention_inputs(2, 2, 1, queries, 33, 32, mask=mask, padding=True, dtype=dtype, device=device)
         query, key, value = (tensor.detach().requires_grad_() for tensor in (x.query, x.key, x.value))
-        options_of_case = {"key_padding_mask": x.key_padding_mask, "is_causal": True, **options}
-        output = masked_attention(query, key, value, x.keep_mask, **options_of_case)
-        output.backward(x.grad_output)
+        more = {"key_padding_mask": x.key_padding_mask, "is_causal": True, **options}
+        masked_attention(query, key, value, x.keep_mask, **more).backward(x.grad_output)
     hidden = torch.randn(2, 33, 40, device=device, requires_grad=True)
     kept = topk_compact(hidden, torch.randn(2, 33, device=device), 7, **options)
     kept.hidden_states.sum().backward()
+    columns = torch.arange(-4, 29, device=device).clamp(min=-1).expand(2, -1)
+    stage = prune_stage(hidden, torch.randn(2, 29, 2, device=device), columns, 7, **options)
+    stage.hidden_states.sum().backward()
     keys = torch.randn(2, 1, 33, 16, device=device, requires_grad=True)
     sum(part.sum() for part in compact_cache(keys, keys * 1, kept.indices, **options)).backward()  # type: ignore[union-attr]
     with torch.no_grad():
@@ -164,93 +170,73 @@ def small_cases(device: torch.device) -> None:
 
 def sweep(tokens: int, folder: Path, device: torch.device, dry_run: bool) -> None:
     """Time the configurations of ``SWEEP`` and put their rows into sweep.csv."""
-    shape: dict[str, Any] = {"heads": (32, 8), "head_dims": (128,), "dtypes": (torch.bfloat16,)}
-    if dry_run:
-        shape = {"heads": (1, 1), "head_dims": (16,), "dtypes": (torch.float32,)}
+    shape = tune.Sizes(tokens, head_dims=(128,), dtypes=(torch.bfloat16,))
     timer = tune.wall_timer if dry_run else tune.cuda_timer
     path = folder / "sweep.csv"
-    rows = [row for row in (read_csv(path) if path.exists() else []) if row["tokens"] != tokens]
-    for problem in tune.attention_problems(device, tokens=20 if dry_run else tokens, **shape):
-        pinned = tune.pinned_row(problem, device).config
+    rows = [row for row in read_csv(path) if row["tokens"] != tokens]
+    for problem in tune.attention_problems(device, tune.REHEARSAL if dry_run else shape):
+        pinned = problem.pinned(device).config
         for config in dict.fromkeys([pinned, *SWEEP.get(problem.kernel, [])]):
-            row: Row = {"kernel": problem.kernel, "tokens": tokens, "config": "x".join(map(str, config)), "note": ""}
+            row: Row = {"kernel": problem.kernel, "tokens": tokens, "config": "x".join(map(str, config)), "ms": None}
             try:
-                with configs.override({problem.kernel: config}):
+                with problem.with_config(config):
                     problem.run()
-                    row["ms"] = timer(functools.partial(problem.run))
+                    row["ms"], note = timer(problem.run), ""
             except Exception as error:  # a configuration that does not fit is a row too
-                row |= {"ms": None, "note": f"{type(error).__name__}: {str(error).splitlines()[0][:100]}"}
-            rows.append({**row, "pinned": config == pinned})
+                note = f"{type(error).__name__}: {str(error).splitlines()[0][:100]}"
+            rows.append({**row, "note": note, "pinned": config == pinned})
     write_csv(path, rows)
 
 
 # -- the page ------------------------------------------------------------------------------------------------------
 
 
+PAGE = {
+    "sweep": "kernel tokens config ms pinned note",
+    "stage": "case policy launches_per_stage profiled_per_stage launches_once host_us_per_stage device_us_per_stage",
+    "decode": "shape num_tokens keep batch provider p50_ms ratio_to_ours gbps floor_percent note",
+    "prefill": "case method average_tokens ms_p50 speedup macs_ratio kv_bytes",
+    "generate": "case way phase ms_p50 ratio_p50",
+}  # the columns of each suite that matter
+
+
 def page(folder: Path, where: Row, done: dict[str, Row]) -> str:
-    """Markdown: steps, targets, and the columns of each suite that matter."""
+    """Markdown: targets, steps, suites."""
     tables = {path.stem: read_csv(path) for path in sorted(folder.glob("*.csv"))}
     title = "# Rehearsal on a CPU: numbers of no use" if where["device_type"] == "cpu" else f"# {where['device']}"
     parts = [title, ", ".join(f"{name} {value}" for name, value in where.items() if value not in (None, ""))]
-    parts += ["## Targets", markdown(targets(tables, where["device_type"], done))]
-    parts += ["## Steps", markdown([{"step": name, **row} for name, row in done.items()])]
-    columns = {
-        "sweep": "kernel tokens config ms pinned note",
-        "stage": "case policy launches_per_stage operations_per_stage operations_once host_us_per_stage "
-        "device_us_per_stage",
-        "decode": "shape num_tokens keep batch provider p50_ms ratio_to_ours gbps floor_percent note",
-        "prefill": "case method average_tokens ms_p50 speedup macs_ratio kv_bytes",
-        "generate": "case way phase ms_p50 ratio_p50",
-    }
-    for name, chosen in columns.items():
-        rows = [{column: row[column] for column in chosen.split() if column in row} for row in tables.get(name, [])]
-        parts += [f"## {name}", markdown(rows)]
+    parts += ["## Targets", table(targets(tables, where["device_type"], done))]
+    parts += ["## Steps", table([{"step": name, **row} for name, row in done.items()])]
+    for name, columns in PAGE.items():
+        parts += [f"## {name}", table(tables.get(name, []), columns.split())]
     return "\n\n".join(parts) + "\n"
 
 
 def targets(tables: dict[str, list[Row]], device_type: str, done: dict[str, Row]) -> list[Row]:
     """Target, bar, measured value and verdict."""
-    kernel_targets = [row for row in tables.get("kernels_targets", []) if row["device"] == device_type]
-    found = [{name: row[name] for name in ("target", "bar", "measured", "verdict")} for row in kernel_targets]
-
-    def add(target: str, bar: float, values: list[float], larger: bool) -> None:
-        worst = (min if larger else max)(values, default=None)
-        verdict = "not measured"
-        if worst is not None:
-            verdict = "met" if (worst >= bar if larger else worst <= bar) else "missed"
-        found.append({"target": target, "bar": f"{'>=' if larger else '<='} {bar:g}", "measured": worst,
-                      "verdict": verdict})  # fmt: skip
-
+    found = [row for row in tables.get("kernels_targets", []) if row["device"] == device_type]
     for name in ("cuda tests", "memcheck", "racecheck"):
         status = done.get(name, {}).get("status", "to do")
-        verdict = {"done": "met", "failed": "missed"}.get(status, f"not measured: {status}")
-        found.append({"target": f"{name} without an error", "bar": "", "measured": None, "verdict": verdict})
-    actor = [row for row in tables.get("stage", []) if row["policy"] == "toprl"]
-    per_stage = "launches_per_stage" if device_type == "cuda" else "operations_per_stage"
-    add("launches of a stage with the actor", 4, [row[per_stage] for row in actor], False)
+        text = {"done": "met", "failed": "missed"}.get(status, f"not measured: {status}")
+        found.append({"target": f"{name} without an error", "verdict": text})
+
+    def add(target: str, bar: float, values: list[float], is_larger: bool) -> None:
+        worst: Value = (min if is_larger else max)(values, default="no row of it")
+        found.append(verdict(target, is_larger, bar, worst))
+
+    per_stage = "profiled_per_stage" if device_type == "cuda" else "launches_per_stage"
+    actor = [row[per_stage] for row in tables.get("stage", []) if row["policy"] == "toprl"]
+    add("launches of a stage with the actor", 4, actor, False)
     sdpa = [row["ratio_to_ours"] for row in tables.get("decode", []) if row["provider"] == "sdpa bool mask"]
     add("decoding against SDPA with the mask, slowest case", 1, [ratio for ratio in sdpa if ratio], True)
-    fastest: dict[tuple[str, int], float] = {}
     timed = [row for row in tables.get("sweep", []) if row["ms"] is not None]
+    fastest: dict[tuple[str, int], float] = {}
     for row in timed:
         key = row["kernel"], row["tokens"]
         fastest[key] = min(row["ms"], fastest.get(key, row["ms"]))
     ratios = [row["ms"] / fastest[row["kernel"], row["tokens"]] for row in timed if row["pinned"]]
     add("pinned configuration over the fastest of the sweep, worst case", 1.05, ratios, False)
-    return found
-
-
-def markdown(rows: list[Row]) -> str:
-    """A table, or a word where there are no rows."""
-    if not rows:
-        return "not measured"
-
-    def cell(value: object) -> str:
-        return "" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value).replace("|", "/")
-
-    columns = list(dict.fromkeys(name for row in rows for name in row))
-    lines = [columns, ["---"] * len(columns), *([cell(row.get(name)) for name in columns] for row in rows)]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    return [{name: row.get(name) for name in ("target", "bar", "measured", "verdict")} for row in found]
 
 
 def main(arguments: list[str] | None = None) -> int:

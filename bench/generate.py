@@ -13,21 +13,22 @@ tokens at every stage. There logits must be equal bit by bit first (``WrongPrefi
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from bench import prefill
-from bench.common import Row, dtype_name, now, quantiles
-from bench.prefill import Case, Methods, WrongPrefillError, attached, build_inputs, build_methods, build_model
-from toprl_models import Policy, Schedule, StageContext, TopRLPolicy
+from bench.common import Report, Row, dtype_name, in_turn, now, quantiles
+from bench.prefill import Case, Method, WrongPrefillError, attached, build_inputs, build_methods, build_model
+from toprl_models import Policy, Schedule, StageContext
 from toprl_models.schedule import stage_layers_for
 
 CASE = Case("llava-d512", 512, 1408, 12, 8, 8, 1024, 1024, vocab_size=8192, actor_size=64, dtype=torch.float32)
 BAR = 1.02
 DECODE_STEPS = 16
-WARM_UP_ROUNDS = 2
 
 
 class Constant(Policy):
@@ -37,69 +38,64 @@ class Constant(Policy):
         return torch.zeros_like(context.valid_mask, dtype=torch.float32)
 
 
-def run(suite: str, size: str, device: str | torch.device) -> list[Row]:
+def run(size: str, device: torch.device, report: Report) -> None:
     """One row per case, way and phase.
 
     Raises:
         WrongPrefillError: keep-all changed a logit.
     """
-    device = torch.device(device)
     torch.manual_seed(0)
     rounds = {"tiny": 1, "quick": 7, "full": 31}[size]
-    cases = prefill.cases(size, device)
-    if suite == "overhead" and size != "tiny":
-        cases = [CASE]
-    rows: list[Row] = []
-    for case in cases:
+    overhead = report.suite == "overhead"
+    for case in [CASE] if overhead and size != "tiny" else prefill.cases(size, device):
         with torch.no_grad():
             model = build_model(case, device)
-            ways = keep_all(case, model) if suite == "overhead" else build_methods(case, model)
-            rows += time_ways(suite, case, model, ways, rounds, device)
+            ways = keep_all(case, model) if overhead else build_methods(case, model)
+            report.add(time_ways(report.suite, case, model, ways, rounds))
         del model, ways
         prefill.release_memory(device)
-    return rows
 
 
-def keep_all(case: Case, model: Any) -> Methods:
+def keep_all(case: Case, model: Any) -> dict[str, Method]:
     """Ways that remove nothing."""
     layers = stage_layers_for(case.num_layers)
     everything = Schedule(tuple((layer, 1.0) for layer in layers))
-    actor = TopRLPolicy(case.hidden_size, list(layers), case.actor_size).to(model.device, case.dtype)
+    actor = prefill.build_actor(case, list(layers), model.device)
     return {"unpruned": None, "hooks": (Constant(), everything), "hooks and actor": (actor, everything)}
 
 
-def time_ways(suite: str, case: Case, model: Any, ways: Methods, rounds: int, device: torch.device) -> list[Row]:
+def time_ways(suite: str, case: Case, model: Any, ways: Mapping[str, Method], rounds: int) -> list[Row]:
     """All ways in turn, round after round."""
     inputs = build_inputs(case, model)
-    samples: dict[tuple[str, str], list[float]] = {(way, phase): [] for way in ways for phase in ("prefill", "decode")}
-    expected = None
-    for number in range(WARM_UP_ROUNDS + rounds):
-        for way, method in ways.items():
-            with attached(model, method):
-                before = now(device)
-                output = model(**inputs, use_cache=True, logits_to_keep=1)
-                middle = now(device)
-                for _ in range(DECODE_STEPS):
-                    token = output.logits[:, -1:].argmax(-1)
-                    output = model(input_ids=token, past_key_values=output.past_key_values, use_cache=True)
-                after = now(device)
-            expected = output.logits if expected is None else expected
-            if suite == "overhead" and not torch.equal(output.logits, expected):
-                raise WrongPrefillError(f"{case.name}, {way}: keep-all moved the logits of the unattached model")
-            if number >= WARM_UP_ROUNDS:
-                samples[way, "prefill"].append(middle - before)
-                samples[way, "decode"].append((after - middle) / DECODE_STEPS)
+    expected: list[Tensor] = []  # the logits of the first call, which is the unpruned model's
+
+    def timed(way: str) -> tuple[float, float]:
+        """Milliseconds of the prefill and of a decoding step."""
+        with attached(model, ways[way]):
+            before = now(model.device)
+            output = model(**inputs, use_cache=True, logits_to_keep=1)
+            middle = now(model.device)
+            for _ in range(DECODE_STEPS):
+                token = output.logits[:, -1:].argmax(-1)
+                output = model(input_ids=token, past_key_values=output.past_key_values, use_cache=True)
+            after = now(model.device)
+        if not expected:
+            expected.append(output.logits)
+        if suite == "overhead" and not torch.equal(output.logits, expected[0]):
+            raise WrongPrefillError(f"{case.name}, {way}: keep-all moved the logits of the unattached model")
+        return middle - before, (after - middle) / DECODE_STEPS
+
+    samples = in_turn({way: partial(timed, way) for way in ways}, min_rounds=rounds)
     rows = []
-    for (way, phase), times in samples.items():
+    for way, phase in ((way, phase) for way in ways for phase in (0, 1)):
+        times, unpruned = ([pair[phase] for pair in samples[name]] for name in (way, "unpruned"))
         p20, p50, p80 = quantiles(times)
-        r20, r50, r80 = quantiles([a / b for a, b in zip(times, samples["unpruned", phase], strict=True)])
-        rows.append(
-            {
-                "suite": suite, "case": case.name, "way": way, "phase": phase, "dtype": dtype_name(case.dtype),
-                "layers": case.num_layers, "visual_tokens": case.visual_tokens, "text_tokens": case.text_tokens,
-                "ms_p20": p20, "ms_p50": p50, "ms_p80": p80, "ratio_p20": r20, "ratio_p50": r50, "ratio_p80": r80,
-                "ratio_of_best": min(times) / min(samples["unpruned", phase]),
-                "bar": BAR if way == "hooks" else None, "rounds": len(times),
-            }
-        )  # fmt: skip
+        r20, r50, r80 = quantiles([a / b for a, b in zip(times, unpruned, strict=True)])
+        rows.append({
+            "suite": suite, "case": case.name, "way": way, "phase": ("prefill", "decode")[phase],
+            "dtype": dtype_name(case.dtype), "layers": case.num_layers, "visual_tokens": case.visual_tokens,
+            "text_tokens": case.text_tokens, "ms_p20": p20, "ms_p50": p50, "ms_p80": p80, "ratio_p20": r20,
+            "ratio_p50": r50, "ratio_p80": r80, "ratio_of_best": min(times) / min(unpruned),
+            "bar": BAR if way == "hooks" else None, "rounds": len(times),
+        })  # fmt: skip
     return rows

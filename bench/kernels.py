@@ -21,39 +21,29 @@ at random, one sample, causal, a hard mask. Around it:
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial
-from typing import Any
 
 import torch
 
-from bench.actor import ActorCase, bench_actor
-from bench.attention import (
-    BASE_SIZE,
-    AttentionCase,
-    DecodeCase,
-    bench_attention,
-    bench_decode,
-)
-from bench.cache import CacheCase, bench_cache
-from bench.common import Report, Row, Settings, dtype_name, measure_peaks
-from bench.keep_mask import KeepMaskCase, bench_keep_mask
+from bench.actor import ActorCase
+from bench.attention import BASE_SIZE, AttentionCase, DecodeCase
+from bench.cache import CacheCase
+from bench.common import Case, Report, Settings, dtype_name, measure_peaks
+from bench.keep_mask import KeepMaskCase
 from bench.targets import memory_table, targets_table
-from bench.topk import TopkCase, bench_topk
+from bench.topk import TopkCase
 
 PAPER_SIZES = (576, 1024, 2048, 2880, 4096)
 DECODE_SIZES = (512, 1024, 2048, 4096, 8192)
-Measure = Callable[[Settings], list[Row]]
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The cases of one run by name, and how long to look at each."""
+    """The cases of one run, and how long to look at each; of those with the same label the first is measured."""
 
-    cases: dict[str, Measure]
-    dtypes: tuple[torch.dtype, ...]
-    seconds: float  # timing per case, all providers together
+    cases: Sequence[Case]
+    seconds: float
     min_rounds: int
 
 
@@ -64,152 +54,111 @@ def run(size: str, device: torch.device, report: Report, plan: Plan | None = Non
         WrongResultError: one of our ops is over its error budget.
     """
     torch.manual_seed(0)
-    plan = plan or (decode_plan(size, device) if report.suite == "decode" else plan_of(size, device))
-    peaks = measure_peaks(device, plan.dtypes, size)
-    report.add_table(
-        "peaks",
-        [
-            {"matmul": dtype_name(dtype), "tflops": rate / 1e12, "copy_gbps": peaks.bytes / 1e9}
-            for dtype, rate in peaks.flops.items()
-        ],
-    )
+    plan = plan or (decode_plan if report.suite == "decode" else kernels_plan)(size, device)
+    peaks = measure_peaks(device, sorted({case.dtype for case in plan.cases}, key=dtype_name), size)
+    rates = {dtype_name(dtype): rate / 1e12 for dtype, rate in peaks.flops.items()}
+    copy = {"copy_gbps": peaks.bytes / 1e9}
+    report.add_table("peaks", [{"matmul": name, "tflops": rate, **copy} for name, rate in rates.items()])
     settings = Settings(device, peaks, plan.seconds, plan.min_rounds)
-    for label, measure in plan.cases.items():
-        if not report.has(label):
-            print(label, file=sys.stderr, flush=True)
-            report.add(measure(settings))
+    for case in plan.cases:
+        if not report.has(case.label()):
+            print(case.label(), file=sys.stderr, flush=True)
+            report.add(case.measure(settings))
     if report.suite == "kernels":
         report.add_table("memory", memory_table(report.rows, device))
         report.add_table("targets", targets_table(report.rows, device))
 
 
-def by_label(measure: Callable[[Any, Settings], list[Row]], cases: list[Any]) -> dict[str, Measure]:
-    """Name and measurement of each case, in order; lists of sizes may overlap."""
-    return {case.label(): partial(measure, case) for case in cases}
-
-
 def decode_plan(size: str, device: torch.device) -> Plan:
     """One query over growing caches, all visible and a quarter."""
-    on_cuda = device.type == "cuda"
-    base = DecodeCase(512, dtype=torch.bfloat16 if on_cuda else torch.float32)
+    base = DecodeCase(dtype=torch.bfloat16 if device.type == "cuda" else torch.float32)
     if size == "tiny":
         base = replace(base, num_heads=2, num_kv_heads=1, head_dim=16)
     sizes = {"tiny": (33,), "quick": (512, 2048), "full": DECODE_SIZES}[size]
     cases = [replace(base, num_tokens=n, keep=keep) for n in sizes for keep in (1.0, 0.25)]
     if size == "full":
-        cases += [replace(base, num_tokens=n, batch=8) for n in DECODE_SIZES]
-    seconds, rounds = (0.02, 2) if size == "tiny" else (1.5, 5)
-    return Plan(by_label(bench_decode, cases), (base.dtype,), seconds, rounds)
+        cases += [replace(base, num_tokens=n, keep=1.0, batch=8) for n in DECODE_SIZES]
+    return Plan(cases, 0.02, 2) if size == "tiny" else Plan(cases, 1.5, 5)
 
 
-def plan_of(size: str, device: torch.device) -> Plan:
-    """The documented subset for a kind of device."""
+def kernels_plan(size: str, device: torch.device) -> Plan:
+    """The documented subset for a kind of device; tiny is for rehearsals in Triton's interpreter."""
     if size == "tiny":
-        return tiny_plan()
+        small = AttentionCase(20, num_heads=2, num_kv_heads=1, head_dim=16)
+        attention = [replace(small, mode="fwd+bwd"), replace(small, mask="soft", mode="fwd+bwd+mask")]
+        others = [TopkCase(20, 5, 16, mode="fwd+bwd"), CacheCase(20, 5, 1, 16), ActorCase(20, 32, 16), KeepMaskCase(20)]
+        return Plan([*attention, *others], seconds=0.02, min_rounds=2)
     on_cuda, quick = device.type == "cuda", size == "quick"
-    base = AttentionCase()
-    width = 1024
+    base, width = AttentionCase(), 1024
     if on_cuda:
         base = replace(base, num_heads=32, num_kv_heads=8, head_dim=128, dtype=torch.bfloat16)
         width = 4096
-    attention = _quick_attention(base) if quick else _full_attention(base)
-    masks = [KeepMaskCase(2880, batch) for batch in ((1,) if quick else (1, 8, 32))]
-    return Plan(
-        {
-            **by_label(bench_attention, attention),
-            **by_label(bench_topk, _topk(quick, on_cuda, base.dtype, width)),
-            **by_label(bench_cache, _cache(quick, on_cuda, base.dtype)),
-            **by_label(bench_actor, _actor(quick, on_cuda, base.dtype)),
-            **by_label(bench_keep_mask, masks),
-        },
-        tuple(sorted({base.dtype, *(case.dtype for case in attention)}, key=dtype_name)),
-        seconds=1.5 if quick else 6.0,
-        min_rounds=3 if quick else 5,
-    )
-
-
-def tiny_plan() -> Plan:
-    """A case or two per op, at sizes for Triton's interpreter: for rehearsals."""
-    small = AttentionCase(20, num_heads=2, num_kv_heads=1, head_dim=16)
-    cases = {
-        **by_label(bench_attention, [replace(small, mode="fwd+bwd"), replace(small, mask="soft", mode="fwd+bwd+mask")]),
-        **by_label(bench_topk, [TopkCase(20, 5, 16, mode="fwd+bwd")]),
-        **by_label(bench_cache, [CacheCase(20, 5, num_kv_heads=1, head_dim=16)]),
-        **by_label(bench_actor, [ActorCase(20, 32, 16)]),
-        **by_label(bench_keep_mask, [KeepMaskCase(20)]),
-    }
-    return Plan(cases, (torch.float32,), seconds=0.02, min_rounds=2)
+    cases: list[Case] = [
+        *(_quick_attention(base) if quick else _full_attention(base)),
+        *_topk(quick, on_cuda, base.dtype, width),
+        *_cache(quick, on_cuda, base.dtype),
+        *_actor(quick, on_cuda, base.dtype),
+        *(KeepMaskCase(2880, batch=batch) for batch in ((1,) if quick else (1, 8, 32))),
+    ]
+    return Plan(cases, seconds=1.5 if quick else 6.0, min_rounds=3 if quick else 5)
 
 
 def _quick_attention(base: AttentionCase) -> list[AttentionCase]:
-    cases = []
-    for num_tokens in (576, BASE_SIZE):
-        at_size = replace(base, num_tokens=num_tokens)
-        cases += [
-            replace(at_size, compiled=num_tokens == BASE_SIZE),
-            replace(at_size, mode="fwd+bwd"),
-            replace(at_size, mask="soft", mode="fwd+bwd+mask"),
-        ]
-    return cases
+    sizes = [replace(base, num_tokens=n) for n in (576, BASE_SIZE)]
+    modes = [("hard", "fwd"), ("hard", "fwd+bwd"), ("soft", "fwd+bwd+mask")]
+    cases = [replace(case, mask=mask, mode=mode) for case in sizes for mask, mode in modes]
+    return [replace(case, compiled=case == base) for case in cases]
 
 
 def _full_attention(base: AttentionCase) -> list[AttentionCase]:
-    hard_modes = [replace(base, mode=mode) for mode in ("fwd", "fwd+bwd")]
+    on_gpu = base.head_dim == 128
+    hard_modes = [base, replace(base, mode="fwd+bwd")]
     soft = replace(base, mask="soft")
-    cases = []
-    for num_tokens in PAPER_SIZES:
-        sized = [*hard_modes, replace(soft, mode="fwd+bwd+mask")]
-        is_base = num_tokens == BASE_SIZE
-        cases += [
-            replace(case, num_tokens=num_tokens, compiled=case.mode == "fwd" or is_base or base.head_dim == 128)
-            for case in sized
-        ]
+    sized = [*hard_modes, replace(soft, mode="fwd+bwd+mask")]
+    cases = [
+        replace(case, num_tokens=n, compiled=case.mode == "fwd" or n == BASE_SIZE or on_gpu)
+        for n in PAPER_SIZES
+        for case in sized
+    ]
     for case in hard_modes:
         cases += [replace(case, keep=keep) for keep in (0.1, 0.5, 1.0)]
         cases.append(replace(case, pattern="clustered", compiled=True))
         cases += [replace(case, num_tokens=576, batch=batch) for batch in (8, 32)]
-    cases += [replace(soft, compiled=True), replace(soft, mode="fwd+bwd", compiled=base.head_dim == 128)]
-    cases.append(replace(base, mask="straight-through", mode="fwd+bwd+mask"))
-    cases.append(replace(base, causal=False))
-    if base.head_dim == 128:  # the plan of a GPU
-        cases += [replace(base, keep=1.0, num_tokens=n) for n in PAPER_SIZES if n > BASE_SIZE]
-        cases += [replace(base, num_kv_heads=32), replace(base, num_kv_heads=32, head_dim=64)]
-        cases += [replace(base, dtype=dtype) for dtype in (torch.float16, torch.float32)]
-    else:
-        cases += [replace(base, num_kv_heads=8, head_dim=128), replace(base, dtype=torch.bfloat16)]
-    return cases
+    cases += [replace(soft, compiled=True), replace(soft, mode="fwd+bwd", compiled=on_gpu)]
+    cases += [replace(base, mask="straight-through", mode="fwd+bwd+mask"), replace(base, causal=False)]
+    if not on_gpu:
+        return [*cases, replace(base, num_kv_heads=8, head_dim=128), replace(base, dtype=torch.bfloat16)]
+    cases += [replace(base, keep=1.0, num_tokens=n) for n in PAPER_SIZES if n > BASE_SIZE]
+    cases += [replace(base, num_kv_heads=32), replace(base, num_kv_heads=32, head_dim=64)]
+    return cases + [replace(base, dtype=dtype) for dtype in (torch.float16, torch.float32)]
 
 
 def _topk(quick: bool, on_cuda: bool, dtype: torch.dtype, width: int) -> list[TopkCase]:
     cases = [TopkCase(576, 192, width, batch=batch, dtype=dtype) for batch in (1, 8)]
     cases += [TopkCase(2880, 960, 4096, dtype=dtype), TopkCase(576, 192, 4096, batch=8, dtype=dtype)]
-    base = TopkCase(BASE_SIZE, 512, 4096, dtype=dtype, compiled=not quick)
+    base = TopkCase(BASE_SIZE, 512, 4096, dtype=dtype)
     if quick:
         return [*cases, base]
     cases += [replace(base, num_tokens=n, k=n // 4, compiled=n == BASE_SIZE) for n in PAPER_SIZES]
-    cases += [replace(base, k=round(keep * BASE_SIZE), compiled=False) for keep in (0.1, 0.5, 1.0)]
+    cases += [replace(base, k=round(keep * BASE_SIZE)) for keep in (0.1, 0.5, 1.0)]
     cases += [TopkCase(576, 144, 4096, batch=32, dtype=dtype), TopkCase(65536, 16384, 256, dtype=dtype)]
-    cases.append(replace(base, mode="fwd+bwd", compiled=False))
+    cases.append(replace(base, mode="fwd+bwd"))
     if on_cuda:  # 64 MB and more: bound by the copy, not by the launches
         cases += [TopkCase(2880, 720, 4096, batch=batch, dtype=dtype) for batch in (16, 32)]
     return cases
 
 
 def _cache(quick: bool, on_cuda: bool, dtype: torch.dtype) -> list[CacheCase]:
-    sizes = (BASE_SIZE,) if quick else PAPER_SIZES
-    cases = [CacheCase(n, n // 4, dtype=dtype) for n in sizes]
-    if not quick:
-        cases.append(CacheCase(576, 144, batch=32 if on_cuda else 8, dtype=dtype))
-    return cases
+    cases = [CacheCase(n, n // 4, dtype=dtype) for n in ((BASE_SIZE,) if quick else PAPER_SIZES)]
+    return cases if quick else [*cases, CacheCase(576, 144, batch=32 if on_cuda else 8, dtype=dtype)]
 
 
 def _actor(quick: bool, on_cuda: bool, dtype: torch.dtype) -> list[ActorCase]:
     modes = ("fwd", "fwd+bwd")
-    few = [ActorCase(32, 64, 16, mode=mode, dtype=dtype) for mode in modes]  # what surrounds the products counts
+    cases = [ActorCase(32, 64, 16, mode=mode, dtype=dtype) for mode in modes]  # what surrounds the products counts
+    cases += [ActorCase(576, 1024, mode=mode, dtype=dtype, compiled=not quick) for mode in modes]
     if quick:
-        return [*few, *(ActorCase(576, 1024, mode=mode, dtype=dtype) for mode in modes)]
-    cases = [*few, *(ActorCase(576, 1024, mode=mode, dtype=dtype, compiled=True) for mode in modes)]
+        return cases
     cases += [ActorCase(n, 4096, dtype=dtype, compiled=n in (576, 2880)) for n in PAPER_SIZES]
     cases.append(ActorCase(BASE_SIZE, 4096, mode="fwd+bwd", dtype=dtype))
-    cases.append(ActorCase(576, 4096, batch=32 if on_cuda else 8, dtype=dtype))
-    return cases
+    return [*cases, ActorCase(576, 4096, batch=32 if on_cuda else 8, dtype=dtype)]

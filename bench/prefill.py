@@ -6,12 +6,12 @@ All methods of a case compute the same average number of visual tokens per layer
 schedule; FastV prunes once, before layer 2. Correctness comes first and raises (``WrongPrefillError``): on a narrow
 float32 copy of the case keep-all must be the unattached model bit by bit, compaction must agree with Eqs. 6-7 on every
 surviving token, and each layer's cache must be as long as the schedule says; the caches of the timed model are checked
-again. Then the methods are timed in turn, round after round, so that a machine's drift hits all of them alike.
+again. Weights are random, so which tokens survive means nothing here; how many do, and what that saves, does not
+depend on the weights.
 
 Timed is ``model(**inputs, use_cache=True, logits_to_keep=1)`` with the pruner's hooks at work; attaching is not. Where
 transformers takes ``mm_encoder_outputs`` the image features are computed beforehand, and column ``vision_tower`` says
-"outside"; else it says "timed", and a vision tower of width 64 is part of the time. Weights are random, so which
-tokens survive means nothing here; how many do, and what that saves, does not depend on the weights.
+"outside"; else it says "timed", and a vision tower of width 64 is part of the time.
 
 On a CPU shared with other processes set OMP_NUM_THREADS to the number of free cores: a thread that waits for another
 without a core measures the scheduler, and all methods then take the same time.
@@ -32,9 +32,8 @@ import contextlib
 import gc
 import inspect
 import math
-import time
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -47,7 +46,7 @@ from transformers import (
     LlavaForConditionalGeneration,
 )
 
-from bench.common import quantiles
+from bench.common import Report, Row, dtype_name, in_turn, milliseconds, quantiles
 from toprl_kernels import flops
 from toprl_models import FastV, Policy, Pruner, PyramidDrop, Schedule, StageContext, TopRLPolicy, attach
 from toprl_models.runtime.cache import cache_bytes
@@ -57,12 +56,11 @@ IMAGE_ID = 1
 FIRST_WORD_ID = 4  # below it: padding, image placeholder, begin and end of sequence
 PATCH_SIZE = 14
 FASTV_STAGE = 2
-WARM_UP_ROUNDS = 2
 # Largest difference, per element of the normalised last states, that rounding may explain in float32
 TOLERANCE = 1e-3
 TAKES_FEATURES = "mm_encoder_outputs" in inspect.signature(LlavaForConditionalGeneration.forward).parameters
 
-Methods = Mapping[str, tuple[Policy, Schedule] | None]
+Method = tuple[Policy, Schedule] | None  # None: unpruned
 
 
 class WrongPrefillError(RuntimeError):
@@ -92,24 +90,19 @@ class Case:
         return stage_layers_for(self.num_layers)
 
     def schedule(self, layers: tuple[int, ...]) -> Schedule:
-        return Schedule.for_budget(
-            self.average_tokens, layers, num_visual=self.visual_tokens, num_layers=self.num_layers
-        )
+        sizes = {"num_visual": self.visual_tokens, "num_layers": self.num_layers}
+        return Schedule.for_budget(self.average_tokens, layers, **sizes)
 
     def narrow(self) -> Case:
         """The same depth, prompt, head width and grouping with the fewest heads, in float32: for the check."""
         groups = self.num_heads // self.num_kv_heads
         heads, kv_heads = (groups, 1) if groups > 1 else (2, 2)
         hidden_size = heads * (self.hidden_size // self.num_heads)
+        inner = self.intermediate_size * hidden_size // self.hidden_size
         return replace(
-            self,
-            hidden_size=hidden_size,
-            intermediate_size=self.intermediate_size * hidden_size // self.hidden_size,
-            num_heads=heads,
-            num_kv_heads=kv_heads,
-            vocab_size=min(self.vocab_size, 512),
-            dtype=torch.float32,
-        )
+            self, hidden_size=hidden_size, intermediate_size=inner, num_heads=heads, num_kv_heads=kv_heads,
+            vocab_size=min(self.vocab_size, 512), dtype=torch.float32,
+        )  # fmt: skip
 
 
 LLAVA_1_5_7B = Case("llava-1.5-7b", 4096, 11008, 32, 32, 32, visual_tokens=576, average_tokens=192)
@@ -117,17 +110,7 @@ LLAVA_1_5_7B = Case("llava-1.5-7b", 4096, 11008, 32, 32, 32, visual_tokens=576, 
 LLAVA_NEXT_7B = Case("llava-next-7b", 4096, 14336, 32, 32, 8, visual_tokens=2880, average_tokens=320, num_images=5)
 # 98 M and 14 M parameters in decoder, embedding and head; 32 x 32 patches; the actor scaled with the width
 LLAVA_100M = Case("llava-100m", 768, 2048, 12, 12, 12, 1024, 341, vocab_size=8192, actor_size=48, dtype=torch.float32)
-LLAVA_14M = replace(
-    LLAVA_100M,
-    name="llava-14m",
-    hidden_size=256,
-    intermediate_size=704,
-    num_heads=4,
-    num_kv_heads=4,
-    actor_size=16,
-)
-
-
+LLAVA_14M = Case("llava-14m", 256, 704, 12, 4, 4, 1024, 341, vocab_size=8192, actor_size=16, dtype=torch.float32)
 # for rehearsals: two crops of 4 x 4 patches
 LLAVA_TOY = Case("toy", 32, 48, 4, 2, 1, 32, 16, num_images=2, text_tokens=9, vocab_size=100, actor_size=8,
                  dtype=torch.float32)  # fmt: skip
@@ -141,29 +124,19 @@ def cases(size: str, device: torch.device) -> list[Case]:
     return [LLAVA_14M if size == "quick" else LLAVA_100M]
 
 
-def repeats_of(size: str, device: torch.device) -> int:
-    return (
-        {"tiny": 1, "quick": 10, "full": 50}[size]
-        if device.type == "cuda"
-        else {"tiny": 1, "quick": 5, "full": 11}[size]
-    )
-
-
-def run(size: str, device: str | torch.device) -> list[dict[str, Any]]:
-    """All rows of the suite, one per (case, method).
+def run(size: str, device: torch.device, report: Report) -> None:
+    """One row per (case, method).
 
     Raises:
         WrongPrefillError: a method computes wrong states or fills a cache of the wrong size.
     """
-    device = torch.device(device)
     torch.manual_seed(0)
-    rows: list[dict[str, Any]] = []
+    repeats = {"tiny": 1, "quick": 5, "full": 11} if device.type == "cpu" else {"tiny": 1, "quick": 10, "full": 50}
     for case in cases(size, device):
         with torch.no_grad():
             check_case(case, device)
-            rows += time_case(case, device, repeats_of(size, device))
+            report.add(time_case(case, device, repeats[size]))
         release_memory(device)
-    return rows
 
 
 def release_memory(device: torch.device) -> None:
@@ -184,34 +157,19 @@ def build_model(case: Case, device: torch.device) -> LlavaForConditionalGenerati
             f"case {case.name}: visual_tokens={case.visual_tokens} must be num_images={case.num_images} times a square"
         )
     vision = CLIPVisionConfig(
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        image_size=grid * PATCH_SIZE,
-        patch_size=PATCH_SIZE,
-    )
+        hidden_size=64, intermediate_size=128, num_hidden_layers=1, num_attention_heads=2,
+        image_size=grid * PATCH_SIZE, patch_size=PATCH_SIZE,
+    )  # fmt: skip
     text = LlamaConfig(
-        vocab_size=case.vocab_size,
-        hidden_size=case.hidden_size,
-        intermediate_size=case.intermediate_size,
-        num_hidden_layers=case.num_layers,
-        num_attention_heads=case.num_heads,
-        num_key_value_heads=case.num_kv_heads,
-        max_position_embeddings=4096,
+        vocab_size=case.vocab_size, hidden_size=case.hidden_size, intermediate_size=case.intermediate_size,
+        num_hidden_layers=case.num_layers, num_attention_heads=case.num_heads, num_key_value_heads=case.num_kv_heads,
+        max_position_embeddings=4096, pad_token_id=0, bos_token_id=2, eos_token_id=3,
         initializer_range=case.hidden_size**-0.5,  # unit gain: every layer changes the states at any width
-        pad_token_id=0,
-        bos_token_id=2,
-        eos_token_id=3,
-    )
+    )  # fmt: skip
     config = LlavaConfig(
-        vision_config=vision,
-        text_config=text,
-        image_token_id=IMAGE_ID,
-        image_seq_length=grid**2,
-        vision_feature_layer=-1,
-        tie_word_embeddings=False,
-    )
+        vision_config=vision, text_config=text, image_token_id=IMAGE_ID, image_seq_length=grid**2,
+        vision_feature_layer=-1, tie_word_embeddings=False,
+    )  # fmt: skip
     with torch.device(device):
         model = AutoModelForImageTextToText.from_config(config, dtype=case.dtype, attn_implementation="sdpa")
     return model.eval().requires_grad_(False)
@@ -233,27 +191,26 @@ def build_inputs(case: Case, model: LlavaForConditionalGeneration) -> dict[str, 
     return {**inputs, "mm_encoder_outputs": {"image": features}}
 
 
-def build_methods(case: Case, model: LlavaForConditionalGeneration) -> Methods:
-    """Policy and schedule of each method, all at the case's average number of visual tokens; None is unpruned."""
+def build_methods(case: Case, model: LlavaForConditionalGeneration) -> dict[str, Method]:
+    """Policy and schedule of each method, all at the case's average number of visual tokens."""
     progressive = case.schedule(case.stage_layers)
-    agent = TopRLPolicy(case.hidden_size, list(case.stage_layers), case.actor_size).to(model.device, case.dtype)
     return {
         "unpruned": None,
         "fastv": (FastV(), case.schedule((FASTV_STAGE,))),
         # original positions, since the results are compared with masked attention
         "pyramiddrop": (PyramidDrop("original"), progressive),
-        "toprl": (agent, progressive),
+        "toprl": (build_actor(case, list(case.stage_layers), model.device), progressive),
     }
 
 
-def attached(
-    model: LlavaForConditionalGeneration, method: tuple[Policy, Schedule] | None
-) -> contextlib.AbstractContextManager[Pruner | None]:
+def build_actor(case: Case, layers: list[int], device: torch.device) -> TopRLPolicy:
+    """TOP-RL with random weights, as at inference: folded, in the model's dtype."""
+    return TopRLPolicy(case.hidden_size, layers, case.actor_size).to(device, case.dtype).eval()
+
+
+def attached(model: LlavaForConditionalGeneration, method: Method) -> contextlib.AbstractContextManager[Pruner | None]:
     """``attach`` for the method, nothing for unpruned."""
-    if method is None:
-        return contextlib.nullcontext()
-    policy, schedule = method
-    return attach(model, policy, schedule=schedule)
+    return contextlib.nullcontext() if method is None else attach(model, method[0], schedule=method[1])
 
 
 def segments_of(case: Case, schedule: Schedule | None) -> tuple[tuple[int, int], ...]:
@@ -343,122 +300,61 @@ def check_cache(where: str, case: Case, cache: Any, schedule: Schedule | None) -
 # -- timing --------------------------------------------------------------------------------------------------------
 
 
-def time_case(case: Case, device: torch.device, repeats: int) -> list[dict[str, Any]]:
+def time_case(case: Case, device: torch.device, repeats: int) -> list[Row]:
     """The methods of one case timed in turn; one row per method."""
     model = build_model(case, device)
     inputs = build_inputs(case, model)
     methods = build_methods(case, model)
-    samples: dict[str, list[float]] = {name: [] for name in methods}
     kv_bytes: dict[str, int] = {}
-    for round_number in range(WARM_UP_ROUNDS + repeats):
-        for name, method in methods.items():
-            with attached(model, method) as pruner:
-                milliseconds, output = timed_prefill(model, inputs, device)
-            where, schedule = f"{case.name}, {name}", None if method is None else method[1]
-            check_pruned(where, case, pruner, schedule)
-            if round_number == 0:
-                check_cache(where, case, output.past_key_values, schedule)
-                if not bool(output.logits.isfinite().all()):
-                    raise WrongPrefillError(f"{where}: logits in {case.dtype} are not finite")
-                kv_bytes[name] = cache_bytes(output.past_key_values)
-            if round_number >= WARM_UP_ROUNDS:
-                samples[name].append(milliseconds)
-            del output  # its cache would stand beside the next one
-    common = {
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
-        "dtype": str(case.dtype).removeprefix("torch."),
-        "attn": model.config.get_text_config()._attn_implementation,
-        "threads": torch.get_num_threads(),
-        "vision_tower": "outside" if TAKES_FEATURES else "timed",
-    }
-    return [
-        row_of(case, name, None if method is None else method[1], samples, kv_bytes[name], common)
-        for name, method in methods.items()
-    ]
 
+    def timed(name: str) -> float:
+        """A prefill that must have gone through every stage; caches and logits of the first are looked at too."""
+        method, where = methods[name], f"{case.name}, {name}"
+        with attached(model, method) as pruner:
+            ms, output = milliseconds(partial(model, **inputs, use_cache=True, logits_to_keep=1), device)
+        if pruner is not None and method is not None:
+            kept = [stage.counts for stage in pruner.trace]
+            expected = [(count,) for count in method[1].counts(case.visual_tokens)]
+            if kept != expected:
+                raise WrongPrefillError(f"{where}: the timed prefill kept {kept} visual tokens, not {expected}")
+        if name not in kv_bytes:
+            check_cache(where, case, output.past_key_values, method and method[1])
+            if not bool(output.logits.isfinite().all()):
+                raise WrongPrefillError(f"{where}: logits in {case.dtype} are not finite")
+            kv_bytes[name] = cache_bytes(output.past_key_values)
+        return ms
 
-def timed_prefill(
-    model: LlavaForConditionalGeneration, inputs: dict[str, Any], device: torch.device
-) -> tuple[float, Any]:
-    """Milliseconds of one prefill (CUDA events on a GPU) and the model's output."""
-    if device.type != "cuda":
-        begin = time.perf_counter()
-        output = model(**inputs, use_cache=True, logits_to_keep=1)
-        return (time.perf_counter() - begin) * 1e3, output
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    torch.cuda.synchronize(device)
-    start.record()
-    output = model(**inputs, use_cache=True, logits_to_keep=1)
-    end.record()
-    torch.cuda.synchronize(device)
-    return start.elapsed_time(end), output
-
-
-def check_pruned(where: str, case: Case, pruner: Pruner | None, schedule: Schedule | None) -> None:
-    """The prefill that was just timed must have gone through every stage."""
-    if pruner is None or schedule is None:
-        return
-    found = [stage.counts for stage in pruner.trace]
-    expected = [(count,) for count in schedule.counts(case.visual_tokens)]
-    if found != expected:
-        raise WrongPrefillError(f"{where}: the timed prefill kept {found} visual tokens, the schedule says {expected}")
+    samples = in_turn({name: partial(timed, name) for name in methods}, min_rounds=repeats)
+    unpruned, rows = quantiles(samples["unpruned"])[1], []
+    for name, method in methods.items():
+        schedule = method and method[1]
+        stages = zip(schedule.layers, schedule.counts(case.visual_tokens), strict=True) if schedule else ()
+        p20, p50, p80 = quantiles(samples[name])
+        rows.append({
+            "suite": "prefill", "case": case.name, "method": name,
+            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+            "dtype": dtype_name(case.dtype), "attn": model.config.get_text_config()._attn_implementation,
+            "threads": torch.get_num_threads(), "vision_tower": "outside" if TAKES_FEATURES else "timed", "batch": 1,
+            "visual_tokens": case.visual_tokens, "text_tokens": case.text_tokens, "layers": case.num_layers,
+            "stages": " ".join(f"{layer}:{count}" for layer, count in stages),
+            "average_tokens": sum(n * layers for n, layers in segments_of(case, schedule)) / case.num_layers,
+            "ms_p20": p20, "ms_p50": p50, "ms_p80": p80, "speedup": unpruned / p50,
+            "macs_ratio": decoder_macs(case, None) / decoder_macs(case, schedule),
+            "macs_ratio_visual": visual_macs(case, None) / visual_macs(case, schedule),
+            "kv_bytes": kv_bytes[name], "correct": True,  # a wrong method never gets this far
+            "repeats": len(samples[name]),
+        })  # fmt: skip
+    return rows
 
 
 def decoder_macs(case: Case, schedule: Schedule | None) -> float:
     """Multiply-adds of all decoder layers, text tokens and grouped queries included (Eq. 8 per layer)."""
-    return sum(
-        layers
-        * flops.layer_macs(
-            tokens + case.text_tokens,
-            case.hidden_size,
-            case.intermediate_size,
-            kv_ratio=case.num_kv_heads / case.num_heads,
-        )
-        for tokens, layers in segments_of(case, schedule)
-    )
+    sizes, ratio = (case.hidden_size, case.intermediate_size), case.num_kv_heads / case.num_heads
+    segments = segments_of(case, schedule)
+    return sum(layers * flops.layer_macs(n + case.text_tokens, *sizes, kv_ratio=ratio) for n, layers in segments)
 
 
 def visual_macs(case: Case, schedule: Schedule | None) -> float:
     """Multiply-adds of the visual tokens alone (Eqs. 8-9)."""
-    return sum(
-        layers * flops.layer_macs(tokens, case.hidden_size, case.intermediate_size)
-        for tokens, layers in segments_of(case, schedule)
-    )
-
-
-def row_of(
-    case: Case,
-    method: str,
-    schedule: Schedule | None,
-    samples: Mapping[str, list[float]],
-    kv_bytes: int,
-    common: dict[str, Any],
-) -> dict[str, Any]:
-    p20, p50, p80 = quantiles(samples[method])
-    segments = segments_of(case, schedule)
-    return {
-        "suite": "prefill",
-        "case": case.name,
-        "method": method,
-        **common,
-        "batch": 1,
-        "visual_tokens": case.visual_tokens,
-        "text_tokens": case.text_tokens,
-        "layers": case.num_layers,
-        "stages": "" if schedule is None else stages_text(case, schedule),
-        "average_tokens": sum(tokens * layers for tokens, layers in segments) / case.num_layers,
-        "ms_p20": p20,
-        "ms_p50": p50,
-        "ms_p80": p80,
-        "speedup": quantiles(samples["unpruned"])[1] / p50,
-        "macs_ratio": decoder_macs(case, None) / decoder_macs(case, schedule),
-        "macs_ratio_visual": visual_macs(case, None) / visual_macs(case, schedule),
-        "kv_bytes": kv_bytes,
-        "correct": True,  # a wrong method never gets here
-        "repeats": len(samples[method]),
-    }
-
-
-def stages_text(case: Case, schedule: Schedule) -> str:
-    counts = schedule.counts(case.visual_tokens)
-    return " ".join(f"{layer}:{count}" for layer, count in zip(schedule.layers, counts, strict=True))
+    sizes = (case.hidden_size, case.intermediate_size)
+    return sum(layers * flops.layer_macs(n, *sizes) for n, layers in segments_of(case, schedule))

@@ -17,6 +17,7 @@ many parallel regions slow, and ratios meaningless.
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import os
 import sys
@@ -33,9 +34,10 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that ``bench`` is found when this file is a script
 
-from bench.common import Report, Row, columns_of, environment
+from bench.common import Report, environment, table
 
-SUITES = ("kernels", "decode", "stage", "prefill", "generate", "overhead", "trainer")
+SUITES = {name: name for name in ("kernels", "stage", "prefill", "generate", "trainer")}  # and the module of each
+SUITES |= {"decode": "kernels", "overhead": "generate"}
 # What a terminal has room for; the files have every column
 PRINTED = dict.fromkeys(
     ("kernels", "decode"),
@@ -44,48 +46,8 @@ PRINTED = dict.fromkeys(
 )
 
 
-def format_cell(value: object) -> str:
-    if value is None:
-        return ""
-    if isinstance(value, float):
-        return f"{value:.3g}" if abs(value) < 1e-2 else f"{value:.3f}"
-    return str(value)
-
-
-def print_table(rows: list[Row], columns: list[str] | None = None) -> None:
-    """Aligned columns, by default all of them."""
-    columns = columns_of(rows) if columns is None else columns
-    cells = [columns, *([format_cell(row.get(column)) for column in columns] for row in rows)]
-    widths = [max(len(line[i]) for line in cells) for i in range(len(columns))]
-    for line in cells:
-        print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
-
-
-def run_suite(suite: str, size: str, device: torch.device, report: Report) -> None:
-    """The modules are imported here because each needs packages that the other does not."""
-    if suite in ("kernels", "decode"):
-        from bench import kernels
-
-        kernels.run(size, device, report)
-    elif suite in ("generate", "overhead"):
-        from bench import generate
-
-        report.add(generate.run(suite, size, device))
-    elif suite == "stage":
-        from bench import stage
-
-        report.add(stage.run(size, device))
-    elif suite == "prefill":
-        from bench import prefill
-
-        report.add(prefill.run(size, device))
-    else:
-        from bench import trainer
-
-        report.add(trainer.run(size, device))
-
-
-def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--suite", choices=[*SUITES, "all"], default="all")
     parser.add_argument("--quick", dest="size", action="store_const", const="quick", default="full",
@@ -94,30 +56,21 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--output_dir", type=Path, default=None, help="write CSV files here (default: do not write)")
     parser.add_argument("--resume", action="store_true", help="keep the finished cases of an interrupted run there")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    return parser.parse_args(arguments)
-
-
-def main(arguments: list[str] | None = None) -> int:
-    """Run the command; returns the exit status."""
-    options = parse_arguments(arguments)
+    options = parser.parse_args(arguments)
     device = torch.device(options.device)
     where = environment(device, options.size)
     print(" | ".join(f"{name} {value}" for name, value in where.items()))
     if device.type != "cuda":
-        print(
-            "No CUDA device: the eager paths are timed; Triton's CPU interpreter is not a measurement and is left out."
-        )
+        print("No CUDA device: the eager paths are timed; Triton's CPU interpreter is not a measurement.")
     summary: dict[str, Any] = {"environment": where, "suites": {}}
     for suite in SUITES if options.suite == "all" else (options.suite,):
         begin = time.perf_counter()
         report = Report(suite, where, options.output_dir, resume=options.resume)
-        run_suite(suite, options.size, device, report)
+        importlib.import_module(f"bench.{SUITES[suite]}").run(options.size, device, report)
         seconds = time.perf_counter() - begin
-        print(f"\n{suite} ({seconds:.0f} s)")
-        print_table(report.rows, PRINTED.get(suite))
-        for name, table in report.tables.items():
-            print(f"\n{suite}: {name}")
-            print_table(table)
+        print(f"\n{suite} ({seconds:.0f} s)\n\n{table(report.rows, PRINTED.get(suite))}")
+        for name, rows in report.tables.items():
+            print(f"\n{suite}: {name}\n\n{table(rows)}")
         summary["suites"][suite] = {"seconds": round(seconds, 1), "rows": report.rows, **report.tables}
     print(json.dumps(summary))
     return 0

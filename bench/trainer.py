@@ -16,12 +16,12 @@ import json
 import statistics
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from bench.common import time_interleaved
+from bench.common import Report, Row, time_interleaved
 from toprl_models import Schedule, TopRLPolicy, tiny
 from training.ppo import PPOConfig, main
 from training.rollout import Rollout, rollout
@@ -32,14 +32,16 @@ KEEP_BIASES = {"initial": 1.5, "half": 0.0, "few": -1.5}  # of the actor's logit
 PREFIX = "seconds_"  # of the phases' names in metrics.jsonl
 
 
-def run(size: str, device: str | torch.device) -> list[dict[str, Any]]:
+def run(size: str, device: torch.device, report: Report) -> None:
     """One row per phase of an iteration, then one per way of rolling out."""
-    device = torch.device(device)
     iterations, train_size, budget = (20, 2048, 10.0) if size == "full" else (4, 256, 1.0)
-    return [*_phases(iterations, train_size, device), *_rollouts(budget, device)]
+    common = {"suite": "trainer", "threads": torch.get_num_threads()}
+    for rows in (phases(iterations, train_size, device), rollouts(budget, device)):
+        report.add([common | row for row in rows])
 
 
-def _phases(iterations: int, train_size: int, device: torch.device) -> list[dict[str, Any]]:
+def phases(iterations: int, train_size: int, device: torch.device) -> list[Row]:
+    """Setup, a whole iteration, and its phases."""
     with tempfile.TemporaryDirectory() as folder:
         config = PPOConfig(
             output_dir=folder, iterations=iterations, train_size=train_size, eval_every=0, device=str(device)
@@ -47,30 +49,22 @@ def _phases(iterations: int, train_size: int, device: torch.device) -> list[dict
         began = time.perf_counter()
         main(config)
         whole = time.perf_counter() - began
-        rows = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
-    total = sum(row["seconds"] for row in rows)
-    names = dict.fromkeys(name for row in rows for name in row if name.startswith(PREFIX))
-    seconds = {name: [row.get(name, 0.0) for row in rows] for name in names}
+        metrics = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
+    names = dict.fromkeys(name for row in metrics for name in row if name.startswith(PREFIX))
+    seconds = {name.removeprefix(PREFIX): [row.get(name, 0.0) for row in metrics] for name in names}
     everything = sum(map(sum, seconds.values()))
-    iteration = statistics.median(row["seconds"] for row in rows)
-    common = {"suite": "trainer", "case": "default", "iterations": iterations, "threads": torch.get_num_threads()}
-    return [
-        {**common, "part": "setup", "seconds": whole - max(total, everything)},
-        {**common, "part": "iteration", "seconds": iteration, "samples_per_second": config.rollout_size / iteration},
-        *(
-            {
-                **common,
-                "part": name.removeprefix(PREFIX),
-                "seconds": statistics.median(values),
-                "share": sum(values) / everything,
-            }
-            for name, values in seconds.items()
-        ),
+    iteration = statistics.median(row["seconds"] for row in metrics)
+    rows = [
+        {"part": "setup", "seconds": whole - max(sum(row["seconds"] for row in metrics), everything)},
+        {"part": "iteration", "seconds": iteration, "samples_per_second": config.rollout_size / iteration},
     ]
+    for name, values in seconds.items():
+        rows.append({"part": name, "seconds": statistics.median(values), "share": sum(values) / everything})
+    return [{"case": "default", "iterations": iterations, **row} for row in rows]
 
 
-def _rollouts(budget: float, device: torch.device) -> list[dict[str, Any]]:
-    """``budget`` seconds for each actor."""
+def rollouts(budget: float, device: torch.device) -> list[Row]:
+    """The same episodes in both modes, ``budget`` seconds for each actor."""
     config = PPOConfig()
     model, processor = tiny.load(device=device)
     size = config.rollout_size
@@ -84,33 +78,16 @@ def _rollouts(budget: float, device: torch.device) -> list[dict[str, Any]]:
 
         def episodes(mode: str, policy: TopRLPolicy = policy) -> Rollout:
             inputs = data.inputs(model, processor, range(size))
-            numbers, samples = torch.arange(size), data.samples
-            return rollout(
-                *(model, processor, policy, schedule, task, samples, inputs),
-                episodes=numbers,
-                seed=0,
-                tau=1.0,
-                mode=mode,
-            )
+            arguments = (model, processor, policy, schedule, task, data.samples, inputs)
+            return rollout(*arguments, episodes=torch.arange(size), seed=0, tau=1.0, mode=mode)
 
-        timings = time_interleaved(
-            {mode: lambda mode=mode: episodes(mode) for mode in ("compact", "mask")},  # type: ignore[misc]
-            device,
-            seconds=budget,
-            min_rounds=3,
-        )
-        kept = episodes("compact").retained.mean(0).tolist()
-        rows += [
-            {
-                "suite": "trainer",
-                "case": f"{name} actor, keeps " + "/".join(f"{share:.2f}" for share in kept),
-                "part": f"rollout {mode}",
-                "iterations": timing.rounds,
-                "threads": torch.get_num_threads(),
-                "seconds": timing.p50_ms / 1e3,
-                "samples_per_second": size / timing.p50_ms * 1e3,
+        modes = {mode: partial(episodes, mode) for mode in ("compact", "mask")}
+        timings = time_interleaved(modes, device, seconds=budget, min_rounds=3)
+        kept = "/".join(f"{share:.2f}" for share in episodes("compact").retained.mean(0).tolist())
+        for mode, timing in timings.items():
+            rows.append({
+                "case": f"{name} actor, keeps {kept}", "part": f"rollout {mode}", "iterations": timing.rounds,
+                "seconds": timing.p50_ms / 1e3, "samples_per_second": size / timing.p50_ms * 1e3,
                 "ratio_to_mask": timings["mask"].p50_ms / timing.p50_ms,
-            }
-            for mode, timing in timings.items()
-        ]
+            })  # fmt: skip
     return rows

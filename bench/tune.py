@@ -16,23 +16,26 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import functools
+import itertools
 import json
 import os
+import re
 import sys
-import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any
 from unittest import mock
 
 import torch
 from torch import Tensor
 
-from toprl_kernels import ActorWeights, actor_score, configs, masked_attention
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that ``bench`` is found when this file is a script
+
+from bench.common import dtype_name, milliseconds
+from toprl_kernels import actor_score, configs, masked_attention
 from toprl_kernels.configs import Bucket, LaunchConfig, Measurements, Times
-from toprl_kernels.testing import AttentionInputs, make_actor_weights, make_attention_inputs
+from toprl_kernels.testing import make_actor_weights, make_attention_inputs
 
 C = LaunchConfig
 Timer = Callable[[Callable[[], object]], float]  # milliseconds of one call
@@ -45,6 +48,12 @@ CANDIDATES: dict[str, list[LaunchConfig]] = {
         C(128, 32, 8, 3), C(128, 32, 8, 5), C(64, 64, 4, 3), C(64, 64, 4, 5), C(64, 64, 8, 2), C(64, 32, 4, 2),
         C(32, 32, 8, 1), C(16, 16, 8, 1),
     ],
+    "masked_attention_fwd_compact": [
+        C(128, 128, 8, 3), C(128, 64, 8, 3), C(128, 64, 8, 4), C(64, 64, 8, 2), C(32, 32, 8, 1), C(16, 16, 8, 2),
+    ],
+    "masked_attention_decode": [
+        C(16, 64, 4, 5), C(16, 64, 4, 3), C(16, 128, 4, 3), C(16, 32, 4, 3), C(16, 32, 8, 1), C(16, 16, 8, 2),
+    ],
     "masked_attention_bwd_prepare": [C(16, 0, 4, 1), C(32, 0, 4, 1), C(32, 0, 8, 1), C(64, 0, 8, 1)],
     "masked_attention_bwd_dkdv": [
         C(32, 64, 8, 2), C(32, 128, 8, 2), C(64, 128, 8, 2), C(64, 128, 8, 1), C(32, 64, 4, 2), C(64, 64, 4, 2),
@@ -54,22 +63,38 @@ CANDIDATES: dict[str, list[LaunchConfig]] = {
         C(128, 64, 8, 3), C(128, 64, 8, 5), C(128, 64, 8, 2), C(128, 32, 8, 2), C(128, 32, 8, 3), C(128, 32, 8, 5),
         C(64, 64, 4, 3), C(64, 64, 4, 5), C(64, 32, 8, 2), C(64, 32, 4, 2), C(32, 32, 8, 1), C(16, 16, 8, 1),
     ],
+    "masked_attention_bwd_dq_compact": [
+        C(128, 64, 8, 3), C(128, 64, 8, 4), C(128, 32, 8, 3), C(64, 64, 8, 2), C(32, 32, 8, 1), C(16, 16, 8, 2),
+    ],
     "actor_layer1": [
         C(64, 64, 4, 3, 2), C(64, 64, 4, 3, 4), C(32, 64, 4, 3, 2), C(64, 128, 8, 2, 2), C(128, 64, 8, 3, 2),
         C(64, 64, 8, 3), C(64, 64, 8, 2), C(32, 32, 8, 2, 4), C(64, 32, 8, 2, 4),
     ],
     "actor_layers23": [C(64, 32, 8, 2), C(64, 32, 4, 2), C(64, 16, 4, 2), C(32, 32, 4, 2), C(16, 16, 8, 1)],
 }  # fmt: skip
-DTYPES = (torch.bfloat16, torch.float32)
-HEAD_DIMS = (64, 128, 256)
-ACTOR_TOKENS = (576, 1024, 2048, 2880, 8 * 576, 8 * 2880)
-ACTOR_WIDTHS = ((1024, 256), (2048, 256), (4096, 256))  # (d1, d2)
+# Keys are read through their list or gathered first, as a row of its own says; each has kernels of its own
+ROUTES = {name: {"masked_attention_compact": C(0, block, 4, 1)} for name, block in (("listed", 0), ("gathered", 32))}
 MAX_SINGLE_BLOCK = 64 * 64  # float32 products are unrolled: larger blocks take minutes to compile, and spill
 MARGIN = 0.98  # a candidate replaces the pinned configuration if it takes less than this share of its time
 
 
 class WrongResultError(RuntimeError):
     """A candidate computes something else than the pinned configuration."""
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What is measured. Configurations of the actor at the last width, for the last two numbers of tokens."""
+
+    tokens: int = 2880
+    heads: tuple[int, int] = (32, 8)
+    head_dims: tuple[int, ...] = (64, 128, 256)
+    dtypes: tuple[torch.dtype, ...] = (torch.bfloat16, torch.float32)
+    actor_tokens: tuple[int, ...] = (576, 1024, 2048, 8 * 576, 2880, 8 * 2880)
+    actor_widths: tuple[tuple[int, int], ...] = ((1024, 256), (2048, 256), (4096, 256))  # (d1, d2)
+
+
+REHEARSAL = Sizes(20, (1, 1), (16,), (torch.float32,), (20,), ((32, 16),))
 
 
 @dataclass(frozen=True)
@@ -81,69 +106,75 @@ class Problem:
     dtype: torch.dtype
     label: str
     run: Callable[[], list[Tensor]]
+    route: Mapping[str, LaunchConfig] = field(default_factory=dict)  # other rows, without which it does not
+
+    def with_config(self, config: LaunchConfig) -> contextlib.AbstractContextManager[None]:
+        return configs.override({**self.route, self.kernel: config})
+
+    def pinned(self, device: torch.device) -> configs.Row:
+        """The row of the pinned table that the problem is about."""
+        return configs.row(self.kernel, configs.architecture_of(device), size=self.size, dtype=self.dtype)
 
 
-def attention_problems(
-    device: torch.device,
-    *,
-    tokens: int = 2880,
-    heads: tuple[int, int] = (32, 8),
-    head_dims: Sequence[int] = HEAD_DIMS,
-    dtypes: Sequence[torch.dtype] = DTYPES,
-) -> Iterator[Problem]:
+class Attention:
     """Causal attention, a hard and a soft mask after each other: they share a configuration."""
-    for dtype in dtypes:
-        for head_dim in head_dims:
-            inputs = [
-                make_attention_inputs(1, *heads, tokens, tokens, head_dim, mask=mask, dtype=dtype, device=device)
-                for mask in ("hard", "soft")
-            ]
-            label = f"D={head_dim} {str(dtype).removeprefix('torch.')}"
-            yield Problem("masked_attention_fwd", head_dim, dtype, label, functools.partial(_forward, inputs))
-            for kernel, wanted in (("bwd_prepare", (0,)), ("bwd_dkdv", (1, 2)), ("bwd_dq", (0,))):
-                backward = _Backward(inputs, wanted)
-                yield Problem(f"masked_attention_{kernel}", head_dim, dtype, label, backward)
 
+    def __init__(self, queries: int, head_dim: int, dtype: torch.dtype, device: torch.device, sizes: Sizes) -> None:
+        shape = (1, *sizes.heads, queries, sizes.tokens, head_dim)
+        self.inputs = [
+            make_attention_inputs(*shape, mask=mask, dtype=dtype, device=device) for mask in ("hard", "soft")
+        ]
+        self.leaves = [[tensor.detach().requires_grad_() for tensor in (x.query, x.key, x.value)] for x in self.inputs]
+        self.outputs = self.forward()
 
-def _forward(inputs: Sequence[AttentionInputs]) -> list[Tensor]:
-    return [masked_attention(x.query, x.key, x.value, x.keep_mask, is_causal=True, backend="triton") for x in inputs]
+    def forward(self) -> list[Tensor]:
+        calls = [(*leaves, x.keep_mask) for leaves, x in zip(self.leaves, self.inputs, strict=True)]
+        return [masked_attention(*tensors, is_causal=True, backend="triton") for tensors in calls]
 
-
-class _Backward:
-    """The gradients by some of (query, key, value), after a forward that ran once."""
-
-    def __init__(self, inputs: Sequence[AttentionInputs], wanted: tuple[int, ...]) -> None:
-        self.graphs = []
-        for x in inputs:
-            leaves = [tensor.detach().requires_grad_() for tensor in (x.query, x.key, x.value)]
-            query, key, value = leaves
-            output = masked_attention(query, key, value, x.keep_mask, is_causal=True, backend="triton")
-            self.graphs.append((output, [leaves[index] for index in wanted], x.grad_output))
-
-    def __call__(self) -> list[Tensor]:
+    def backward(self, *wanted: int) -> list[Tensor]:
+        """The gradients with respect to some of (query, key, value)."""
         gradients: list[Tensor] = []
-        for output, leaves, grad_output in self.graphs:
-            gradients += torch.autograd.grad(output, leaves, grad_output, retain_graph=True)
+        for output, leaves, x in zip(self.outputs, self.leaves, self.inputs, strict=True):
+            some = [leaves[index] for index in wanted]
+            gradients += torch.autograd.grad(output, some, x.grad_output, retain_graph=True)
         return gradients
 
 
-def actor_problems(
-    device: torch.device,
-    *,
-    tokens: Sequence[int] = (2880, 8 * 2880),
-    widths: tuple[int, int] = (4096, 256),
-    dtypes: Sequence[torch.dtype] = DTYPES,
-) -> Iterator[Problem]:
-    """actor_score without a gradient, for few and for many tokens."""
-    d1, d2 = widths
-    for dtype in dtypes:
-        weights = make_actor_weights(d1, d2, dtype=dtype, device=device)
-        for number in tokens:
-            hidden = torch.randn(1, number, d1, device=device).to(dtype)
+def attention_problems(device: torch.device, sizes: Sizes) -> Iterator[Problem]:
+    """Each kernel on the route that launches it."""
+    for dtype, head_dim in itertools.product(sizes.dtypes, sizes.head_dims):
+        many, few = (Attention(queries, head_dim, dtype, device, sizes) for queries in (sizes.tokens, 1))
+        for kernel, run, route in (
+            ("fwd", many.forward, "listed"),
+            ("fwd_compact", many.forward, "gathered"),
+            ("decode", few.forward, "listed"),
+            ("bwd_prepare", partial(many.backward, 0), "listed"),
+            ("bwd_dkdv", partial(many.backward, 1, 2), "listed"),
+            ("bwd_dq", partial(many.backward, 0), "listed"),
+            ("bwd_dq_compact", partial(many.backward, 0), "gathered"),
+        ):
+            label = f"D={head_dim} {dtype_name(dtype)}"
+            yield Problem(f"masked_attention_{kernel}", head_dim, dtype, label, run, ROUTES[route])
 
-            for kernel in ("actor_layer1", "actor_layers23"):
-                label = f"N={number} {str(dtype).removeprefix('torch.')}"
-                yield Problem(kernel, number, dtype, label, functools.partial(_score, hidden, weights, "triton"))
+
+def actor_problems(device: torch.device, sizes: Sizes) -> Iterator[Problem]:
+    """actor_score without a gradient, for few and for many tokens."""
+    for dtype, tokens in itertools.product(sizes.dtypes, sizes.actor_tokens[-2:]):
+        score = _scorer(device, dtype, tokens, *sizes.actor_widths[-1])
+        for kernel in ("actor_layer1", "actor_layers23"):
+            yield Problem(kernel, tokens, dtype, f"N={tokens} {dtype_name(dtype)}", partial(score, "triton"))
+
+
+def _scorer(device: torch.device, dtype: torch.dtype, tokens: int, d1: int, d2: int) -> Callable[[str], list[Tensor]]:
+    """actor_score by the backend that the function is given."""
+    weights = make_actor_weights(d1, d2, dtype=dtype, device=device)
+    hidden = torch.randn(1, tokens, d1, device=device).to(dtype)
+
+    def score(backend: str) -> list[Tensor]:
+        with torch.no_grad():
+            return [actor_score(hidden, 0, weights, backend=backend)]
+
+    return score
 
 
 def best_config(
@@ -156,12 +187,12 @@ def best_config(
     """
     from triton.errors import TritonError
 
-    pinned = pinned_row(problem, device).config
+    pinned = problem.pinned(device).config
     best, best_ms, pinned_ms, expected = pinned, float("inf"), float("inf"), None
     largest = MAX_SINGLE_BLOCK if problem.dtype == torch.float32 else 1 << 30
     possible = [config for config in CANDIDATES[problem.kernel] if config.block_m * config.block_n <= largest]
     for config in dict.fromkeys([pinned, *possible[:at_most]]):
-        with configs.override({problem.kernel: config}):
+        with problem.with_config(config):
             try:
                 results = problem.run()
             except TritonError as error:
@@ -172,17 +203,12 @@ def best_config(
             if expected is None:
                 expected = results
             _require_equal(problem, config, results, expected)
-            milliseconds = timer(problem.run)
+            taken = timer(problem.run)
         if config == pinned:
-            best_ms = pinned_ms = milliseconds
-        elif milliseconds < min(best_ms, pinned_ms * MARGIN):
-            best, best_ms = config, milliseconds
+            best_ms = pinned_ms = taken
+        elif taken < min(best_ms, pinned_ms * MARGIN):
+            best, best_ms = config, taken
     return best, best_ms, pinned_ms
-
-
-def pinned_row(problem: Problem, device: torch.device) -> configs.Row:
-    """The row of the pinned table that the problem is about."""
-    return configs.row(problem.kernel, configs.architecture_of(device), size=problem.size, dtype=problem.dtype)
 
 
 def _require_equal(
@@ -198,35 +224,17 @@ def _require_equal(
             )
 
 
-def actor_times(
-    device: torch.device,
-    timer: Timer,
-    *,
-    tokens: Sequence[int] = ACTOR_TOKENS,
-    widths: Sequence[tuple[int, int]] = ACTOR_WIDTHS,
-    dtypes: Sequence[torch.dtype] = DTYPES,
-) -> dict[tuple[str, str, Bucket], Times]:
+def actor_times(device: torch.device, timer: Timer, sizes: Sizes) -> dict[tuple[str, str, Bucket], Times]:
     """actor_score by kernels and by the eager path. A bucket with several points keeps the worst for the kernels."""
     found: dict[tuple[str, str, Bucket], Times] = {}
-    for dtype in dtypes:
-        for d1, d2 in widths:
-            weights = make_actor_weights(d1, d2, dtype=dtype, device=device)
-            for number in tokens:
-                hidden = torch.randn(1, number, d1, device=device).to(dtype)
-                calls = (functools.partial(_score, hidden, weights, backend) for backend in ("triton", "eager"))
-                times = Times(*(timer(call) for call in calls))
-                key = ("actor_score", configs.KINDS[dtype], configs.size_bucket((number, d1, d2)))
-                print(
-                    f"actor_score N={number} d1={d1} d2={d2} {dtype}: triton {times.triton:.4f} eager {times.eager:.4f}"
-                )
-                if key not in found or times.triton / times.eager > found[key].triton / found[key].eager:
-                    found[key] = times
+    for dtype, (d1, d2), tokens in itertools.product(sizes.dtypes, sizes.actor_widths, sizes.actor_tokens):
+        score = _scorer(device, dtype, tokens, d1, d2)
+        times = Times(*(timer(partial(score, backend)) for backend in ("triton", "eager")))
+        key = ("actor_score", configs.KINDS[dtype], configs.size_bucket((tokens, d1, d2)))
+        print(f"actor_score N={tokens} d1={d1} d2={d2} {dtype}: triton {times.triton:.4f} eager {times.eager:.4f}")
+        if key not in found or times.triton / times.eager > found[key].triton / found[key].eager:
+            found[key] = times
     return found
-
-
-def _score(hidden: Tensor, weights: ActorWeights, backend: str) -> list[Tensor]:
-    with torch.no_grad():
-        return [actor_score(hidden, 0, weights, backend=backend)]
 
 
 def tune(
@@ -237,7 +245,7 @@ def tune(
     for problem in problems:
         best, best_ms, pinned_ms = best_config(problem, device, timer, at_most)
         print(f"{problem.kernel} {problem.label}: {_text(best)} {best_ms:.4f} ms (pinned {pinned_ms:.4f} ms)")
-        kind, largest, _ = pinned_row(problem, device)
+        kind, largest, _ = problem.pinned(device)
         rows[problem.kernel, kind, largest] = best
     return rows
 
@@ -245,15 +253,14 @@ def tune(
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kernel", default="", help="only kernels or ops whose name contains this")
-    parser.add_argument(
-        "--output", type=Path, help=f"the file; default: {configs.ENVIRONMENT_VARIABLE}, else the cache"
-    )
+    parser.add_argument("--kernel", default="", metavar="PATTERN", help="only kernels or ops whose name matches")
+    default = f"default: {configs.ENVIRONMENT_VARIABLE}, else the cache"
+    parser.add_argument("--output", type=Path, help=f"the file; {default}")
     parser.add_argument("--dry-run", action="store_true", help="tiny sizes in Triton's interpreter, to rehearse")
     options = parser.parse_args(arguments)
     names = [*CANDIDATES, "actor_score"]
-    if not any(options.kernel in name for name in names):
-        print(f"tune: --kernel {options.kernel} is in none of {', '.join(names)}", file=sys.stderr)
+    if not any(re.search(options.kernel, name) for name in names):
+        print(f"tune: --kernel {options.kernel} matches none of {', '.join(names)}", file=sys.stderr)
         return 2
     if not options.dry_run and not torch.cuda.is_available():
         print(
@@ -277,31 +284,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def run(device: torch.device, only: str, output: Path | None, timer: Timer) -> Path:
     """Measure and write the file; returns its path. CPU tensors rehearse: tiny sizes, two candidates per kernel."""
     rehearse = device.type == "cpu"
+    sizes = REHEARSAL if rehearse else Sizes()
     capability = "sm_90" if rehearse else configs.capability_name(device)
     path = output or configs.measurements_path(capability)
     found = Measurements("rehearsal" if rehearse else torch.cuda.get_device_name(device), {}, {})
     if only and path.exists():
         with contextlib.suppress(configs.OtherVersionError):  # nothing in it to keep
             found = configs.read(path, capability, configs.architecture_of(device))
-    attention: dict[str, Any] = {}
-    actor: dict[str, Any] = {}
-    widths: tuple[dict[str, Any], dict[str, Any]] = ({}, {})
-    if rehearse:
-        attention = dict(tokens=20, heads=(1, 1), head_dims=(16,), dtypes=(torch.float32,))
-        actor = dict(tokens=(20,), dtypes=(torch.float32,))
-        widths = (dict(widths=(32, 16)), dict(widths=((32, 16),)))
-    wanted = [name for name in CANDIDATES if only in name]
-    problems: list[Iterator[Problem]] = []
-    if any(name.startswith("masked_attention") for name in wanted):
-        problems.append(attention_problems(device, **attention))
-    if any(name.startswith("actor") for name in wanted):
-        problems.append(actor_problems(device, **actor, **widths[0]))
-    chosen = (problem for each in problems for problem in each if problem.kernel in wanted)
-    found.configs.update(tune(chosen, device, timer, at_most=2 if rehearse else None))
+    wanted = {name for name in CANDIDATES if re.search(only, name)}
+    sources = {"masked_attention": attention_problems, "actor": actor_problems}
+    problems = (
+        problem
+        for prefix, make in sources.items()
+        if any(name.startswith(prefix) for name in wanted)
+        for problem in make(device, sizes)
+        if problem.kernel in wanted
+    )
+    found.configs.update(tune(problems, device, timer, at_most=2 if rehearse else None))
     write(path, capability, found)
-    if only in "actor_score":
+    if re.search(only, "actor_score"):
         with using(path):  # with the configurations just measured
-            found.times.update(actor_times(device, timer, **actor, **widths[1]))
+            found.times.update(actor_times(device, timer, sizes))
         write(path, capability, found)
     return path
 
@@ -341,9 +344,7 @@ def using(path: Path) -> Iterator[None]:
 
 def wall_timer(call: Callable[[], object]) -> float:
     """Milliseconds of a single call, for rehearsals."""
-    begin = time.perf_counter()
-    call()
-    return (time.perf_counter() - begin) * 1e3
+    return milliseconds(call, torch.device("cpu"))[0]
 
 
 def cuda_timer(call: Callable[[], object]) -> float:

@@ -40,12 +40,7 @@ C = LaunchConfig
 
 # Shared memory that one program may use, in bytes (CUDA C++ programming guide, technical specifications per compute
 # capability). The compiler never checks it. sm_86 stands for 8.6, 8.9 and 12.x.
-SHARED_MEMORY = {
-    "sm_80": 163 * 1024,
-    "sm_86": 99 * 1024,
-    "sm_90": 227 * 1024,
-    "sm_100": 227 * 1024,
-}
+SHARED_MEMORY = {"sm_80": 163 << 10, "sm_86": 99 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10}
 ARCHITECTURES = tuple(SHARED_MEMORY)
 
 HALF, SINGLE, ANY = "16 bit", "32 bit", "any"
@@ -99,14 +94,12 @@ _pin_attention("bwd_dq_compact", "sm_80", HALF, C(128, 64, 8, 4), C(128, 32, 8, 
 _pin_attention("bwd_dq_compact", "sm_86", HALF, C(128, 64, 8, 4), C(128, 32, 8, 2), C(32, 64, 8, 1), C(16, 32, 4, 1))
 # Full float32 products run on the FMA units and hold rows of both operands in registers: small tiles. From D = 128 on
 # two stages, not for the overlap: without, the loop-invariant operand is moved to registers as a whole, and spills.
-_pin_attention("fwd", ALL, SINGLE, C(32, 32, 8, 1), C(16, 16, 8, 2), C(16, 16, 8, 2), C(16, 16, 8, 2))
-_pin_attention("fwd_compact", ALL, SINGLE, C(32, 32, 8, 1), C(16, 16, 8, 2), C(16, 16, 8, 2), C(16, 16, 8, 2))
+for _kernel in ("fwd", "fwd_compact", "bwd_dq", "bwd_dq_compact"):
+    _pin_attention(_kernel, ALL, SINGLE, C(32, 32, 8, 1), C(16, 16, 8, 2), C(16, 16, 8, 2), C(16, 16, 8, 2))
 _pin_attention("decode", ALL, SINGLE, C(16, 32, 8, 1), C(16, 16, 8, 2), C(16, 16, 8, 2), C(16, 16, 8, 2))
 _pin_attention("bwd_prepare", ALL, SINGLE, C(32, 0, 8, 1), C(16, 0, 8, 1))
 _pin_attention("bwd_dkdv", LARGE, SINGLE, C(32, 32, 8, 2), C(16, 32, 8, 1), C(16, 16, 4, 1), C(16, 16, 4, 1))
 _pin_attention("bwd_dkdv", "sm_86", SINGLE, C(16, 32, 8, 1), C(16, 32, 8, 1), C(16, 16, 4, 1), C(16, 16, 4, 1))
-_pin_attention("bwd_dq", ALL, SINGLE, C(32, 32, 8, 1), C(16, 16, 8, 2), C(16, 16, 8, 2), C(16, 16, 8, 2))
-_pin_attention("bwd_dq_compact", ALL, SINGLE, C(32, 32, 8, 1), C(16, 16, 8, 2), C(16, 16, 8, 2), C(16, 16, 8, 2))
 # block_n rows of one program
 _pin_attention("merge", ALL, ANY, C(0, 0, 4, 1))
 _pin_attention("bwd_finish", ALL, ANY, C(0, 16, 4, 1))
@@ -119,8 +112,8 @@ _pin("masked_attention_compact", ALL, ANY, {4095: C(0, 0, 4, 1), NO_LIMIT: C(0, 
 # Sizes: number of tokens. block_n is the number of keys held in registers at once: all of them, or a chunk of 4,096.
 _pin("topk_select", ALL, ANY, {1024: C(1, 1024, 4, 1), 2048: C(1, 2048, 8, 1), 4096: C(1, 4096, 16, 1)})
 # Sizes: hidden size, or head dim of a cache. block_m rows, block_n dimensions (at most; of narrower ones, more rows).
-_pin("topk_gather", ALL, ANY, {NO_LIMIT: C(8, 1024, 8, 1)})
-_pin("topk_scatter", ALL, ANY, {NO_LIMIT: C(8, 1024, 8, 1)})
+for _kernel in ("topk_gather", "topk_scatter"):
+    _pin(_kernel, ALL, ANY, {NO_LIMIT: C(8, 1024, 8, 1)})
 
 # Sizes: tokens of all samples. block_m tokens; block_n is the block of the inner dimension d1 (layer 1), of fc2's
 # outputs (layers 2 and 3). Few tokens: two programs share a row block, which halves what a program reads of W1 and
@@ -157,20 +150,15 @@ def row(kernel: str, architecture: str, *, size: int, dtype: torch.dtype) -> Row
             if size <= largest:
                 return Row(kind, largest, config)
         if rows:
-            raise ValueError(
-                f"configs: {kernel} has no row for size={size}, the largest is {max(rows)}; use backend='eager'"
-            )
+            limit = f"no row for size={size}, the largest is {max(rows)}"
+            raise ValueError(f"configs: {kernel} has {limit}; use backend='eager'")
     raise ValueError(f"configs: {kernel} has no row for dtype={dtype}; use float16, bfloat16 or float32")
 
 
 def all_rows(architecture: str) -> dict[tuple[str, str, int], LaunchConfig]:
     """Every row of an architecture by (kernel, element type, largest size)."""
-    return {
-        (kernel, kind, largest): config
-        for (kernel, its_architecture, kind), rows in _TABLE.items()
-        if its_architecture == architecture
-        for largest, config in rows.items()
-    }
+    tables = ((kernel, kind, rows) for (kernel, name, kind), rows in _TABLE.items() if name == architecture)
+    return {(kernel, kind, largest): config for kernel, kind, rows in tables for largest, config in rows.items()}
 
 
 _cpu_architecture = "sm_90"  # whose rows run on CPU tensors, that is, in the interpreter
@@ -190,9 +178,7 @@ def select(kernel: str, *, size: int, dtype: torch.dtype, device: torch.device) 
         ValueError: unknown kernel, or a size or dtype that it has no row for.
         RuntimeError: a GPU older than compute capability 8.0, or a corrupt file of measurements.
     """
-    if _overrides and kernel in _overrides:
-        return _overrides[kernel]
-    return _select(kernel, size, dtype, device)
+    return _overrides.get(kernel) or _select(kernel, size, dtype, device)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -205,13 +191,12 @@ def _select(kernel: str, size: int, dtype: torch.dtype, device: torch.device) ->
 @contextlib.contextmanager
 def override(replacements: Mapping[str, LaunchConfig]) -> Iterator[None]:
     """Make :func:`select` return these, whatever the size: for tuning and tests."""
-    previous = dict(_overrides)
-    _overrides.update(replacements)
+    global _overrides
+    previous, _overrides = _overrides, {**_overrides, **replacements}
     try:
         yield
     finally:
-        _overrides.clear()
-        _overrides.update(previous)
+        _overrides = previous
 
 
 @contextlib.contextmanager
@@ -227,13 +212,10 @@ def cpu_stands_for(architecture: str) -> Iterator[None]:
         forget()
 
 
-INTERPRETED_MULTIPROCESSORS = 4  # what kernels on CPU tensors are divided for
-
-
 def multiprocessors(device: torch.device) -> int:
-    """Number of multiprocessors of a device. Asks the driver, not the device: no synchronisation."""
+    """Number of multiprocessors of a device; 4 for the interpreter. Asks the driver: no synchronisation."""
     if device.type != "cuda":
-        return INTERPRETED_MULTIPROCESSORS
+        return 4
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
@@ -291,13 +273,6 @@ class Measurements(NamedTuple):
     times: dict[tuple[str, str, Bucket], Times]  # (op, element type, size bucket)
 
 
-class Preference(NamedTuple):
-    """The implementation that was faster ("eager" or "triton") and the measurement that says so."""
-
-    name: str
-    reason: str
-
-
 class OtherVersionError(RuntimeError):
     """A file of measurements was written for another GPU, triton or version of this package."""
 
@@ -308,8 +283,8 @@ def size_bucket(sizes: Bucket) -> Bucket:
 
 
 @functools.lru_cache(maxsize=4096)
-def faster(op: str, sizes: Bucket, dtype: torch.dtype, device: torch.device) -> Preference | None:
-    """Return which implementation of ``op`` was measured to be faster on this GPU, or None where nobody measured.
+def faster(op: str, sizes: Bucket, dtype: torch.dtype, device: torch.device) -> str | None:
+    """Return "triton" or "eager", whichever was measured to be faster on this GPU, or None where nobody measured.
 
     Raises:
         RuntimeError: a corrupt file of measurements.
@@ -318,8 +293,7 @@ def faster(op: str, sizes: Bucket, dtype: torch.dtype, device: torch.device) -> 
     times = measurements and measurements.times.get((op, KINDS.get(dtype, ""), size_bucket(sizes)))
     if not times:
         return None
-    name = "triton" if times.triton < times.eager else "eager"
-    return Preference(name, f"measured {times.triton:.4f} ms against {times.eager:.4f} ms eager")
+    return "triton" if times.triton < times.eager else "eager"
 
 
 def capability_name(device: torch.device) -> str:
@@ -377,12 +351,11 @@ def read(path: Path, capability: str, architecture: str) -> Measurements:
         RuntimeError: it cannot be read. Both name the file and the way out.
     """
     remedy = f"delete the file or run {TUNE_COMMAND} again ({ENVIRONMENT_VARIABLE} names another file)"
+    expected = {"format": FORMAT, "architecture": capability, "triton": triton_version()}
     try:
         content = json.loads(path.read_text())
-        found = {name: content.get(name) for name in ("format", "architecture", "triton")}
-        expected = {"format": FORMAT, "architecture": capability, "triton": triton_version()}
-        other = [f"its {name} is {found[name]!r}, not {value!r}" for name, value in expected.items()
-                 if found[name] != value]  # fmt: skip
+        other = [f"its {name} is {content.get(name)!r}, not {value!r}" for name, value in expected.items()
+                 if content.get(name) != value]  # fmt: skip
         if not other:
             configs = {(r["kernel"], r["dtype"], r["size"]): C(*map(int, r["config"])) for r in content["configs"]}
             times = {
@@ -391,9 +364,8 @@ def read(path: Path, capability: str, architecture: str) -> Measurements:
             }
             other = [f"no row {key} in this package" for key in configs if key not in all_rows(architecture)]
     except (OSError, AttributeError, KeyError, TypeError, ValueError) as error:
-        raise RuntimeError(
-            f"the kernel measurements in {path} cannot be read ({type(error).__name__}: {error}); {remedy}"
-        ) from error
+        reason = f"cannot be read ({type(error).__name__}: {error})"
+        raise RuntimeError(f"the kernel measurements in {path} {reason}; {remedy}") from error
     if other:
         raise OtherVersionError(f"the kernel measurements in {path} are not used: {other[0]}; {remedy}")
     return Measurements(str(content.get("device")), configs, times)

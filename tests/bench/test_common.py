@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from bench.common import (
-    Built,
+    LEFT_OUT,
+    Case,
     Check,
     Peaks,
     Provider,
@@ -24,13 +25,19 @@ CPU = torch.device("cpu")
 SETTINGS = Settings(CPU, Peaks({torch.float32: 1e11}, 1e10), seconds=0.01, min_rounds=2)
 
 
+class Toy(Case):
+    op, shape = "toy", "4"
+
+
+def returns(value):
+    return lambda: [torch.full((4,), value)]
+
+
 def measured(*peers):
     """Rows of ``compare`` with an op of ours that returns 1, and its peers, by name."""
-    ours = Provider("ours", lambda: Built(lambda: [torch.ones(4)]), role="ours")
     rows = compare(
-        {"case": "toy"},
-        torch.float32,
-        [ours, *peers],
+        Toy(),
+        [Provider("ours", returns(1.0), "ours"), *peers],
         lambda results: Check(float((results[0] - 1).abs().max()), 0.01),
         Work(0.0, 16.0),
         SETTINGS,
@@ -45,22 +52,22 @@ def test_peers_that_are_inexact_wrong_or_broken_become_notes():
         except NotImplementedError as error:
             raise RuntimeError("compilation failed") from error
 
-    def returns(value):
-        return lambda: Built(lambda: [torch.full((4,), value)])
-
     rows = measured(
         Provider("inexact", returns(1.02)),
         Provider("wrong", returns(3.0)),
         Provider("nan", returns(math.nan)),
-        Provider("broken", lambda: Built(broken)),
-        Provider("bound", returns(7.0), role="bound"),
-        Provider("given", lambda: Built(lambda: [torch.ones(4)], resident=8 * 2**20)),
+        Provider("broken", broken),
+        Provider("graph", broken, compiled=True),
+        Provider("absent", broken, missing="not on this machine"),
+        Provider("bound", returns(7.0), "bound"),
+        Provider("given", returns(1.0), resident=8 * 2**20),
     )
     assert rows["inexact"]["p50_ms"] > 0 and "exceeds the budget" in rows["inexact"]["note"]
     for name in ("wrong", "nan"):
         assert rows[name]["p50_ms"] is None and rows[name]["note"].endswith("wrong result, not timed")
     assert rows["broken"]["note"] == "cannot run: NotImplementedError: no backward on CPU"
     assert rows["broken"]["p50_ms"] is None and rows["broken"]["rounds"] == 0
+    assert rows["graph"]["note"] == LEFT_OUT and rows["absent"]["note"] == "not on this machine"
     assert rows["given"]["peak_mib"] == pytest.approx(8, abs=0.01) and rows["ours"]["peak_mib"] < 0.01
     assert rows["bound"]["p50_ms"] > 0 and rows["bound"]["error"] is None
     assert rows["ours"]["note"] == "" and rows["ours"]["ratio_to_ours"] == 1.0

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
-import math
-from dataclasses import replace
+from dataclasses import dataclass
 
 import pytest
 import torch
 
-from bench import attention, common, kernels, run
+from bench import attention, common, kernels, run, topk
 from bench.attention import AttentionCase
-from bench.common import COLUMNS, Peaks, Report, Settings, WrongResultError, read_csv
-from bench.kernels import Plan, by_label, decode_plan, plan_of
-from bench.topk import TopkCase
+from bench.common import COLUMNS, Case, Peaks, Report, Settings, WrongResultError, read_csv
+from bench.kernels import Plan, decode_plan, kernels_plan
 
 CPU = torch.device("cpu")
 SMALL = {"num_heads": 4, "num_kv_heads": 2, "head_dim": 64}
@@ -22,11 +22,11 @@ PEERS = {
     "masked_attention hard fwd+bwd": (
         "toprl (eager)|torch eager (Eq. 7)|sdpa bool mask|sdpa bool mask + build|sdpa float mask|flex mask_mod|"
         "flex mask_mod + BlockMask|flex compacted + lse|torch.compile of eager|sdpa dense (bound)|"
-        "flash-attn dense (bound)|sdpa over kept tokens (floor)"
+        "sdpa over kept tokens (floor)"
     ),
     "masked_attention soft fwd+bwd+mask": (
         "toprl (eager)|torch eager (Eq. 7)|sdpa float mask + build|flex score_mod|"
-        "torch.compile of eager|sdpa dense (bound)|flash-attn dense (bound)"
+        "torch.compile of eager|sdpa dense (bound)"
     ),
     "topk_compact fwd+bwd": (
         "toprl (eager)|torch.topk + sort + gather|torch.topk + sort + index_select|"
@@ -35,34 +35,33 @@ PEERS = {
     "compact_cache fwd": "toprl (eager)|gather|index_select",
     "actor_score fwd": "toprl (eager)|nn.Sequential|torch.compile of nn.Sequential",
     "sample_keep_mask fwd": "toprl (eager)|plain torch",
-    "decode fwd": "toprl (eager)|sdpa bool mask|sdpa all keys (bound)",
+    "decode hard fwd": "toprl (eager)|sdpa bool mask|sdpa all keys (bound)",
 }
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """Last line of stdout of each suite run through the script's own main, and the folder."""
+    """Rows and summary of both suites, run through the script's own main; the summary is its last line."""
     folder = tmp_path_factory.mktemp("bench")
-    last = {}
-    with pytest.MonkeyPatch.context() as patch:
-        printed: list[str] = []
-        patch.setattr("builtins.print", lambda *args, **_: printed.append(" ".join(map(str, args))))
-        for suite in ("kernels", "decode"):
-            arguments = ["--suite", suite, "--tiny", "--device", "cpu", "--output_dir", str(folder)]
-            assert run.main(arguments) == 0
-            last[suite] = printed[-1]
-    return last, folder
+    rows, summary = [], {}
+    for suite in ("kernels", "decode"):
+        with contextlib.redirect_stdout(io.StringIO()) as printed:
+            assert run.main(["--suite", suite, "--tiny", "--device", "cpu", "--output_dir", str(folder)]) == 0
+        summary |= json.loads(printed.getvalue().splitlines()[-1])["suites"]
+        rows += read_csv(folder / f"{suite}.csv")
+    return rows, summary, folder
 
 
-@pytest.fixture(scope="module")
-def rows(finished):
-    return [row for suite in ("kernels", "decode") for row in read_csv(finished[1] / f"{suite}.csv")]
-
-
-def test_every_provider_of_every_case_has_a_row_with_a_time_or_a_reason(rows):
+def test_every_provider_of_every_case_has_a_row_with_a_time_or_a_reason(finished):
+    rows, summary, folder = finished
+    assert sum(len(suite["rows"]) for suite in summary.values()) == len(rows)
+    for name in ("targets", "memory", "peaks"):
+        assert read_csv(folder / f"kernels_{name}.csv") and summary["kernels"][name]
     for case in dict.fromkeys(row["case"] for row in rows):
-        mine = [row for row in rows if row["case"] == case]
-        assert [row["provider"] for row in mine] == PEERS[f"{mine[0]['op']} {mine[0]['mode']}"].split("|"), case
+        of_case = [row for row in rows if row["case"] == case]
+        assert [row["provider"] for row in of_case] == PEERS[f"{of_case[0]['op']} {of_case[0]['mode']}"].split("|"), (
+            case
+        )
     for row in rows:
         assert list(row)[: len(COLUMNS)] == COLUMNS and row["torch"] == torch.__version__
         if row["p50_ms"] is None:
@@ -74,16 +73,7 @@ def test_every_provider_of_every_case_has_a_row_with_a_time_or_a_reason(rows):
         ours = next(r for r in rows if r["case"] == row["case"] and r["role"] == "ours")
         assert row["ratio_to_ours"] == pytest.approx(row["p50_ms"] / ours["p50_ms"])
     notes = {row["provider"]: row["note"] for row in rows if row["mode"] == "hard fwd+bwd"}
-    assert notes["flash-attn dense (bound)"].startswith("flash-attn is not installed")
     assert notes["flex mask_mod"] == "left out here: the plan pays for torch.compile in other cases"
-
-
-def test_files_and_last_line(finished, rows):
-    last, folder = finished
-    summary = json.loads(last["kernels"])["suites"]["kernels"]
-    assert len(summary["rows"]) + len(json.loads(last["decode"])["suites"]["decode"]["rows"]) == len(rows)
-    for name in ("targets", "memory", "peaks"):
-        assert read_csv(folder / f"kernels_{name}.csv") and summary[name]
 
 
 def test_useful_work_of_attention():
@@ -98,20 +88,27 @@ def test_useful_work_of_attention():
 # -- resuming ------------------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class Toy(Case):
+    name: str
+    dies: bool = False
+
+    def label(self):
+        return self.name
+
+    def bench(self, settings):
+        if self.dies:
+            raise KeyboardInterrupt
+        return [{"case": self.name, "op": "x", "p50_ms": 1.0}]
+
+
 def test_a_killed_run_loses_one_case_and_is_resumed(tmp_path, monkeypatch):
     monkeypatch.setattr(kernels, "measure_peaks", lambda device, dtypes, size: SETTINGS.peaks)
-
-    def row(name):
-        return lambda settings: [{"case": name, "op": "x", "p50_ms": 1.0}]
-
-    def die(settings):
-        raise KeyboardInterrupt
-
-    plan = Plan({"a": row("a"), "b": die}, (torch.float32,), 0.01, 2)
+    plan = Plan([Toy("a"), Toy("b", dies=True)], 0.01, 2)
     with pytest.raises(KeyboardInterrupt):
         kernels.run("quick", CPU, Report("decode", {"size": "quick"}, tmp_path), plan)
     report = Report("decode", {"size": "quick"}, tmp_path, resume=True)
-    kernels.run("quick", CPU, report, replace(plan, cases={"a": die, "b": row("b")}))
+    kernels.run("quick", CPU, report, Plan([Toy("a", dies=True), Toy("b")], 0.01, 2))
     assert [row["case"] for row in report.rows] == ["a", "b"] == [r["case"] for r in read_csv(tmp_path / "decode.csv")]
 
 
@@ -126,35 +123,33 @@ def test_resume_refuses_rows_of_another_machine(tmp_path):
 # -- correctness gate ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("spoiled", ["output", "gradient"])
-def test_a_wrong_op_aborts_before_timing(spoiled, monkeypatch):
-    right = attention.masked_attention
+def spoiled_output(right):
+    return lambda *args, **options: right(*args, **options) * (1 + 1e-4)
 
-    def wrong(query, key, value, mask, **options):
-        output = right(query, key, value, mask, **options)
-        if options.get("backend") == "reference":
-            return output
-        if spoiled == "output":
-            return output * (1 + 1e-4)
-        return output + 1e-3 * (value - value.detach())[:, :1]  # the same values, another gradient
 
-    monkeypatch.setattr(attention, "masked_attention", wrong)
+def spoiled_gradient(right):  # the same values, another gradient
+    return lambda q, k, v, m, **options: right(q, k, v, m, **options) + 1e-3 * (v - v.detach())[:, :1]
+
+
+def spoiled_selection(right):
+    return lambda hidden, scores, k, **options: right(hidden, -scores, k, **options)
+
+
+@pytest.mark.parametrize(
+    ("module", "op", "spoil", "case"),
+    [
+        (attention, "masked_attention", spoiled_output, AttentionCase(64, mode="fwd+bwd", **SMALL)),
+        (attention, "masked_attention", spoiled_gradient, AttentionCase(64, mode="fwd+bwd", **SMALL)),
+        (topk, "topk_compact", spoiled_selection, topk.TopkCase(64, 16, 32)),
+    ],
+)
+def test_a_wrong_op_aborts_before_timing(module, op, spoil, case, monkeypatch):
+    right = getattr(module, op)
+    wrong = spoil(right)
+    monkeypatch.setattr(module, op, lambda *a, **k: (right if k.get("backend") == "reference" else wrong)(*a, **k))
     monkeypatch.setattr(common, "time_interleaved", lambda *a, **k: pytest.fail("timed a wrong result"))
-    with pytest.raises(WrongResultError, match=r"hard fwd\+bwd .*toprl \(eager\): error .* exceeds the budget"):
-        attention.bench_attention(AttentionCase(64, mode="fwd+bwd", **SMALL), SETTINGS)
-
-
-def test_a_wrong_selection_aborts_the_run(monkeypatch):
-    from bench import topk
-
-    right = topk.topk_compact
-
-    def wrong(hidden, scores, k, **options):
-        return right(hidden, scores if options.get("backend") else -scores, k, **options)
-
-    monkeypatch.setattr(topk, "topk_compact", wrong)
-    with pytest.raises(WrongResultError, match="topk_compact fwd"):
-        topk.bench_topk(TopkCase(64, 16, 32), SETTINGS)
+    with pytest.raises(WrongResultError, match=rf"^{op} .*toprl \(eager\): error .* exceeds the budget"):
+        case.measure(SETTINGS)
 
 
 # -- peers, oracle, plans ------------------------------------------------------------------------------------------
@@ -163,7 +158,7 @@ def test_a_wrong_selection_aborts_the_run(monkeypatch):
 @pytest.mark.parametrize("change", [{"batch": 3}, {"causal": False}, {"pattern": "clustered"}, {"keep": 1.0}])
 def test_peers_compute_the_same_gradients(change):
     """Several samples, several blocks of rows: all peers that run here are within budget."""
-    rows = attention.bench_attention(AttentionCase(600, mode="fwd+bwd", **{**SMALL, **change}), SETTINGS)
+    rows = AttentionCase(600, mode="fwd+bwd", **{**SMALL, **change}).measure(SETTINGS)
     ran = [row for row in rows if row["role"] == "peer" and row["p50_ms"] is not None]
     assert len(ran) == 4
     assert [row["provider"] for row in ran if row["error_ratio"] > 1] == []
@@ -189,19 +184,22 @@ def test_masks_keep_exactly_what_the_case_says(pattern):
 
 
 def test_plans_cover_the_paper_s_sizes_and_quick_compiles_little():
-    full, quick = (list(plan_of(size, CPU).cases) for size in ("full", "quick"))
+    full, quick = (kernels_plan(size, CPU).cases for size in ("full", "quick"))
+    labels = [case.label() for case in full]
     for mode in ("hard fwd ", "hard fwd+bwd ", "soft fwd+bwd+mask "):
-        sizes = {int(label.split(" N")[1].split()[0]) for label in full if f"masked_attention {mode}" in label}
+        sizes = {case.num_tokens for case in full if f"masked_attention {mode}" in case.label()}
         assert sizes >= {576, 1024, 2048, 2880, 4096}
     for words in ("keep 10%", "keep 100%", "clustered", "B32 H8", "non-causal", "straight-through", "sample_keep_mask"):
-        assert any(words in label for label in full), words
-    compiled = [measure.args[0] for measure in plan_of("quick", CPU).cases.values()]
-    assert sum(getattr(case, "compiled", False) for case in compiled) == 1 and len(quick) < len(full)
-    assert len(decode_plan("full", torch.device("cuda")).cases) == 15
-    assert len(by_label(attention.bench_attention, [AttentionCase(), AttentionCase()])) == 1
+        assert any(words in label for label in labels), words
+    assert sum(case.compiled for case in quick) == 1 and len(quick) < len(full)
+    cuda = torch.device("cuda")
+    for plan in (kernels_plan("full", cuda), decode_plan("full", cuda)):
+        assert len({case.label() for case in plan.cases}) >= 15
+        assert torch.bfloat16 in {case.dtype for case in plan.cases}
 
 
-def test_a_value_that_is_not_finite_is_no_number_of_a_csv(tmp_path):
+def test_numbers_of_a_csv(tmp_path):
     rows = [{"a": 1, "b": 0.5, "c": None, "d": "x", "e": True}]
     common.write_csv(tmp_path / "t.csv", rows)
-    assert read_csv(tmp_path / "t.csv") == rows and not math.isnan(read_csv(tmp_path / "t.csv")[0]["b"])
+    assert read_csv(tmp_path / "t.csv") == rows
+    assert read_csv(tmp_path / "missing.csv") == []

@@ -8,22 +8,10 @@ import torch
 from bench.targets import TARGETS, memory_table, targets_table
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
-BASE = {
-    "op": "masked_attention",
-    "mode": "hard fwd",
-    "shape": "B1 H8/2 N2048 D64",
-    "dtype": "float32",
-    "batch": 1,
-    "num_tokens": 2048,
-    "keep": 0.25,
-    "pattern": "random",
-    "role": "peer",
-    "note": "",
-    "case": "base",
-    "p50_ms": 1.0,
-    "ratio_to_ours": None,
-    "peak_mib": None,
-}
+BASE = dict(
+    op="masked_attention", mode="hard fwd", shape="B1 H8/2 N2048 D64", dtype="float32", batch=1, num_tokens=2048,
+    keep=0.25, pattern="random", role="peer", note="", case="base", p50_ms=1.0, ratio_to_ours=None, peak_mib=None,
+)  # fmt: skip
 
 
 def table(rows, device=CPU):
@@ -68,15 +56,12 @@ def test_the_actor_is_compared_in_both_modes(device):
     assert (found["measured"], found["verdict"]) == (0.9, "missed by 10%")
 
 
-def memory_rows(mode, power):
-    return [
+def test_memory_table_and_its_targets():
+    rows = [
         {**BASE, "mode": mode, "num_tokens": n, "provider": "toprl (eager)", "peak_mib": (n / 576) ** power}
+        for mode, power in (("hard fwd", 1.0), ("hard fwd+bwd", 1.1), ("soft fwd+bwd+mask", 2.0))
         for n in (576, 2304)
     ]
-
-
-def test_memory_table_and_its_targets():
-    rows = memory_rows("hard fwd", 1.0) + memory_rows("hard fwd+bwd", 1.1) + memory_rows("soft fwd+bwd+mask", 2.0)
     found = memory_table(rows, CPU)
     assert [row["mode"] for row in found] == ["hard fwd", "hard fwd+bwd", "soft fwd+bwd+mask"]
     assert [row["exponent"] for row in found] == pytest.approx([1.0, 1.1, 2.0])
@@ -85,27 +70,29 @@ def test_memory_table_and_its_targets():
     assert verdict_of(rows, "memory with mask gradient")["met"] is False
 
 
-def test_targets_of_a_gpu():
-    soft = {**BASE, "mode": "soft fwd+bwd+mask", "keep": None}
-    rows = [
-        {**BASE, "dtype": "bfloat16", "provider": "sdpa dense (bound)", "ratio_to_ours": 3.3},
-        {**BASE, "shape": "B1 H32/8 N2048 D128", "keep": 1.0, "provider": "sdpa dense (bound)", "ratio_to_ours": 0.9},
-        {**soft, "provider": "toprl (triton)", "role": "ours", "p50_ms": 3.2},
-        {**soft, "provider": "ours, forward only", "role": "bound", "p50_ms": 1.0},
-        {**soft, "provider": "ours, no mask gradient", "role": "bound", "p50_ms": 3.0},
-        {**BASE, "op": "topk_compact", "mode": "fwd", "role": "ours", "provider": "toprl (triton)", "batch": 32,
-         "num_tokens": 2880, "hidden_size": 4096, "floor_percent": 85.0},
-        {**BASE, "op": "topk_compact", "mode": "fwd", "role": "ours", "provider": "toprl (triton)", "batch": 1,
-         "num_tokens": 576, "hidden_size": 4096, "floor_percent": 3.0},
-        {**BASE, "op": "actor_score", "mode": "fwd", "role": "ours", "provider": "toprl (triton)", "num_tokens": 2880,
-         "floor_percent": 60.0},
-    ]  # fmt: skip
-    assert verdict_of(rows, "flash backend of SDPA over all tokens", CUDA)["met"] is True
-    assert verdict_of(rows, "all-ones mask", CUDA)["verdict"] == "missed by 5%"
-    cost = verdict_of(rows, "backward with mask gradient", CUDA)
-    assert cost["measured"] == pytest.approx(1.1) and cost["bar"] == "<= 1.1x"
-    assert verdict_of(rows, "copy bandwidth", CUDA)["measured"] == 85.0  # small sizes are bound by their launches
-    assert verdict_of(rows, "actor_score of its floor", CUDA)["met"] is False
-    assert all(
-        row["verdict"] == "not measured: the run is on cuda" for row in table(rows, CUDA) if row["device"] == "cpu"
-    )
+OURS = {"role": "ours", "provider": "toprl (triton)"}
+TOPK = {"op": "topk_compact", "mode": "fwd", "hidden_size": 4096, **OURS}
+
+
+@pytest.mark.parametrize(
+    ("words", "rows", "measured", "is_met"),
+    [
+        ("flash backend of SDPA over all tokens",
+         [{"dtype": "bfloat16", "provider": "sdpa dense (bound)", "ratio_to_ours": 3.3}], 3.3, True),
+        ("all-ones mask",
+         [{"shape": "B1 H32/8 N2048 D128", "keep": 1.0, "provider": "sdpa dense (bound)", "ratio_to_ours": 0.9}],
+         0.9, False),
+        ("backward with mask gradient",
+         [{"mode": "soft fwd+bwd+mask", **OURS, "p50_ms": 3.1},
+          {"mode": "soft fwd+bwd+mask", "provider": "ours, forward only", "p50_ms": 1.0},
+          {"mode": "soft fwd+bwd+mask", "provider": "ours, no mask gradient", "p50_ms": 3.0}], 1.05, True),
+        ("copy bandwidth",  # small sizes are bound by their launches
+         [{**TOPK, "batch": 32, "num_tokens": 2880, "floor_percent": 85.0},
+          {**TOPK, "num_tokens": 576, "floor_percent": 3.0}], 85.0, True),
+        ("actor_score of its floor",
+         [{"op": "actor_score", "mode": "fwd", "num_tokens": 2880, **OURS, "floor_percent": 60.0}], 60.0, False),
+    ],
+)  # fmt: skip
+def test_targets_of_a_gpu(words, rows, measured, is_met):
+    found = verdict_of([{**BASE, **row} for row in rows], words, CUDA)
+    assert found["measured"] == pytest.approx(measured) and found["met"] is is_met

@@ -26,7 +26,7 @@ def test_phases_of_a_run(monkeypatch):
         (Path(config.output_dir) / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
     monkeypatch.setattr(trainer, "main", run)
-    setup, iteration, rollout, update = trainer._phases(3, 256, torch.device("cpu"))
+    setup, iteration, rollout, update = trainer.phases(3, 256, torch.device("cpu"))
     assert setup["part"] == "setup" and setup["seconds"] == pytest.approx(20 - 12)
     assert iteration["seconds"] == 4.0 and iteration["samples_per_second"] == 128 / 4.0
     assert (rollout["part"], rollout["seconds"], rollout["share"]) == ("rollout", 2.0, pytest.approx(6 / 9))

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -64,11 +65,8 @@ def test_the_fastest_wins_by_a_margin(
 @pytest.mark.usefixtures("two_candidates")
 @pytest.mark.parametrize("wrong", [1.001, torch.nan])
 def test_a_wrong_result_aborts(wrong: float) -> None:
-    def run() -> list[Tensor]:
-        return [torch.full((3,), wrong if in_force() == GOOD else 1.0)]
-
     with pytest.raises(tune.WrongResultError, match=r"masked_attention_fwd test with 16,32,4,1,1 is .* away"):
-        tune.best_config(problem(run), CPU, timer_of({}))
+        tune.best_config(problem(lambda: [torch.full((3,), wrong if in_force() == GOOD else 1.0)]), CPU, timer_of({}))
 
 
 @pytest.mark.usefixtures("two_candidates")
@@ -85,30 +83,23 @@ def test_a_candidate_that_does_not_fit_is_passed_over(capsys: pytest.CaptureFixt
 
 
 def test_real_candidates_are_launched_and_agree(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two candidates per kernel on tiny problems: each problem launches its kernel, block sizes change no result."""
-    problems = [
-        *tune.attention_problems(CPU, tokens=20, heads=(1, 1), head_dims=(16,), dtypes=(torch.float32,)),
-        *tune.actor_problems(CPU, tokens=(20,), widths=(48, 16), dtypes=(torch.float32,)),
-    ]
+    """A candidate per kernel on tiny problems: each problem launches its kernel, block sizes change no result."""
+    problems = [*tune.attention_problems(CPU, tune.REHEARSAL), *tune.actor_problems(CPU, tune.REHEARSAL)]
     assert {each.kernel for each in problems} == set(tune.CANDIDATES)
     asked: set[str] = set()
-    for module in ("attention.triton", "actor.triton"):
-        launcher = importlib.import_module(f"toprl_kernels.{module}")
-        home = launcher if hasattr(launcher, "select") else launcher.configs
-        select = home.select
+    select = configs.select
 
-        def recording(kernel: str, *, select: Callable[..., LaunchConfig] = select, **options: object) -> LaunchConfig:
-            asked.add(kernel)
-            return select(kernel, **options)
+    def recording(kernel: str, **options: Any) -> LaunchConfig:
+        asked.add(kernel)
+        return select(kernel, **options)
 
-        monkeypatch.setattr(home, "select", recording)
-    for each in problems:
-        asked.clear()
-        each.run()
-        assert each.kernel in asked
+    monkeypatch.setattr(configs, "select", recording)
     for kernel, candidates in list(tune.CANDIDATES.items()):
         monkeypatch.setitem(tune.CANDIDATES, kernel, candidates[-1:])
-    assert len(tune.tune(problems, CPU, timer_of({}))) == len(tune.CANDIDATES)
+    for each in problems:
+        asked.clear()
+        assert tune.tune([each], CPU, timer_of({}))
+        assert each.kernel in asked
 
 
 def test_a_bucket_keeps_the_worst_point() -> None:
@@ -118,7 +109,7 @@ def test_a_bucket_keeps_the_worst_point() -> None:
         call()
         return next(milliseconds)
 
-    found = tune.actor_times(CPU, timer, tokens=(5, 6, 7), widths=((16, 8),), dtypes=(torch.float32,))
+    found = tune.actor_times(CPU, timer, replace(tune.REHEARSAL, actor_tokens=(5, 6, 7), actor_widths=((16, 8),)))
     assert found == {("actor_score", "32 bit", (8, 16, 8)): (3.0, 2.0)}
 
 
@@ -127,10 +118,10 @@ def pretended(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     monkeypatch.setattr(configs, "capability_of", lambda device: (9, 0))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA Test")
     monkeypatch.delenv(configs.ENVIRONMENT_VARIABLE, raising=False)
-    monkeypatch.setattr(tune, "attention_problems", lambda device: [problem(lambda: [torch.ones(3)])])
-    monkeypatch.setattr(tune, "actor_problems", lambda device: [])
+    monkeypatch.setattr(tune, "attention_problems", lambda device, sizes: [problem(lambda: [torch.ones(3)])])
+    monkeypatch.setattr(tune, "actor_problems", lambda device, sizes: [])
     times = {("actor_score", "32 bit", (8, 16, 8)): configs.Times(3.0, 2.0)}
-    monkeypatch.setattr(tune, "actor_times", lambda device, timer: times)
+    monkeypatch.setattr(tune, "actor_times", lambda device, timer, sizes: times)
     monkeypatch.setitem(tune.CANDIDATES, KERNEL, [GOOD])
     return tmp_path / "measured.json"
 
@@ -140,26 +131,16 @@ def timer_on_cuda(call: Callable[[], object]) -> float:
     return 1.0 if configs._overrides.get(KERNEL) == GOOD else 2.0
 
 
-def test_run_writes_what_select_reads(pretended: Path) -> None:
+def test_rows_are_written_kept_and_replaced(pretended: Path) -> None:
+    """``select`` reads them; one kernel keeps the others, unless of another version; a corrupt file stays as it is."""
     cuda = torch.device("cuda", 0)
     assert tune.run(cuda, "", pretended, timer_on_cuda) == pretended
     with tune.using(pretended):
         assert configs.select(KERNEL, size=64, dtype=torch.float32, device=cuda) == GOOD
         assert "1 timings measured on NVIDIA Test" in configs.describe(cuda)
-
-
-def test_one_kernel_keeps_the_other_rows(pretended: Path) -> None:
-    cuda = torch.device("cuda", 0)
-    tune.run(cuda, "", pretended, timer_on_cuda)
     before = configs.read(pretended, "sm_90", "sm_90")
     tune.run(cuda, "actor_score", pretended, timer_on_cuda)
     assert configs.read(pretended, "sm_90", "sm_90") == before
-
-
-def test_one_kernel_into_another_file(pretended: Path) -> None:
-    """Rows of another version are replaced; a corrupt file stays as it is."""
-    cuda = torch.device("cuda", 0)
-    tune.run(cuda, "", pretended, timer_on_cuda)
     pretended.write_text(pretended.read_text().replace(configs.triton_version(), "2.0"))
     tune.run(cuda, "actor_score", pretended, timer_on_cuda)
     assert configs.read(pretended, "sm_90", "sm_90").configs == {}
@@ -170,16 +151,13 @@ def test_one_kernel_into_another_file(pretended: Path) -> None:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens without a CUDA device, and there is one")
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
+def test_refusals(capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments, message in (
         ([], "this needs a CUDA device"),
-        (["--kernel", "nothing"], "--kernel nothing is in none of masked_attention_fwd"),
-    ],
-)
-def test_refusals(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert tune.main(arguments) == 2
-    assert message in capsys.readouterr().err
+        (["--kernel", "nothing"], "--kernel nothing matches none of masked_attention_fwd"),
+    ):
+        assert tune.main(arguments) == 2
+        assert message in capsys.readouterr().err
 
 
 def test_candidates_are_possible() -> None:

@@ -60,11 +60,11 @@ def test_every_shipped_kernel(architecture: str, tmp_path: Path) -> None:
 
 BEFORE = {"fwd": "128,64,8,3", "bwd_dq": "128,64,8,3", "bwd_dkdv": "32,64,8,2"}
 AFTER = {"fwd": "128,64,8,5", "bwd_dq": "128,64,8,5", "bwd_dkdv": "64,128,8,2"}  # the last spills, not in its loop
-TWICE, OLD = (
-    [f"loop {i}: {text}" for i in (0, 1)]
-    for text in ("every product is computed 1.5 times", "products by HMMA.16816.F32.BF16")
-)
 WAITS = ["loop 0: 2 buffers, wait 0"]
+TWICE, OLD = (
+    [f"loop {i}: {what}" for i in (0, 1)]
+    for what in ("every product is computed 1.5 times", "products by HMMA.16816.F32.BF16")
+)
 
 
 @pytest.mark.slow

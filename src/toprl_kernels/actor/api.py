@@ -161,8 +161,8 @@ def _forward(hidden_states: Tensor, *arguments: Any) -> Tensor:
     if backend == MEASURED:
         tokens = hidden_states.shape[0] * (hidden_states if indices is None else indices).shape[1]
         like = weights.fc1_weight
-        measured = configs.faster(OP, (tokens, like.shape[1], like.shape[0]), like.dtype, like.device)
-        backend = measured.name if measured is not None else "triton" if tokens <= FUSED_TOKENS else "eager"
+        backend = configs.faster(OP, (tokens, like.shape[1], like.shape[0]), like.dtype, like.device)
+        backend = backend or ("triton" if tokens <= FUSED_TOKENS else "eager")
     if backend == "triton":
         from toprl_kernels.actor.triton import actor_score_triton
 
