@@ -188,7 +188,7 @@ def providers_of(case: AttentionCase, x: Inputs) -> list[Provider]:
         with sdpa_kernel(SDPBackend.FLASH_ATTENTION) if flash else contextlib.nullcontext():
             return peers.sdpa(query, key, value, causal=causal)
 
-    found = [Provider(our_name(x.query.device), run(ours), "ours"), Provider("torch eager (Eq. 7)", run(eager))]
+    providers = [Provider(our_name(x.query.device), run(ours), "ours"), Provider("torch eager (Eq. 7)", run(eager))]
     if case.mask == "hard":
         kept = x.keep.nonzero()[:, 1].view(batch, -1)
         bool_mask = cache(lambda: peers.bool_mask(x.keep, causal))
@@ -199,7 +199,7 @@ def providers_of(case: AttentionCase, x: Inputs) -> list[Provider]:
         build_flex = lambda q, k, v, m: flex(q, k, v, block_mask=peers.hard_block_mask(m, causal, create))  # noqa: E731
         merge = lambda q, k, v, _: peers.flex_compacted(flex, q, k, v, kept, compacted())  # noqa: E731
         cells = batch * num_tokens**2
-        found += [
+        providers += [
             Provider("sdpa bool mask", run(lambda q, k, v, _: peers.sdpa(q, k, v, bool_mask())), resident=cells),
             Provider("sdpa bool mask + build", run(lambda q, k, v, m: peers.sdpa(q, k, v, peers.bool_mask(m, causal)))),
             Provider("sdpa float mask", run(lambda q, k, v, _: peers.sdpa(q, k, v, float_mask())),
@@ -212,21 +212,21 @@ def providers_of(case: AttentionCase, x: Inputs) -> list[Provider]:
         past = cache(lambda: peers.causal_block_mask(num_tokens, x.query.device) if causal else None)
         given = lambda q, k, v, m: peers.sdpa(q, k, v, peers.float_mask(m, causal, case.dtype))  # noqa: E731
         score = lambda q, k, v, m: peers.flex_soft(flex, q, k, v, m, past())  # noqa: E731
-        found += [
+        providers += [
             Provider("sdpa float mask + build", run(given)),
             Provider("flex score_mod", run(score), compiled=True),
         ]
         if case.mask_gradient and x.query.is_cuda:  # parts of our call: what the gradient of the mask adds on a GPU
-            found.append(Provider("ours, forward only", call_of(ours, x, backward=False), "bound"))
-            found.append(Provider("ours, no mask gradient", call_of(ours, x, backward=True), "bound"))
-    found.append(Provider("torch.compile of eager", run(graph(eager, fullgraph=True)), compiled=True))
+            providers.append(Provider("ours, forward only", call_of(ours, x, backward=False), "bound"))
+            providers.append(Provider("ours, no mask gradient", call_of(ours, x, backward=True), "bound"))
+    providers.append(Provider("torch.compile of eager", run(graph(eager, fullgraph=True)), compiled=True))
     over_all = call_of(dense, x, backward=case.backward)
-    found.append(Provider("sdpa dense (bound)", over_all, "bound", work_of(case, torch.ones_like(x.keep))))
+    providers.append(Provider("sdpa dense (bound)", over_all, "bound", work_of(case, torch.ones_like(x.keep))))
     if case.mask == "hard":  # tensors of the kept tokens alone, as a layer after compaction sees them
         small = Inputs._make(t.gather(1, kept) if t.ndim == 2 else peers.gather_rows(t, kept) for t in x)
         call, work = call_of(dense, small, backward=case.backward), work_of(case, small.keep)
-        found.append(Provider("sdpa over kept tokens (floor)", call, "bound", work))
-    return found
+        providers.append(Provider("sdpa over kept tokens (floor)", call, "bound", work))
+    return providers
 
 
 # -- decoding ------------------------------------------------------------------------------------------------------

@@ -364,7 +364,7 @@ def loops_of_ttgir(text: str) -> list[Loop]:
             r"^(#\w+) = #ttg.nvidia_mma<.*warpsPerCTA = \[([\d, ]+)\], instrShape = \[([\d, ]+)\]", text, re.MULTILINE
         )
     }
-    found: list[Loop] = []
+    finished: list[Loop] = []
     stack: list[tuple[int, Loop, list[float]]] = []  # indentation, loop, multiply-adds [needed, computed]
     buffers: list[int] = []  # of the allocations since the last loop began
     for line in text.splitlines():
@@ -373,7 +373,7 @@ def loops_of_ttgir(text: str) -> list[Loop]:
             _, loop, (needed, computed) = stack.pop()
             if loop.tiles and loop.buffers >= 0:
                 loop.redundancy = round(computed / needed, 2)
-                found.append(loop)
+                finished.append(loop)
                 for _, outer, _ in stack:
                     outer.buffers = -1  # not innermost
         elif "scf.for" in line:
@@ -393,7 +393,7 @@ def loops_of_ttgir(text: str) -> list[Loop]:
                 times = math.prod(max(1.0, w * s / size) for w, s, size in zip(warps, shape, (m, n), strict=False))
             stack[-1][2][0] += m * n * k
             stack[-1][2][1] += m * n * k * times
-    return found
+    return finished
 
 
 def matrix_loops(code: list[tuple[int, str]], product: str) -> list[list[str]]:
@@ -430,8 +430,8 @@ def matrix_loops(code: list[tuple[int, str]], product: str) -> list[list[str]]:
         if 0 not in body or head == 0:
             loops[head] = loops.get(head, set()) | body
     texts = {head: [text for i in sorted(body) for _, text in blocks[i]] for head, body in loops.items()}
-    found = [head for head in loops if any(re.search(rf"\b({product})", text) for text in texts[head])]
-    return [texts[head] for head in sorted(found) if not any(loops[other] < loops[head] for other in found)]
+    heads = [head for head in loops if any(re.search(rf"\b({product})", text) for text in texts[head])]
+    return [texts[head] for head in sorted(heads) if not any(loops[other] < loops[head] for other in heads)]
 
 
 # -- command -------------------------------------------------------------------------------------------------------

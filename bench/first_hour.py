@@ -116,10 +116,10 @@ def run_step(step: Step, logs: Path, seconds: float, dry_run: bool) -> tuple[str
     """Status and note. The output goes to a log, whose end is the note of a failure."""
     command = [sys.executable]
     if step.tool:
-        found = shutil.which(step.tool) or shutil.which(step.tool, path="/usr/local/cuda/bin")
-        if found is None:
+        program = shutil.which(step.tool) or shutil.which(step.tool, path="/usr/local/cuda/bin")
+        if program is None:
             return "missing", f"{step.tool} is not on this machine (it comes with the CUDA toolkit)"
-        command = [found]
+        command = [program]
     variables = {"PYTHONPATH": f"{ROOT / 'src'}{os.pathsep}{ROOT}"}
     if dry_run:
         variables |= {"TRITON_INTERPRET": "1", "TOPRL_KERNELS_BACKEND": "triton"}
@@ -214,15 +214,15 @@ def page(folder: Path, where: Row, done: dict[str, Row]) -> str:
 
 def targets(tables: dict[str, list[Row]], device_type: str, done: dict[str, Row]) -> list[Row]:
     """Target, bar, measured value and verdict."""
-    found = [row for row in tables.get("kernels_targets", []) if row["device"] == device_type]
+    verdicts = [row for row in tables.get("kernels_targets", []) if row["device"] == device_type]
     for name in ("cuda tests", "memcheck", "racecheck"):
         status = done.get(name, {}).get("status", "to do")
         text = {"done": "met", "failed": "missed"}.get(status, f"not measured: {status}")
-        found.append({"target": f"{name} without an error", "verdict": text})
+        verdicts.append({"target": f"{name} without an error", "verdict": text})
 
     def add(target: str, bar: float, values: list[float], is_larger: bool) -> None:
         worst: Value = (min if is_larger else max)(values, default="no row of it")
-        found.append(verdict(target, is_larger, bar, worst))
+        verdicts.append(verdict(target, is_larger, bar, worst))
 
     per_stage = "profiled_per_stage" if device_type == "cuda" else "launches_per_stage"
     actor = [row[per_stage] for row in tables.get("stage", []) if row["policy"] == "toprl"]
@@ -236,7 +236,7 @@ def targets(tables: dict[str, list[Row]], device_type: str, done: dict[str, Row]
         fastest[key] = min(row["ms"], fastest.get(key, row["ms"]))
     ratios = [row["ms"] / fastest[row["kernel"], row["tokens"]] for row in timed if row["pinned"]]
     add("pinned configuration over the fastest of the sweep, worst case", 1.05, ratios, False)
-    return [{name: row.get(name) for name in ("target", "bar", "measured", "verdict")} for row in found]
+    return [{name: row.get(name) for name in ("target", "bar", "measured", "verdict")} for row in verdicts]
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -292,9 +292,9 @@ def largest(tensor: Tensor) -> float:
 def check_cache(where: str, case: Case, cache: Any, schedule: Schedule | None) -> None:
     """Each layer's keys and values must be as many as the schedule's segment says."""
     expected = [tokens + case.text_tokens for tokens, layers in segments_of(case, schedule) for _ in range(layers)]
-    found = [(layer.keys.shape[2], layer.values.shape[2]) for layer in cache.layers]
-    if found != [(n, n) for n in expected]:
-        raise WrongPrefillError(f"{where}: keys and values per layer are {found}, the schedule says {expected} of each")
+    sizes = [(layer.keys.shape[2], layer.values.shape[2]) for layer in cache.layers]
+    if sizes != [(n, n) for n in expected]:
+        raise WrongPrefillError(f"{where}: keys and values per layer are {sizes}, the schedule says {expected} of each")
 
 
 # -- timing --------------------------------------------------------------------------------------------------------

@@ -36,8 +36,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that ``bench`
 
 from bench.common import Report, environment, table
 
-SUITES = {name: name for name in ("kernels", "stage", "prefill", "generate", "trainer")}  # and the module of each
-SUITES |= {"decode": "kernels", "overhead": "generate"}
+SUITES = ("kernels", "decode", "stage", "prefill", "generate", "overhead", "trainer")
+MODULES = {"decode": "kernels", "overhead": "generate"}  # the others are in a module of their name
 # What a terminal has room for; the files have every column
 PRINTED = dict.fromkeys(
     ("kernels", "decode"),
@@ -66,7 +66,7 @@ def main(arguments: list[str] | None = None) -> int:
     for suite in SUITES if options.suite == "all" else (options.suite,):
         begin = time.perf_counter()
         report = Report(suite, where, options.output_dir, resume=options.resume)
-        importlib.import_module(f"bench.{SUITES[suite]}").run(options.size, device, report)
+        importlib.import_module(f"bench.{MODULES.get(suite, suite)}").run(options.size, device, report)
         seconds = time.perf_counter() - begin
         print(f"\n{suite} ({seconds:.0f} s)\n\n{table(report.rows, PRINTED.get(suite))}")
         for name, rows in report.tables.items():

@@ -49,10 +49,10 @@ def select(rows: Iterable[Row], **wanted: object) -> list[Row]:
 
 def worst_ratio(rows: list[Row], providers: tuple[str, ...], **wanted: object) -> Value:
     """The smallest ratio_to_ours of any of the providers over the cases that match."""
-    found = [row for row in select(rows, **wanted) if row["provider"] in providers]
-    if timed := [row["ratio_to_ours"] for row in found if row["ratio_to_ours"] is not None]:
+    matching = [row for row in select(rows, **wanted) if row["provider"] in providers]
+    if timed := [row["ratio_to_ours"] for row in matching if row["ratio_to_ours"] is not None]:
         return min(timed)
-    notes = {row["note"] for row in found} - {"", None}
+    notes = {row["note"] for row in matching} - {"", None}
     return "; ".join(sorted(notes)) or f"no row of {' or '.join(providers)} in this run"
 
 
@@ -62,7 +62,7 @@ def versus(*providers: str, **wanted: object) -> Measure:
 
 def memory_table(rows: list[Row], device: torch.device) -> list[Row]:
     """Peak memory over N: one row per mode and provider, one column per size, and the exponent between its ends."""
-    found = []
+    lines = []
     for mode in (*HARD, SOFT_BACKWARD):
         sweep = [
             row
@@ -75,8 +75,8 @@ def memory_table(rows: list[Row], device: torch.device) -> list[Row]:
                 points.setdefault(row["num_tokens"], row["peak_mib"])  # the sweep comes before the other layouts
             if points:
                 sizes = {f"N={size} MiB": round(points[size], 2) for size in sorted(points)}
-                found.append({"mode": mode, "provider": provider, **sizes, "exponent": exponent(points)})
-    return found
+                lines.append({"mode": mode, "provider": provider, **sizes, "exponent": exponent(points)})
+    return lines
 
 
 def exponent(points: dict[int, float]) -> float | None:
@@ -90,8 +90,8 @@ def exponent(points: dict[int, float]) -> float | None:
 def our_exponent(*modes: str) -> Measure:
     def measure(rows: list[Row]) -> Value:
         cpu = torch.device("cpu")
-        found = [row for row in select(memory_table(rows, cpu), provider=our_name(cpu)) if row["mode"] in modes]
-        known = [row["exponent"] for row in found if row["exponent"] is not None]
+        matching = [row for row in select(memory_table(rows, cpu), provider=our_name(cpu)) if row["mode"] in modes]
+        known = [row["exponent"] for row in matching if row["exponent"] is not None]
         return max(known, default="fewer than two sizes in this run")
 
     return measure
@@ -109,8 +109,8 @@ def mask_gradient_cost(rows: list[Row]) -> Value:
 
 
 def all_kept_against_flash(rows: list[Row]) -> Value:
-    found = select(rows, op="masked_attention", mode="hard fwd", keep=1.0)
-    return worst_ratio([row for row in found if "D128" in row["shape"] and row["num_tokens"] >= 2048], (DENSE,))
+    matching = select(rows, op="masked_attention", mode="hard fwd", keep=1.0)
+    return worst_ratio([row for row in matching if "D128" in row["shape"] and row["num_tokens"] >= 2048], (DENSE,))
 
 
 def copy_percent(rows: list[Row]) -> Value:
@@ -123,8 +123,8 @@ def copy_percent(rows: list[Row]) -> Value:
 
 
 def actor_percent(rows: list[Row]) -> Value:
-    found = select(rows, op="actor_score", mode="fwd", num_tokens=2880, role="ours")
-    return min((row["floor_percent"] for row in found), default="n = 2880 is not in this run")
+    matching = select(rows, op="actor_score", mode="fwd", num_tokens=2880, role="ours")
+    return min((row["floor_percent"] for row in matching), default="n = 2880 is not in this run")
 
 
 _attention = partial(versus, op="masked_attention", num_tokens=BASE_SIZE, keep=BASE_KEEP, pattern="random", batch=1)

@@ -226,15 +226,15 @@ def _require_equal(
 
 def actor_times(device: torch.device, timer: Timer, sizes: Sizes) -> dict[tuple[str, str, Bucket], Times]:
     """actor_score by kernels and by the eager path. A bucket with several points keeps the worst for the kernels."""
-    found: dict[tuple[str, str, Bucket], Times] = {}
+    slowest: dict[tuple[str, str, Bucket], Times] = {}
     for dtype, (d1, d2), tokens in itertools.product(sizes.dtypes, sizes.actor_widths, sizes.actor_tokens):
         score = _scorer(device, dtype, tokens, d1, d2)
         times = Times(*(timer(partial(score, backend)) for backend in ("triton", "eager")))
         key = ("actor_score", configs.KINDS[dtype], configs.size_bucket((tokens, d1, d2)))
         print(f"actor_score N={tokens} d1={d1} d2={d2} {dtype}: triton {times.triton:.4f} eager {times.eager:.4f}")
-        if key not in found or times.triton / times.eager > found[key].triton / found[key].eager:
-            found[key] = times
-    return found
+        if key not in slowest or times.triton / times.eager > slowest[key].triton / slowest[key].eager:
+            slowest[key] = times
+    return slowest
 
 
 def tune(
@@ -287,10 +287,10 @@ def run(device: torch.device, only: str, output: Path | None, timer: Timer) -> P
     sizes = REHEARSAL if rehearse else Sizes()
     capability = "sm_90" if rehearse else configs.capability_name(device)
     path = output or configs.measurements_path(capability)
-    found = Measurements("rehearsal" if rehearse else torch.cuda.get_device_name(device), {}, {})
+    known = Measurements("rehearsal" if rehearse else torch.cuda.get_device_name(device), {}, {})
     if only and path.exists():
         with contextlib.suppress(configs.OtherVersionError):  # nothing in it to keep
-            found = configs.read(path, capability, configs.architecture_of(device))
+            known = configs.read(path, capability, configs.architecture_of(device))
     wanted = {name for name in CANDIDATES if re.search(only, name)}
     sources = {"masked_attention": attention_problems, "actor": actor_problems}
     problems = (
@@ -300,12 +300,12 @@ def run(device: torch.device, only: str, output: Path | None, timer: Timer) -> P
         for problem in make(device, sizes)
         if problem.kernel in wanted
     )
-    found.configs.update(tune(problems, device, timer, at_most=2 if rehearse else None))
-    write(path, capability, found)
+    known.configs.update(tune(problems, device, timer, at_most=2 if rehearse else None))
+    write(path, capability, known)
     if re.search(only, "actor_score"):
         with using(path):  # with the configurations just measured
-            found.times.update(actor_times(device, timer, sizes))
-        write(path, capability, found)
+            known.times.update(actor_times(device, timer, sizes))
+        write(path, capability, known)
     return path
 
 
