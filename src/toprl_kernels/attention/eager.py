@@ -161,7 +161,7 @@ def masked_attention_forward_eager(
     lse = pairs.mask.new_empty(0)
     if return_lse:
         kept = gather(key, value, pairs, everything=False)
-        lse = torch.cat([_scores(query, key, kept, pairs, *tile, scale)[2] for tile in _tiles(query, kept, pairs)], 3)
+        lse = torch.cat([_scores(query, key, kept, pairs, *tile, scale)[4] for tile in _tiles(query, kept, pairs)], 3)
         lse = lse.flatten(1, 2).squeeze(-1)
     for flags, number, logarithm in ((is_bad_row, torch.nan, torch.nan), (~pairs.is_row, 0.0, torch.inf)):
         if flags is not None:
@@ -204,30 +204,29 @@ def masked_attention_backward_eager(
     grad_query, grad_own = torch.zeros_like(query), [torch.zeros_like(tensor[:, :, own]) for tensor in (key, value)]
     grad_key, grad_value, grad_mask = (torch.zeros_like(tensor) for tensor in (kept.key, kept.value, kept.mask))
     for rows, columns in _tiles(query, kept, pairs):
-        ratio, gate, _ = _scores(query, key, kept, pairs, rows, columns, scale)
+        ratio, gate, ratio_self, rest, _ = _scores(query, key, kept, pairs, rows, columns, scale)
         keys, values = kept.key[:, :, columns], kept.value[:, :, columns]
         key_self, value_self = (tensor[:, :, None, own][..., rows, :] for tensor in (key, value))  # [B, Hkv, 1, R, D]
         q, gradient = (tensor[:, :, rows].unflatten(1, (key.shape[1], -1)) for tensor in (query, grad_output))
-        weights = ratio * gate
-        slope = torch.cat([(gradient * value_self).sum(dim=-1, keepdim=True), _product(gradient, values)], dim=-1)
-        slope -= (weights * slope).sum(dim=-1, keepdim=True)  # dO.V - D
+        weights, weights_self = ratio * gate, ratio_self * rest
+        slope, slope_self = _product(gradient, values), (gradient * value_self).sum(dim=-1, keepdim=True)
+        delta = torch.linalg.vecdot(weights, slope)[..., None] + weights_self * slope_self  # D
+        slope, slope_self = slope.sub_(delta), slope_self - delta  # dO.V - D
         if needs[3]:
             if bounded_mask_grad:
                 ratio = torch.where(gate == 0, ratio / (1.0 + ratio), ratio)
-            by_mask = (slope * ratio)[..., 1:].sum(dim=(1, 2))  # [B, R, K]
+            by_mask = (slope * ratio).sum(dim=(1, 2))  # [B, R, K]
             # G_ii is a constant: by comparison, since a subtraction would leave rounding
             is_other = kept.tokens[:, None, columns] != torch.arange(key.shape[2], device=key.device)[own][rows, None]
             zero = torch.zeros_like(kept.mask[:, columns])
             by_mask = by_mask.where(is_other & (pairs.bias(rows, kept.tokens[:, columns], zero) == 0), 0.0)
             grad_mask[:, columns] += by_mask.sum(dim=1)
-        slope *= weights * scale
-        grad_query[:, :, rows] = (_product(slope[..., 1:], keys.transpose(2, 3)) + slope[..., :1] * key_self).flatten(
-            1, 2
-        )
-        grad_key[:, :, columns] += slope[..., 1:].flatten(2, 3).transpose(2, 3) @ q.flatten(2, 3)
-        grad_value[:, :, columns] += weights[..., 1:].flatten(2, 3).transpose(2, 3) @ gradient.flatten(2, 3)
-        grad_own[0][:, :, rows] = (slope[..., :1] * q).sum(dim=2)
-        grad_own[1][:, :, rows] = (weights[..., :1] * gradient).sum(dim=2)
+        slope, slope_self = slope.mul_(weights).mul_(scale), slope_self * weights_self * scale
+        grad_query[:, :, rows] = (_product(slope, keys.transpose(2, 3)) + slope_self * key_self).flatten(1, 2)
+        grad_key[:, :, columns] += slope.flatten(2, 3).transpose(2, 3) @ q.flatten(2, 3)
+        grad_value[:, :, columns] += weights.flatten(2, 3).transpose(2, 3) @ gradient.flatten(2, 3)
+        grad_own[0][:, :, rows] = (slope_self * q).sum(dim=2)
+        grad_own[1][:, :, rows] = (weights_self * gradient).sum(dim=2)
 
     grad_key, grad_value = (kept.scattered(tensor, key.shape[2]) for tensor in (grad_key, grad_value))
     grad_key[:, :, own] += grad_own[0]
@@ -252,7 +251,8 @@ def masked_attention_backward_eager(
 def _tiles(query: Tensor, kept: Kept, pairs: Pairs) -> Iterator[tuple[slice, slice]]:
     """Cut the queries into tiles, with the columns of ``kept`` that any row of a tile may see."""
     size = query.shape[0] * query.shape[1] * kept.mask.shape[1] * pairs.mask.element_size()
-    for rows, first, last in pairs.blocks(kept.before, max(FEWEST_TILE_ROWS, TILE_BYTES // max(size, 1))):
+    step = min(max(FEWEST_TILE_ROWS, TILE_BYTES // max(size, 1)), max(FEWEST_TILE_ROWS, -(-query.shape[2] // BLOCKS)))
+    for rows, first, last in pairs.blocks(kept.before, step):
         yield rows, slice(first, last)
 
 
@@ -263,22 +263,28 @@ def _product(left: Tensor, right: Tensor) -> Tensor:
 
 def _scores(
     query: Tensor, key: Tensor, kept: Kept, pairs: Pairs, rows: slice, columns: slice, scale: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Compute a tile by the definition, in at least float32: R = exp(s - lse), G and lse, the own key as column 0.
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Compute a tile by the definition, in at least float32.
 
-    Shapes: R [B, Hkv, G, R, 1 + K], G [B, 1, 1, R, 1 + K], lse [B, Hkv, G, R, 1].
+    Returns:
+        R = exp(s - lse) [B, Hkv, G, R, K] and G [B, 1, 1, R, K] of the kept keys; the same [..., 1] of the row's own
+        key, whose G is what the list leaves over, 1 - m_i; and lse [B, Hkv, G, R, 1].
     """
     dtype, own = pairs.mask.dtype, slice(key.shape[2] - query.shape[2], None)
     q = query[:, :, rows].to(dtype).unflatten(1, (key.shape[1], -1))
     key_self = key[:, :, None, own][..., rows, :].to(dtype)
-    mask = kept.mask[:, columns]
-    gate = pairs.bias(rows, kept.tokens[:, columns], mask).clamp(min=0.0)  # -inf where not allowed
-    gate = torch.cat([1.0 - pairs.mask[:, own][:, rows, None], gate], dim=-1)[:, None, None]
-    scores = [(q * key_self).sum(dim=-1, keepdim=True), _product(q, kept.key[:, :, columns].to(dtype))]
-    total = torch.cat(scores, dim=-1) * scale
-    shift = total.masked_fill(gate == 0, -torch.inf).amax(dim=-1, keepdim=True)
-    lse = shift + ((total - shift).clamp(max=LARGEST_EXPONENT).exp() * gate).sum(dim=-1, keepdim=True).log()
-    return (total - lse).clamp(max=LARGEST_EXPONENT).exp(), gate, lse
+    gate = pairs.bias(rows, kept.tokens[:, columns], kept.mask[:, columns]).clamp_(min=0.0)  # -inf where not allowed
+    gate, rest = gate[:, None, None], 1.0 - pairs.mask[:, None, None, own][..., rows, None]
+    score = _product(q, kept.key[:, :, columns].to(dtype)).mul_(scale)
+    score_self = (q * key_self).sum(dim=-1, keepdim=True) * scale
+    shift = score_self.masked_fill(rest == 0, -torch.inf)
+    if score.shape[-1]:
+        shift = shift.maximum(score.masked_fill(gate == 0, -torch.inf).amax(dim=-1, keepdim=True))
+    total = rest * (score_self - shift).clamp_(max=LARGEST_EXPONENT).exp_()
+    total += ((score - shift).clamp_(max=LARGEST_EXPONENT).exp_() * gate).sum(dim=-1, keepdim=True)
+    lse = shift + total.log()
+    ratio, ratio_self = (part.sub_(lse).clamp_(max=LARGEST_EXPONENT).exp_() for part in (score, score_self))
+    return ratio, gate, ratio_self, rest, lse
 
 
 def _is_finite(tensor: Tensor) -> bool:
