@@ -6,7 +6,16 @@ import pytest
 import torch
 
 from tests.kernels.test_masked_attention import run
-from toprl_kernels import actor_score, compact_cache, masked_attention, sample_keep_mask, topk_compact
+from toprl_kernels import (
+    actor_score,
+    attention_plan,
+    compact_cache,
+    fold_actor_weights,
+    masked_attention,
+    prune_stage,
+    sample_keep_mask,
+    topk_compact,
+)
 from toprl_kernels.testing import assert_within_budget, make_actor_weights, make_attention_inputs
 
 pytestmark = pytest.mark.gpu
@@ -24,6 +33,30 @@ def test_attention(mask: str, dtype: torch.dtype, length: int, head_dim: int) ->
         assert_within_budget(*tensors, name=name, dtype=dtype)
     for _ in range(20):
         assert all(torch.equal(a, b) for a, b in zip(got, run(x, "triton", True, dtype), strict=True))
+
+
+@pytest.mark.parametrize("pattern", ["window", "images", "packed", "decoding"])
+@pytest.mark.parametrize(("head_dim", "value_dim"), [(64, 64), (128, 96), (512, 512)])
+def test_patterns(pattern: str, head_dim: int, value_dim: int) -> None:
+    num_queries = 2 if pattern == "decoding" else 700
+    x = make_attention_inputs(1, 4, 1, num_queries, 700, head_dim, mask="hard", dtype=torch.bfloat16, device="cuda")
+    value = torch.randn(1, 1, 700, value_dim, device="cuda", dtype=torch.bfloat16)
+    blocks = torch.full((1, 700), -1, device="cuda")
+    blocks[:, 100:420] = 0
+    patterns = {
+        "window": dict(is_causal=True, window=129),
+        "images": dict(is_causal=True, window=300, block_ids=blocks),
+        "packed": dict(is_causal=True, cu_seqlens=torch.tensor([0, 1, 300, 700], device="cuda")),
+        "decoding": dict(is_causal=True),
+    }[pattern]
+    results = []
+    for backend, dtype in (("triton", torch.bfloat16), ("reference", torch.bfloat16), ("reference", torch.float64)):
+        leaves = [tensor.to(dtype).requires_grad_() for tensor in (x.query, x.key, value)]
+        output = masked_attention(*leaves, x.keep_mask, **patterns, backend=backend)
+        gradients = torch.autograd.grad(output, leaves, torch.ones_like(output))
+        results.append([output, *gradients])
+    for name, *tensors in zip(("o", "dq", "dk", "dv"), *results, strict=True):
+        assert_within_budget(*tensors, name=name, dtype=torch.bfloat16)
 
 
 def test_automatic_choice_runs_without_synchronisation() -> None:
@@ -51,12 +84,19 @@ def test_cuda_graph_replays_on_new_data() -> None:
     keys, values = torch.randn(2, 4, 8, 576, 64, device="cuda", dtype=torch.bfloat16).unbind(0)
     query = torch.randn(4, 8, 576, 64, device="cuda", dtype=torch.bfloat16)
     keep_mask = torch.rand(4, 576, device="cuda") < 0.3
+    weights = fold_actor_weights(make_actor_weights(512, 64, device="cuda"), torch.bfloat16)
+    columns = torch.arange(576, device="cuda").expand(4, -1) - 5  # five tokens of text, then visual ones
+    columns = columns.where(columns >= 0, -1)
 
     def step() -> tuple[torch.Tensor, ...]:
         out = topk_compact(hidden, scores, 192)
         short_keys, short_values = compact_cache(keys, values, out.indices)
-        attended = masked_attention(query, keys, values, keep_mask, is_causal=True)
-        return out.indices, out.hidden_states, short_keys, short_values, attended
+        plan = attention_plan(keep_mask, is_causal=True)
+        attended = masked_attention(query, keys, values, plan=plan)
+        logits = actor_score(hidden, 0, weights)[:, 5:]
+        pruned = prune_stage(hidden, logits, columns, 192, tables=[hidden])
+        stage = (pruned.hidden_states, pruned.columns, pruned.tables[0])
+        return out.indices, out.hidden_states, short_keys, short_values, attended, *stage
 
     step()
     graph = torch.cuda.CUDAGraph()
