@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from toprl_kernels import attention_plan, masked_attention
+from toprl_kernels import attention_plan, configs, masked_attention
 from toprl_kernels.attention import eager
 from toprl_kernels.testing import make_attention_inputs
 
@@ -51,13 +52,16 @@ def sees(name: str, i: int, j: int) -> bool:
 
 
 @pytest.fixture(params=["reference", "eager", "eager in blocks", "triton"])
-def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """An implementation; "in blocks" is what the eager path does with many pairs."""
     name, _, blocks = request.param.partition(" ")
     if blocks:
         for constant, number in (("SMALL", 0), ("FEWEST_ROWS", 4), ("FEWEST_TILE_ROWS", 4), ("TILE_BYTES", 0)):
             monkeypatch.setattr(eager, constant, number)
-    return name
+    kernels = [kernel for kernel in configs.KERNELS if kernel.startswith("masked_attention")]
+    small = dict.fromkeys(kernels, configs.LaunchConfig(16, 16, 4, 1))
+    with configs.override(small | {"masked_attention_lists": configs.LaunchConfig(0, 256, 4, 1)}):
+        yield name
 
 
 @pytest.mark.parametrize("name", PATTERNS)
@@ -86,8 +90,17 @@ def test_patterns(name: str, backend: str) -> None:
     torch.testing.assert_close(torch.autograd.grad(output, leaves, grad_output), wanted, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
-@pytest.mark.parametrize("mask", ["bool", "float", "with gradient"])
+# the kernels' own matrix is in test_attention_triton.py
+BAD = [
+    (backend, mask, bad)
+    for backend in ("reference", "eager", "eager in blocks", "triton")
+    for mask in ("bool", "float", "with gradient")
+    for bad in (torch.nan, torch.inf)
+    if backend != "triton" or (mask, bad) == ("with gradient", torch.inf)
+]
+
+
+@pytest.mark.parametrize(("backend", "mask", "bad"), BAD, indirect=["backend"])
 @pytest.mark.parametrize("where", ["dropped", "padding", "later", "window"])
 def test_an_invisible_token_changes_nothing(where: str, mask: str, bad: float, backend: str) -> None:
     """The last tokens hold NaN or infinity in query, key and value; for padding in the output's gradient too.

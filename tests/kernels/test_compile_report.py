@@ -42,7 +42,8 @@ def report(folder: Path, *arguments: str) -> tuple[int, list[dict[str, Any]]]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "architecture", ["sm_80", pytest.param("sm_86", marks=pytest.mark.exhaustive), "sm_90", "sm_100"]
+    "architecture",
+    ["sm_80", "sm_90", *(pytest.param(name, marks=pytest.mark.exhaustive) for name in ("sm_86", "sm_100"))],
 )
 def test_every_shipped_kernel(architecture: str, tmp_path: Path) -> None:
     """Shared memory, spills, matrix instructions, redundancy, load widths and tiles in flight; see ``problems``."""
