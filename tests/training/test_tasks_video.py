@@ -84,7 +84,7 @@ def test_cut_off(tmp_path):
     path = write_video(tmp_path / "clip.avi", 40)
     with av.open(str(path)) as container:
         starts = [packet.pos for packet in container.demux(video=0) if packet.size]
-    path.write_bytes(path.read_bytes()[: starts[26] - 8])  # between two frames, before the header of the second
+    path.write_bytes(path.read_bytes()[: starts[9] - 8])  # between two frames, before the header of the second
     with pytest.raises(ValueError, match=r"clip.avi is not a readable video \(only \d+ of its 40 frames are there"):
         read_frames(path, 8)
 
