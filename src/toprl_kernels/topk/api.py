@@ -10,7 +10,7 @@ from torch import Tensor
 from toprl_kernels import dispatch as check
 from toprl_kernels.dispatch import choose, register
 from toprl_kernels.topk.eager import scatter_heads, topk_compact_eager
-from toprl_kernels.topk.reference import TopkCompactOutput, topk_compact_reference
+from toprl_kernels.topk.reference import TopkCompactOutput, reaching, topk_compact_reference
 
 OP = "topk_compact"
 MAX_TRITON_TOKENS = 1 << 20
@@ -171,9 +171,7 @@ def _reference(
     left: bool,
 ) -> TopkCompactOutput:
     samples, num_tokens = scores.shape
-    if threshold is not None:
-        reaches = (scores if scores.dtype == torch.float64 else scores.float()) >= threshold
-        valid_mask = reaches if valid_mask is None else reaches & valid_mask
+    valid_mask = reaching(scores, valid_mask, threshold)
     ends: list[int] = []
     if packed and segments is not None:
         ends = segments.tolist()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from toprl_kernels.topk.reference import as_type, by_bytes
+from toprl_kernels.topk.reference import as_type, by_bytes, reaching
 
 
 def unique_keys(scores: Tensor, valid_mask: Tensor | None) -> Tensor:
@@ -154,9 +154,7 @@ def topk_compact_eager(
         longest: tokens of the longest sequence of a packed batch; the kernels need it.
     """
     samples, num_tokens = scores.shape
-    if threshold is not None:
-        reaches = (scores if scores.dtype == torch.float64 else scores.float()) >= threshold
-        valid_mask = reaches if valid_mask is None else reaches & valid_mask
+    valid_mask = reaching(scores, valid_mask, threshold)
     padded = k is not None or valid_mask is not None or segments is not None
     new_bounds = torch.empty(0, dtype=torch.int64, device=scores.device)
     if segments is not None:

@@ -63,6 +63,14 @@ def slots_of(chosen: list[list[int]], length: int, left: bool, device: torch.dev
     return torch.tensor(rows, dtype=torch.int64, device=device).view(len(chosen), length)
 
 
+def reaching(scores: Tensor, valid_mask: Tensor | None, threshold: float | None) -> Tensor | None:
+    """Say which tokens are eligible: valid, and with a score that reaches the threshold; None for all."""
+    if threshold is None:
+        return valid_mask
+    reaches = (scores if scores.dtype == torch.float64 else scores.float()) >= threshold
+    return reaches if valid_mask is None else reaches & valid_mask
+
+
 def topk_compact_reference(
     hidden_states: Tensor,  # [B, N, d]
     scores: Tensor,  # [B, N]
