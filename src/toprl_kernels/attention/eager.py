@@ -196,13 +196,13 @@ def masked_attention_backward_eager(
     if is_bad_row is not None or not _is_finite(grad_output):
         is_live, is_bad = (grad_output != 0).any(dim=-1), ~grad_output.isfinite().all(dim=-1)
         is_nan = is_live & (is_bad if is_bad_row is None else is_bad | is_bad_row)  # [B, H, Nq]
-        grad_output = grad_output.masked_fill((is_nan if is_bad_row is None else is_nan | is_bad_row)[..., None], 0.0)
+        grad_output = grad_output.masked_fill(is_nan[..., None], 0.0)  # the other bad rows have no gradient
 
     dtype, own = pairs.mask.dtype, slice(key.shape[2] - query.shape[2], None)
     query, key, value, grad_output = (tensor.to(dtype) for tensor in (query, key, value, grad_output))
     kept = gather(key, value, pairs, everything=needs[3])
     grad_query, grad_own = torch.zeros_like(query), [torch.zeros_like(tensor[:, :, own]) for tensor in (key, value)]
-    grad_key, grad_value, grad_mask = (torch.zeros_like(tensor) for tensor in (kept.key, kept.value, kept.mask))
+    grad_key, grad_value, grad_mask = (torch.zeros_like(tensor) for tensor in (kept.key, kept.value, pairs.mask))
     for rows, columns in _tiles(query, kept, pairs):
         ratio, gate, ratio_self, rest, _ = _scores(query, key, kept, pairs, rows, columns, scale)
         keys, values = kept.key[:, :, columns], kept.value[:, :, columns]
@@ -231,16 +231,11 @@ def masked_attention_backward_eager(
     grad_key, grad_value = (kept.scattered(tensor, key.shape[2]) for tensor in (grad_key, grad_value))
     grad_key[:, :, own] += grad_own[0]
     grad_value[:, :, own] += grad_own[1]
-    gradients = [
-        grad_query,
-        grad_key,
-        grad_value,
-        grad_mask.masked_fill(~pairs.is_token, 0.0) if needs[3] else grad_mask,
-    ]
+    gradients = [grad_query, grad_key, grad_value, grad_mask.masked_fill(~pairs.is_token, 0.0)]
     if is_nan is not None:
         reached = pairs.keys_reached(is_nan, dropped=False).unflatten(1, (key.shape[1], -1)).any(dim=2)[..., None]
         by_mask = pairs.keys_reached(is_nan, dropped=True).any(dim=1) & pairs.is_token
-        flags = (is_nan[..., None], reached, reached, by_mask if needs[3] else torch.zeros_like(kept.mask) > 0)
+        flags = (is_nan[..., None], reached, reached, by_mask)
         gradients = [gradient.masked_fill(flag, torch.nan) for gradient, flag in zip(gradients, flags, strict=True)]
     return [
         gradient.to(tensor.dtype) if needed else None
