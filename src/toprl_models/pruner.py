@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any, Literal, NoReturn, SupportsIndex
 
 from torch import Tensor, nn
 
-from toprl_models.families import family_of, has_kinds_of_positions, has_plain_positions, min_stage_of
+from toprl_models.families import family_of, min_stage_of
 from toprl_models.policy import Policy
+from toprl_models.probe import decoder_of, has_kinds_of_positions, has_plain_positions
 from toprl_models.runtime.compact import Compact
 from toprl_models.runtime.guards import refuse_recurrent
 from toprl_models.runtime.hooks import Runtime
@@ -40,7 +41,7 @@ class Pruner:
 
     def __init__(self, model: PreTrainedModel, policy: Policy, schedule: Schedule, mode: Mode) -> None:
         self.model, self.policy, self.schedule, self.mode = model, policy, schedule, mode
-        decoder = model.get_decoder()
+        decoder = decoder_of(model)
         plain = has_plain_positions(decoder)
         renumbers = tuple(
             plain and policy.at_stage(stage).positions == "renumbered" for stage in range(len(schedule.layers))
@@ -82,7 +83,7 @@ class Pruner:
         self._handles, self._wrapped = [], {}
         self._runtime.enabled = False  # a wrapper that others have wrapped stays, and does nothing
         self._mode.uninstall(self.model)
-        _ATTACHED.discard(self.model.get_decoder())
+        _ATTACHED.discard(decoder_of(self.model))
         self._runtime.forget()
         self._runtime.thread.survivors = None
 
@@ -196,7 +197,7 @@ def attach(model: PreTrainedModel, policy: Policy, *, schedule: Schedule, mode: 
         raise TypeError(f"schedule is a {type(schedule).__name__}; pass Schedule(stages=((layer, keep), ...))")
     if mode not in ("compact", "mask"):
         raise ValueError(f'mode={mode!r} must be "compact" or "mask"')
-    decoder = model.get_decoder()
+    decoder = decoder_of(model)
     if decoder in _ATTACHED:
         raise RuntimeError("model is attached already; call .detach() on its Pruner (or leave its with block) first")
     schedule.check_layers(len(decoder.layers))
@@ -206,7 +207,7 @@ def attach(model: PreTrainedModel, policy: Policy, *, schedule: Schedule, mode: 
             f"schedule: first stage at layer {schedule.layers[0]}, but {type(model).__name__} can prune before layer "
             f"{first} at the earliest"
         )
-    refuse_recurrent(decoder.layers, decoder.config, schedule.layers[0], mode)
+    refuse_recurrent(decoder.layers, schedule.layers[0], mode)
     policy.check(model, schedule)
     for stage, layer in enumerate(schedule.layers):
         _check_stage(policy.at_stage(stage), layer, decoder, mode)

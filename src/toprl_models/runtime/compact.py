@@ -39,8 +39,8 @@ class Compact:
 
     def __init__(self, decoder: PreTrainedModel, stage_layers: tuple[int, ...], renumbers: tuple[bool, ...]) -> None:
         self._decoder, self._stage_layers, self._renumbers = decoder, stage_layers, renumbers
-        self._config, self._first_attention = decoder.config, first_attention(decoder.config)
-        self._recurrent = recurrent_layers(decoder.config)
+        self._config, self._first_attention = decoder.config, first_attention(decoder.layers)
+        self._recurrent = recurrent_layers(decoder.layers)
 
     def install(self, model: PreTrainedModel) -> None:
         """Prepare ``model``: nothing to do."""

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from toprl_models.probe import has_attention, has_state
 from toprl_models.runtime.compat import repeats_hooks
 
 if TYPE_CHECKING:
@@ -118,21 +119,14 @@ def refuse_temperature(floor: int, length: int) -> None:
         )
 
 
-# Kinds of ``layer_types`` whose layers keep a state instead of keys, and those that keep both
-RECURRENT = frozenset({"conv", "linear_attention"})
-PARALLEL = frozenset({"hybrid", "hybrid_sliding"})
-
-
-def recurrent_layers(config: PreTrainedConfig) -> frozenset[int]:
+def recurrent_layers(layers: nn.ModuleList) -> frozenset[int]:
     """Return the layers that are a convolution or a recurrence, without keys and with a 2-D mask."""
-    kinds = getattr(config, "layer_types", None) or ()
-    return frozenset(index for index, kind in enumerate(kinds) if kind in RECURRENT)
+    return frozenset(i for i, layer in enumerate(layers) if has_state(layer) and not has_attention(layer))
 
 
-def first_attention(config: PreTrainedConfig) -> int:
+def first_attention(layers: nn.ModuleList) -> int:
     """Return the first layer that is no recurrence: a cache reports its length by that layer."""
-    kinds = getattr(config, "layer_types", None) or [None]
-    return next((index for index, kind in enumerate(kinds) if kind not in RECURRENT), 0)
+    return next((index for index in range(len(layers)) if index not in recurrent_layers(layers)), 0)
 
 
 def refuse_padding_after_state(layer: nn.Module, index: int) -> None:
@@ -144,14 +138,15 @@ def refuse_padding_after_state(layer: nn.Module, index: int) -> None:
     )
 
 
-def refuse_recurrent(layers: nn.ModuleList, config: PreTrainedConfig, first: int, mode: str) -> None:
+def refuse_recurrent(layers: nn.ModuleList, first: int, mode: str) -> None:
     """Refuse a decoder whose layers from ``first`` on cannot forget a token."""
-    for index, kind in list(enumerate(getattr(config, "layer_types", None) or ()))[first:]:
-        if kind in PARALLEL or (kind in RECURRENT and mode == "mask"):
-            better = "" if kind in PARALLEL else ', use mode="compact"'
+    for index, layer in list(enumerate(layers))[first:]:
+        both = has_attention(layer)
+        if has_state(layer) and (both or mode == "mask"):
+            better = "" if both else ', use mode="compact"'
             raise ValueError(
-                f"{type(layers[index]).__name__} (decoder layer {index}, {kind}) keeps a state of all earlier tokens, "
-                f'from which Eq. 7 cannot take a token: mode="{mode}" cannot support this decoder{better}'
+                f"{type(layer).__name__} (decoder layer {index}) keeps a state of all earlier tokens, from which Eq. 7 "
+                f'cannot take a token: mode="{mode}" cannot support this decoder{better}'
             )
 
 

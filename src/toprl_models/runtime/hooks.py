@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from toprl_models.policy import Policy
+from toprl_models.probe import decoder_of
 from toprl_models.runtime import guards, scores
 from toprl_models.runtime.compact import Compact
 from toprl_models.runtime.mask import Mask
@@ -46,7 +47,7 @@ class Runtime:
         self, model: PreTrainedModel, policy: Policy, schedule: Schedule, mode: Compact | Mask, ids: VisualIds
     ) -> None:
         self.model, self.schedule, self.mode, self._ids = model, schedule, mode, ids
-        self.decoder: PreTrainedModel = model.get_decoder()
+        self.decoder: PreTrainedModel = decoder_of(model)
         self.layers: nn.ModuleList = self.decoder.layers
         heads = scores.HeadGroup(model)
         self.stages = tuple(

@@ -29,7 +29,7 @@ class VisualIds:
     @classmethod
     def of(cls, model: PreTrainedModel, family: Family) -> VisualIds:
         videos = video_token_ids(model, family)
-        images = tuple(token for token in visual_token_ids(model, family) if token not in videos)
+        images = tuple(token for token in visual_token_ids(model, family).values() if token not in videos)
         vision = getattr(model.config, "vision_config", None)
         return cls(images, videos, getattr(vision, "spatial_merge_size", 1))
 

@@ -1,0 +1,102 @@
+"""Structure of a vision-language model, found in its modules, config and signatures instead of in its class name."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+# Config attributes in which transformers' classes keep the ids that stand for visual tokens
+ID_NAMES = ("image_token_id", "video_token_id", "image_token_index", "video_token_index", "image_patch_id")
+
+
+def decoder_of(model: PreTrainedModel) -> PreTrainedModel:
+    """Return the text decoder: the module that runs the ``layers`` of the text config one after the other.
+
+    Raises:
+        TypeError: no module, or a decoder whose layers are not where those of transformers are.
+    """
+    config: Any = model.config.get_text_config(decoder=True)
+    decoder = model.get_decoder()
+    for module in () if decoder is None else decoder.modules():
+        layers, own = getattr(module, "layers", None), getattr(module, "config", None)
+        if isinstance(layers, nn.ModuleList) and type(own) is type(config) and len(layers) == config.num_hidden_layers:
+            return module
+    raise TypeError(
+        f"{type(model).__name__} has no text decoder with a list of {config.num_hidden_layers} `layers`, before which "
+        "tokens could be removed"
+    )
+
+
+def refusal_of(model: PreTrainedModel) -> str:
+    """Tell why no visual token of ``model`` is a token of its decoder; "" where nothing speaks against pruning."""
+    config = model.config
+    if getattr(config, "is_encoder_decoder", False) or getattr(config.get_text_config(), "is_encoder_decoder", False):
+        return "is an encoder-decoder: images enter its encoder, and its decoder has no visual tokens"
+    arguments = inspect.signature(type(model).forward).parameters
+    if not any(name.startswith(("pixel_values", "image")) for name in arguments):
+        return "takes no images"
+    if "super" not in _names(type(model).generate) and "generate" in _overridden(type(model)):
+        return "has a generate() of its own, which calls its decoder past the model's forward()"
+    try:
+        layers = decoder_of(model).layers
+    except TypeError as error:
+        return str(error).removeprefix(f"{type(model).__name__} ")
+    for index, layer in enumerate(layers):
+        names = [name for name, _ in layer.named_modules() if "cross" in name.rpartition(".")[2]]
+        if names:
+            return f"reads its images by cross-attention (decoder layer {index} has {names[0]})"
+    return ""
+
+
+def visual_id_names(config: PreTrainedConfig) -> tuple[str, ...]:
+    """Name the attributes of ``config`` that hold the ids of visual tokens, each id once."""
+    ids: dict[int, str] = {}
+    for name in ID_NAMES:
+        value = getattr(config, name, None)
+        if isinstance(value, int) and value not in ids:
+            ids[value] = name
+    return tuple(ids.values())
+
+
+def has_plain_positions(decoder: PreTrainedModel) -> bool:
+    """Tell whether positions count tokens; M-RoPE's are places in images and moments of videos."""
+    return "mrope_section" not in (getattr(decoder.config, "rope_parameters", None) or {})
+
+
+def has_kinds_of_positions(decoder: PreTrainedModel) -> bool:
+    """Tell whether rotary tables differ by kind of layer, as in Gemma 3."""
+    return "layer_type" in inspect.signature(decoder.rotary_emb.forward).parameters
+
+
+def has_attention(layer: nn.Module) -> bool:
+    """Tell whether a decoder layer calls transformers' attention interface."""
+    return any("ALL_ATTENTION_FUNCTIONS" in _names(type(module).forward) for module in layer.modules())
+
+
+def has_state(layer: nn.Module) -> bool:
+    """Tell whether a decoder layer keeps a state of all earlier tokens: a convolution, a recurrence."""
+    names = (name for module in layer.modules() for name in _all_names(type(module)))
+    return any(state in name for name in names for state in ("conv_state", "recurrent_state", "ssm_state"))
+
+
+def _overridden(cls: type) -> set[str]:
+    """Name the methods that ``cls`` or a base of it within its model's module defines."""
+    return {name for base in cls.__mro__ if ".models." in base.__module__ for name in vars(base)}
+
+
+def _names(function: Any) -> tuple[str, ...]:
+    code = getattr(inspect.unwrap(function), "__code__", None)
+    return () if code is None else code.co_names
+
+
+def _all_names(cls: type) -> Iterator[str]:
+    for base in cls.__mro__:
+        if not base.__module__.startswith("torch."):
+            for function in vars(base).values():
+                yield from _names(function) if inspect.isfunction(function) else ()
