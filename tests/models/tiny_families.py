@@ -309,6 +309,10 @@ class TinyFamily:
     min_stage: int = 0
     is_qwen: bool = False  # needs mm_token_type_ids
     counts_images: bool = False  # needs batch_num_images
+    finish: Callable[[dict[str, Tensor], Rows], dict[str, Tensor]] | None = None  # the last word on the inputs
+    not_a_case: str = ""  # why no visual token is a token of the decoder
+    cannot_build: str = ""  # why the class cannot be built
+    limits_itself: str = ""  # where the class disagrees with itself, unpruned
 
 
 TINY = {
@@ -323,10 +327,15 @@ TINY = {
 FAMILY_NAMES = list(TINY)
 
 
-def build_model(family: str = "llava", attn_implementation: str = "sdpa", seed: int = 0) -> Any:
+def tiny_family(family: str | TinyFamily) -> TinyFamily:
+    """Look a supported family up; any other one is passed as a TinyFamily."""
+    return family if isinstance(family, TinyFamily) else TINY[family]
+
+
+def build_model(family: str | TinyFamily = "llava", attn_implementation: str = "sdpa", seed: int = 0) -> Any:
     """A float32 model in eval mode whose parameters need no gradient; the decoder uses ``attn_implementation``."""
     torch.manual_seed(seed)
-    model = TINY[family].build().eval()
+    model = tiny_family(family).build().eval()
     model.set_attn_implementation({"text_config": attn_implementation})
     model.generation_config.eos_token_id = None  # random models must not stop early
     model.generation_config.pad_token_id = PAD_ID
@@ -335,10 +344,10 @@ def build_model(family: str = "llava", attn_implementation: str = "sdpa", seed: 
 
 
 def build_inputs(
-    family: str = "llava", rows: Rows = (("image",),), seed: int = 0, padding_side: str = "left"
+    family: str | TinyFamily = "llava", rows: Rows = (("image",),), seed: int = 0, padding_side: str = "left"
 ) -> dict[str, Tensor]:
     """Arguments of forward() and generate(): one prompt per row; lengths differ, shorter prompts are padded."""
-    tiny = TINY[family]
+    tiny = tiny_family(family)
     generator = torch.Generator().manual_seed(seed)
 
     def words(n: int) -> list[int]:
@@ -372,7 +381,7 @@ def build_inputs(
         inputs["mm_token_type_ids"] = (ids == IMAGE_ID).int() + 2 * (ids == VIDEO_ID).int()
     if tiny.counts_images and "pixel_values" in inputs:
         inputs["batch_num_images"] = torch.tensor([n for row in rows if (n := list(row).count("image"))])
-    return inputs
+    return tiny.finish(inputs, rows) if tiny.finish else inputs
 
 
 def visual_mask(inputs: dict[str, Tensor]) -> Tensor:
