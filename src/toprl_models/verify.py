@@ -7,6 +7,7 @@ called with the survivors' inputs alone, or the weights that the model's eager a
 from __future__ import annotations
 
 import contextlib
+import inspect
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -26,14 +27,17 @@ from toprl_models.schedule import Schedule
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-Outcome = Literal["exact", "refused", "wrong"]
+Outcome = Literal["exact", "refused", "wrong", "n/a"]
 Inputs = Mapping[str, Any]
 NEW_TOKENS = 4
 
 
 @dataclass(frozen=True)
 class Finding:
-    """Outcome of one check: "exact", "refused" by an error of this project, or "wrong"; ``detail`` says more."""
+    """Outcome of one check; ``detail`` says more.
+
+    "exact", "refused" by an error of this project, "wrong", or "n/a" where the unattached model cannot do it either.
+    """
 
     check: str
     outcome: Outcome
@@ -87,6 +91,10 @@ class _Wrong(Exception):
     """A check that failed."""
 
 
+class _NotApplicable(Exception):
+    """A check that fails without the pruner."""
+
+
 @dataclass
 class _Case:
     model: PreTrainedModel
@@ -127,6 +135,8 @@ def _finding(name: str, check: Callable[[_Case], None], case: _Case) -> Finding:
         check(case)
     except _Wrong as error:
         return Finding(name, "wrong", str(error))
+    except _NotApplicable as error:
+        return Finding(name, "n/a", str(error))
     except Exception as error:
         frame = traceback.extract_tb(error.__traceback__)[-1]
         ours = "toprl_models" in frame.filename and isinstance(error, ValueError | TypeError | RuntimeError)
@@ -215,12 +225,21 @@ def _lengths(case: _Case) -> None:
 
 def _step(case: _Case) -> None:
     """A next token that comes without position_ids gets the logits that generate() computes for it."""
+
+    def step(tokens: Tensor) -> Tensor:
+        mask = case.inputs["attention_mask"]
+        longer = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
+        cache = case.forward(use_cache=True).past_key_values
+        return case.model(input_ids=tokens, attention_mask=longer, past_key_values=cache).logits[:, -1]
+
+    tokens, logits = case.generate()
+    try:
+        case.compare("step", step(tokens[:, :1]), logits[:, 1])
+    except Exception as error:
+        raise _NotApplicable(f"the unattached model: {error}") from error
     with attach(case.model, _Even(), schedule=case.several):
         tokens, logits = case.generate()
-        cache = case.forward(use_cache=True).past_key_values
-        mask = case.inputs["attention_mask"]
-        step = {"input_ids": tokens[:, :1], "attention_mask": torch.cat([mask, mask.new_ones(len(mask), 1)], 1)}
-        case.compare("step", case.model(**step, past_key_values=cache).logits[:, -1], logits[:, 1])
+        case.compare("step", step(tokens[:, :1]), logits[:, 1])
 
 
 def _scores(case: _Case) -> None:
@@ -237,6 +256,8 @@ def _scores(case: _Case) -> None:
     if item is None:
         raise _Wrong(f"the model returns no attention weights of layer {source}")
     for row, slots in enumerate(_visual_slots(case)):
+        if not len(slots):
+            continue
         last = int(case.real[row].nonzero()[-1])
         case.compare("scores", found.scores[row, : len(slots)], item[row, :, last].mean(0)[slots])
 
@@ -348,6 +369,8 @@ def _by_hand(case: _Case, row: int, kept: Tensor, layer: int) -> Tensor:
     """
     arguments = _decoder_call(case, {})
     length = case.real.shape[1]
+    if arguments.get("position_ids") is None and "position_ids" in inspect.signature(case.decoder.forward).parameters:
+        arguments["position_ids"] = torch.arange(length, device=case.real.device)[None]
     real = case.real[row].nonzero()[:, 0]
     alone = {name: _cut(value, row, real, length) for name, value in arguments.items() if name != "past_key_values"}
     cut = {name: _cut(value, row, kept, length) for name, value in arguments.items() if name != "past_key_values"}
