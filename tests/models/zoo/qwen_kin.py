@@ -70,7 +70,7 @@ def cohere_compass():
     from transformers import CohereCompassConfig, CohereCompassForConditionalGeneration
 
     kinds = ["sliding_attention", "sliding_attention", "full_attention"] * 2
-    rope = mrope(3, 3, 2, mrope_interleaved=True)
+    rope = {"full_attention": mrope(3, 3, 2), "sliding_attention": mrope(3, 3, 2)}
     config = CohereCompassConfig(
         text_config=text_config(rope_parameters=rope, sliding_window=500, layer_types=kinds, logit_scale=1.0),
         vision_config=tower(depth=3, num_position_embeddings=64, deepstack_visual_indexes=[0, 1]),
