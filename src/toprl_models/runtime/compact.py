@@ -14,7 +14,7 @@ from torch import Tensor
 from toprl_kernels import prune_stage, topk_compact
 from toprl_kernels.stage.reference import score_difference
 from toprl_models.policy import Decision
-from toprl_models.runtime.cache import enter_cache, layer_keys, remove_before_first_layer
+from toprl_models.runtime.cache import enter_cache, layer_keys, report_whole_sequence
 from toprl_models.runtime.guards import first_attention, recurrent_layers, refuse_padding_after_state
 from toprl_models.runtime.outputs import Survivors, scatter_all, scatter_back, slots_of
 from toprl_models.runtime.shortened import shortened_arguments
@@ -71,9 +71,9 @@ class Compact:
         forward.segments[number], forward.current = after, number
         removed = before_length - hidden_states.shape[1]
         cache = kwargs.get("past_key_values")
-        if self._stage_layers[stage.number] <= self._first_attention and removed and cache is not None:
+        if removed and cache is not None:
             enter_cache(forward, cache, len(self._stage_layers))
-            remove_before_first_layer(cache, removed)
+            report_whole_sequence(cache, self._stage_layers[stage.number], removed, self._first_attention)
         forward.trace.append(trace_of(stage, forward, before_visual, decision, indices, counts))
         return hidden_states
 

@@ -14,7 +14,7 @@ from toprl_models.probe import has_attention, has_state
 from toprl_models.runtime.compat import repeats_hooks
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig
+    from transformers import Cache, PreTrainedConfig
 
 
 class OneForward:
@@ -150,11 +150,15 @@ def refuse_recurrent(layers: nn.ModuleList, first: int, mode: str) -> None:
             )
 
 
-def refuse_window(window: int, length: int) -> None:
-    """Refuse a sequence longer than the window: slots of a pruned sequence are no distances."""
-    if length > window:
+def refuse_window(window: int, length: int, config: PreTrainedConfig, cache: Cache | None, mode: str) -> None:
+    """Refuse a sequence longer than the window where slots of a pruned sequence are taken for distances."""
+    fix = None
+    if mode == "compact" and "flash" in config._attn_implementation:
+        fix = 'flash attention counts the slots of a pruned sequence: use attn_implementation="sdpa"'
+    elif getattr(cache, "is_compileable", False):
+        fix = "a StaticCache lets tokens go by slot: use a DynamicCache, the default"
+    if length > window and fix is not None:
         raise RuntimeError(
-            f"sliding_window={window} is shorter than the sequence of {length} tokens (attention_chunk_size counts "
-            "as one), which pruning does not support: shorten the prompt or the answer, or load the model with "
-            "config.get_text_config().sliding_window = None if it was trained for that"
+            f"sliding_window={window} is shorter than the sequence of {length} tokens (attention_chunk_size counts as "
+            f"one), and {fix}"
         )

@@ -184,7 +184,7 @@ class Runtime:
             past = cache.get_seq_length() if cache is not None else 0
             length = int(past) + kwargs["inputs_embeds"].shape[1]
             if self._window is not None:
-                guards.refuse_window(self._window, length)
+                guards.refuse_window(self._window, length, self.decoder.config, cache, self.mode.name)
             if self._temperature is not None:
                 guards.refuse_temperature(self._temperature, length)
 

@@ -91,7 +91,8 @@ class Observation:
         """
         visible = visible_rows(self.mask, queries, self.key.shape[2], past, packing)
         if keep_mask is not None:
-            kept = pad(keep_mask > 0, (0, self.key.shape[2] - keep_mask.shape[1]))
+            kept = keep_mask[:, -self.key.shape[2] :] > 0
+            kept = pad(kept, (0, self.key.shape[2] - kept.shape[1]))
             kept = kept if packing is None else kept[packing.row_index]
             itself = torch.arange(self.key.shape[2], device=kept.device) == queries[..., None] + past
             visible = visible & (kept[:, None] | itself)

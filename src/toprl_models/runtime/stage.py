@@ -24,6 +24,10 @@ class Observed:
     past: Length  # keys that were cached before
     keep_mask: Tensor | None = None  # mask mode: [B, L] over all keys
 
+    def __post_init__(self) -> None:
+        if isinstance(self.past, int):  # a layer with a sliding window has let the oldest keys go
+            self.past = min(self.past, self.call.key.shape[2] - self.call.query.shape[2])
+
 
 @dataclass
 class Stage:
