@@ -21,7 +21,8 @@ def decoder_of(model: PreTrainedModel) -> PreTrainedModel:
     Raises:
         TypeError: no module, or a decoder whose layers are not where those of transformers are.
     """
-    config: Any = model.config.get_text_config(decoder=True)
+    config = model.config.get_text_config(decoder=True)
+    assert config is not None
     decoder = model.get_decoder()
     for module in () if decoder is None else decoder.modules():
         layers, own = getattr(module, "layers", None), getattr(module, "config", None)
@@ -83,6 +84,21 @@ def has_state(layer: nn.Module) -> bool:
     """Tell whether a decoder layer keeps a state of all earlier tokens: a convolution, a recurrence."""
     names = (name for module in layer.modules() for name in _all_names(type(module)))
     return any(state in name for name in names for state in ("conv_state", "recurrent_state", "ssm_state"))
+
+
+def last_stage_of(decoder: PreTrainedModel) -> int:
+    """Return the last layer before which a stage may lie: no later than a layer whose keys later layers use again."""
+    layers: Any = decoder.layers
+    users = [index for index, layer in enumerate(layers) if _shares_keys(layer)]
+    if not users:
+        return len(layers) - 1
+    kinds = getattr(decoder.config, "layer_types", None) or [None] * len(layers)
+    sources = [max((i for i in range(users[0]) if kinds[i] == kinds[user]), default=0) for user in users]
+    return min(sources)
+
+
+def _shares_keys(layer: nn.Module) -> bool:
+    return any(getattr(module, "is_kv_shared_layer", False) for module in layer.modules())
 
 
 def _overridden(cls: type) -> set[str]:

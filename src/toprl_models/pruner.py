@@ -17,13 +17,13 @@ from torch import Tensor, nn
 
 from toprl_models.families import family_of, min_stage_of
 from toprl_models.policy import Policy
-from toprl_models.probe import decoder_of, has_kinds_of_positions, has_plain_positions
+from toprl_models.probe import decoder_of, has_kinds_of_positions, has_plain_positions, last_stage_of
 from toprl_models.runtime.compact import Compact
 from toprl_models.runtime.guards import refuse_recurrent
 from toprl_models.runtime.hooks import Runtime
 from toprl_models.runtime.mask import Mask
 from toprl_models.runtime.prompt import FixedPrompt, VisualIds
-from toprl_models.runtime.scores import attention_of
+from toprl_models.runtime.scores import attention_of, source_of
 from toprl_models.runtime.state import StageTrace
 from toprl_models.schedule import Schedule
 
@@ -207,22 +207,35 @@ def attach(model: PreTrainedModel, policy: Policy, *, schedule: Schedule, mode: 
             f"schedule: first stage at layer {schedule.layers[0]}, but {type(model).__name__} can prune before layer "
             f"{first} at the earliest"
         )
+    if schedule.layers[-1] > (last := last_stage_of(decoder)):
+        raise ValueError(
+            f"schedule: a stage at layer {schedule.layers[-1]}, but later layers of {type(decoder).__name__} use the "
+            f"keys and values of layer {last} again, and must see the same tokens: put the last stage there or earlier"
+        )
     refuse_recurrent(decoder.layers, schedule.layers[0], mode)
     policy.check(model, schedule)
     for stage, layer in enumerate(schedule.layers):
-        _check_stage(policy.at_stage(stage), layer, decoder, mode)
+        _check_stage(policy.at_stage(stage), layer, schedule.layers[stage - 1] if stage else 0, decoder, mode)
     return Pruner(model, policy, schedule, mode)
 
 
-def _check_stage(policy: Policy, layer: int, decoder: PreTrainedModel, mode: Mode) -> None:
-    """Refuse a policy that does not fit the decoder or the mode at the stage before ``layer``."""
+def _check_stage(policy: Policy, layer: int, earlier: int, decoder: PreTrainedModel, mode: Mode) -> None:
+    """Refuse a policy that does not fit the decoder or the mode at the stage before ``layer``, ``earlier`` the last."""
     name = type(policy).__name__
     if policy.attention_from not in ("none", "previous", "current"):
         raise ValueError(f'policy.attention_from={policy.attention_from!r} must be "none", "previous" or "current"')
     if policy.attention_from == "previous" and not layer:
         raise ValueError(f"schedule: a stage at layer 0, but {name} reads the attention of the layer before")
-    if policy.attention_from != "none":
-        attention_of(decoder.layers[layer - (policy.attention_from == "previous")])
+    if policy.attention_from == "current":
+        attention_of(decoder.layers[layer])
+    elif policy.attention_from == "previous":
+        source = source_of(decoder.layers, layer)
+        attention_of(decoder.layers[source])
+        if source < earlier:
+            raise ValueError(
+                f"schedule: {name} at layer {layer} reads the attention of layer {source}, the last before it that has "
+                f"attention, but the stage before layer {earlier} lies between: choose another layer"
+            )
     if policy.positions not in ("original", "renumbered"):
         raise ValueError(f'policy.positions={policy.positions!r} must be "original" or "renumbered"')
     if policy.positions == "renumbered" and mode == "mask":

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from toprl_models.families import count_visual, family_of, min_stage_of, visual_token_ids
 from toprl_models.methods.fastv import FastV
 from toprl_models.policy import Policy, StageContext
-from toprl_models.probe import decoder_of
+from toprl_models.probe import decoder_of, last_stage_of
 from toprl_models.pruner import Mode, attach
 from toprl_models.runtime.guards import recurrent_layers
 from toprl_models.schedule import Schedule
@@ -106,8 +106,9 @@ class _Case:
         self.depth = len(self.decoder.layers)
         first = min_stage_of(self.model, family_of(self.model))
         self.first = Schedule(((first, 0.5),))
-        middle = max(first + 1, self.depth // 2)
-        self.several = Schedule(((max(first, 1), 0.5), (middle, 0.25), (self.depth - 1, 2)))
+        last = last_stage_of(self.decoder)
+        layers = sorted({min(max(first, 1), last), min(max(first + 1, self.depth // 2), last), last})
+        self.several = Schedule(tuple(zip(layers, (0.5, 0.25, 2), strict=False)))
         # what was unattached when the checks began
         self.plain = self.forward()
         self.real = self.inputs["attention_mask"].bool()
@@ -150,7 +151,7 @@ def _finding(name: str, check: Callable[[_Case], None], case: _Case) -> Finding:
 def _slots(case: _Case) -> None:
     """Embeddings change at the visual slots, and there alone, when the pixels do."""
     pixels = {
-        name: value + torch.randn_like(value)
+        name: value * torch.randn_like(value)  # an image of zeros may be padding
         for name, value in case.inputs.items()
         if "pixel" in name and isinstance(value, Tensor) and value.is_floating_point()
     }
@@ -166,7 +167,7 @@ def _slots(case: _Case) -> None:
 
 def _keep_all(case: _Case) -> None:
     stages = tuple((layer, 1.0) for layer in dict.fromkeys(case.first.layers + case.several.layers))
-    tokens, logits = case.generate()
+    _, logits = case.generate()
     uncached = case.forward(use_cache=False).logits
     with attach(case.model, _Even(), schedule=Schedule(stages)):
         case.compare("prompt", case.forward().logits[case.real], case.plain.logits[case.real])
@@ -177,7 +178,7 @@ def _keep_all(case: _Case) -> None:
 
 def _removal(case: _Case) -> None:
     """Row by row, the decoder called with the survivors alone gives the logits of the pruned model."""
-    for layer in dict.fromkeys((case.first.layers[0], case.several.layers[1])):
+    for layer in dict.fromkeys((case.first.layers[0], case.several.layers[min(1, len(case.several) - 1)])):
         schedule = Schedule(((layer, 0.5),))
         with attach(case.model, _Even(), schedule=schedule) as pruner:
             output = case.forward(output_hidden_states=False)
@@ -244,7 +245,7 @@ def _step(case: _Case) -> None:
 
 def _scores(case: _Case) -> None:
     """FastV's scores are the mean over heads of the model's own eager attention weights."""
-    layer = max(case.first.layers[0], 1) + 1
+    layer = min(max(case.first.layers[0], 1) + 1, last_stage_of(case.decoder))
     with _attention_of(case.model, "eager"):
         with attach(case.model, FastV(), schedule=Schedule(((layer, 0.5),))) as pruner:
             case.forward()
@@ -327,21 +328,32 @@ def _watch_decoder(case: _Case) -> Iterator[dict[str, Any]]:
     """Note the decoder's arguments and its last hidden state."""
     seen: dict[str, Any] = {}
 
-    def note(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
+    def enter(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        seen["entered"] = args[0] if args else kwargs["hidden_states"]
+
+    def leave(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
         seen.update(kwargs=dict(kwargs), args=args, output=output.last_hidden_state)
 
-    handle = case.decoder.register_forward_hook(note, with_kwargs=True)
+    handles = [
+        case.decoder.layers[0].register_forward_pre_hook(enter, with_kwargs=True),
+        case.decoder.register_forward_hook(leave, with_kwargs=True),
+    ]
     try:
         yield seen
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()
 
 
 def _decoder_call(case: _Case, changes: Inputs) -> dict[str, Any]:
     """Run the unattached model; return the keyword arguments of its decoder."""
     with _watch_decoder(case) as seen:
         case.forward(**changes, use_cache=False)
-    return seen["kwargs"] | ({"inputs_embeds": seen["args"][0]} if seen["args"] else {})
+    arguments = seen["kwargs"] | ({"inputs_embeds": seen["args"][0]} if seen["args"] else {})
+    if arguments.get("inputs_embeds") is None:  # a decoder that makes the embeddings itself
+        arguments = {name: value for name, value in arguments.items() if name not in ("input_ids", "pixel_values")}
+        arguments["inputs_embeds"] = seen["entered"]
+    return arguments
 
 
 def _cut(value: Any, row: int, kept: Tensor, length: int) -> Any:

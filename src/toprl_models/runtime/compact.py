@@ -17,7 +17,7 @@ from toprl_models.policy import Decision
 from toprl_models.runtime.cache import enter_cache, layer_keys, report_whole_sequence
 from toprl_models.runtime.guards import first_attention, recurrent_layers, refuse_padding_after_state
 from toprl_models.runtime.outputs import Survivors, scatter_all, scatter_back, slots_of
-from toprl_models.runtime.shortened import shortened_arguments
+from toprl_models.runtime.shortened import other_arguments, shortened_arguments
 from toprl_models.runtime.stage import Stage, trace_of
 from toprl_models.runtime.state import ForwardPass, Packing, Segment, Visual, on_device, put, visual_of
 
@@ -183,16 +183,16 @@ class Compact:
                 return kwargs
             if forward.past and segment.valid is not None:
                 refuse_padding_after_state(self._decoder.layers[index], index)
-            return {**kwargs, "attention_mask": segment.valid}
-        made_from = (kwargs.get("attention_mask"), kwargs.get("position_embeddings"))
+            return {**kwargs, "attention_mask": segment.valid, **other_arguments(forward, kwargs)}
+        sources = (kwargs.get("attention_mask"), kwargs.get("position_embeddings"))
         # made once per stage, and again where a model has several kinds of layers
-        if not asked and segment.is_made_from(*made_from):
-            return {**kwargs, **segment.arguments}
-        keys = layer_keys(forward, number, index, cache, hidden_states, len(self._stage_layers), self._config)
-        arguments = shortened_arguments(self._decoder, forward, keys, hidden_states, kwargs)
-        if not asked:
-            segment.made_from, segment.arguments = made_from, arguments
-        return {**kwargs, **arguments}
+        arguments = None if asked else segment.made_from(*sources)
+        if arguments is None:
+            keys = layer_keys(forward, number, index, cache, hidden_states, len(self._stage_layers), self._config)
+            arguments = shortened_arguments(self._decoder, forward, keys, hidden_states, kwargs)
+            if not asked:
+                segment.made.append((sources, arguments))
+        return {**kwargs, **arguments, **other_arguments(forward, kwargs)}
 
     # -- the end ---------------------------------------------------------------------------------------------------
 

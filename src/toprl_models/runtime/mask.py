@@ -117,7 +117,7 @@ class Mask:
         ``number`` is the segment that layer ``index`` runs in; the next segment while the layer is asked for scores.
         """
         segment, asked = forward.segment, number != forward.current
-        if asked or segment.made_from is None:
+        if asked or not segment.made:
             cache = kwargs.get("past_key_values")
             past = cache.get_seq_length(index) if cache is not None else 0
             state: CacheState | None = getattr(cache, "_toprl_state", None)
@@ -126,12 +126,12 @@ class Mask:
             stored = state.masks.get(number) if state is not None else None
             keep = extend_mask(stored, segment.keep_mask, past, hidden_states)
             if not asked:
-                segment.made_from, segment.arguments = (), {"keep": keep, "plans": []}
+                segment.made.append(((), {"keep": keep, "plans": []}))
                 if forward.prunes and cache is not None and keep is not None:
                     cache_state(cache).masks[number] = keep.detach()
         else:
-            keep = segment.arguments["keep"]
-        plans = [] if asked else segment.arguments["plans"]
+            keep = segment.made[0][1]["keep"]
+        plans = [] if asked else segment.made[0][1]["plans"]
         argument = KeepArgument(keep, forward.bounded_mask_grad, frozenset(kwargs), plans)
         if not asked:
             forward.sent[index] = argument

@@ -20,6 +20,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
+from toprl_models.probe import has_attention
 from toprl_models.runtime.prompt import open_slots
 from toprl_models.runtime.state import AttentionMask, Length, Packing
 
@@ -48,6 +49,11 @@ def attention_of(layer: nn.Module) -> nn.Module:
             "choose a method that reads no attention"
         )
     return modules[0]
+
+
+def source_of(layers: nn.ModuleList, stage_layer: int) -> int:
+    """Return the last layer with attention before a stage: recurrent layers may lie between."""
+    return next((index for index in reversed(range(stage_layer)) if has_attention(layers[index])), stage_layer - 1)
 
 
 def _forward_of(module: nn.Module) -> FunctionType:
@@ -201,7 +207,7 @@ class _Peek:
         return getattr(self._cache, name)
 
 
-def ask(layer: nn.Module, hidden_states: Tensor, args: tuple, kwargs: Mapping[str, Any]) -> Observation:
+def ask(layer: nn.Module, hidden_states: Tensor, kwargs: Mapping[str, Any]) -> Observation:
     """Ask a layer for its queries and keys: run it up to its attention function; no cache is written."""
     module = attention_of(layer)
     arguments = {name: value for name, value in kwargs.items() if name != "hidden_states"}
@@ -210,7 +216,7 @@ def ask(layer: nn.Module, hidden_states: Tensor, args: tuple, kwargs: Mapping[st
     watched = Watched(module, stops=True)
     try:
         with torch.no_grad():
-            layer(hidden_states, *args, **arguments)
+            layer(hidden_states, **arguments)
     except _Stop:
         pass
     finally:

@@ -69,6 +69,40 @@ def _positions(
     return arguments
 
 
+# Arguments that the functions above make, and those that hold no token of the sequence
+_KNOWN = frozenset({"hidden_states", "attention_mask", "position_embeddings", "position_ids", "past_key_values"})
+
+
+def other_arguments(forward: ForwardPass, kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Gather the survivors in every other argument of a layer that has a row for each token."""
+    segment = forward.segment
+    if segment.slots is None:
+        return {}
+    found = {}
+    for name, value in kwargs.items():
+        parts = value if isinstance(value, tuple | list) else (value,)
+        if name in _KNOWN or not any(isinstance(part, Tensor) for part in parts):
+            continue
+        gathered = [_rows_of(name, part, segment.slots, forward.length) for part in parts]
+        if any(new is not old for new, old in zip(gathered, parts, strict=True)):
+            found[name] = type(value)(gathered) if isinstance(value, tuple | list) else gathered[0]
+    return found
+
+
+def _rows_of(name: str, value: Any, slots: Tensor, length: int) -> Any:
+    """Gather ``value`` [B or 1, N, ...] at ``slots`` [B, m]; what has no N stays."""
+    if not isinstance(value, Tensor) or length not in value.shape:
+        return value
+    if value.ndim < 2 or value.shape[1] != length or value.shape[0] not in (1, len(slots)):
+        raise ValueError(
+            f"decoder layers get {name} of shape {tuple(value.shape)}, of which pruning does not know what belongs to "
+            f"which of the {length} tokens: this decoder is not supported"
+        )
+    rows = value.expand(len(slots), *value.shape[1:])
+    slots = slots.to(value.device)
+    return rows.gather(1, slots.view(*slots.shape, *[1] * (value.ndim - 2)).expand(*slots.shape, *value.shape[2:]))
+
+
 def _carried(segment: Segment, name: str, source: Any, gather: Callable[..., Any]) -> Any:
     """Return the rows of ``source`` that a stage gathered along with the states, or gather them."""
     known, rows = segment.carried.get(name, (None, None))
