@@ -61,8 +61,24 @@ def clip_config() -> dict[str, Any]:
     }
 
 
+def vision_config(**changes: Any) -> dict[str, Any]:
+    """The same tower for classes with a SigLIP or the like: 16 patches of an image of 32 x 32."""
+    vision = {key: value for key, value in clip_config().items() if key not in ("model_type", "projection_dim")}
+    return {**vision, **changes}
+
+
 def pixels(generator: torch.Generator, *shape: int) -> Tensor:
     return torch.randn(*shape, generator=generator)
+
+
+def image_of(tokens: int, *shape: int) -> Callable[[int, bool, torch.Generator], Item]:
+    """Make images of one size, ``tokens`` each between their marks; ``shape`` is that of pixel_values."""
+
+    def image(number: int, alone: bool, generator: torch.Generator) -> Item:
+        ids = [VISION_START_ID, *[IMAGE_ID] * tokens, VISION_END_ID]
+        return Item(ids, {"pixel_values": pixels(generator, *(shape or (1, 3, 32, 32)))})
+
+    return image
 
 
 # --- LLaVA-1.5: 16 patches an image ---
@@ -153,9 +169,8 @@ def llava_onevision():
         SiglipVisionConfig,
     )
 
-    vision = {key: value for key, value in clip_config().items() if key not in ("model_type", "projection_dim")}
     config = LlavaOnevisionConfig(
-        vision_config=SiglipVisionConfig(**vision, vision_use_head=False),
+        vision_config=SiglipVisionConfig(**vision_config(), vision_use_head=False),
         text_config=Qwen2Config(**text_config()),
         image_token_index=IMAGE_ID,
         video_token_index=VIDEO_ID,
