@@ -25,8 +25,9 @@ def decoder_of(model: PreTrainedModel) -> PreTrainedModel:
     assert config is not None
     decoder = model.get_decoder()
     for module in () if decoder is None else decoder.modules():
-        layers, own = getattr(module, "layers", None), getattr(module, "config", None)
-        if isinstance(layers, nn.ModuleList) and type(own) is type(config) and len(layers) == config.num_hidden_layers:
+        layers = getattr(module, "layers", None)
+        is_text = isinstance(getattr(module, "config", None), type(config))
+        if is_text and isinstance(layers, nn.ModuleList) and len(layers) == config.num_hidden_layers:
             return module
     raise TypeError(
         f"{type(model).__name__} has no text decoder with a list of {config.num_hidden_layers} `layers`, before which "
