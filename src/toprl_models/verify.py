@@ -68,8 +68,8 @@ def verify(model: PreTrainedModel, inputs: Inputs, *, tolerance: float = 1e-4) -
         TypeError: no visual token of the model is a token of its decoder.
         ValueError: the prompt has no visual tokens, or the config no placeholder ids.
     """
+    ids = visual_token_ids(model, family_of(model))
     if not any(count_visual(model, inputs)):
-        ids = visual_token_ids(model, family_of(model))
         raise ValueError(f"inputs: input_ids has none of the placeholder ids {ids}; give a prompt with an image")
     case = _Case(model, inputs, tolerance)
     with torch.no_grad():
@@ -77,13 +77,13 @@ def verify(model: PreTrainedModel, inputs: Inputs, *, tolerance: float = 1e-4) -
 
 
 def verdict(findings: list[Finding]) -> str:
-    """Sum up the findings: "exact", "exact, but ..." what is refused, or "wrong: ..."."""
+    """Sum up the findings: "exact", "exact, but refused: ...", "refused: ..." or "wrong: ..."."""
     wrong = [f"{finding.check} ({finding.detail})" for finding in findings if finding.outcome == "wrong"]
     if wrong:
         return "wrong: " + "; ".join(wrong)
-    refused = [finding.check for finding in findings if finding.outcome == "refused"]
-    if len(refused) == len(findings):
-        return "refused"
+    refused = {finding.check: finding.detail for finding in findings if finding.outcome == "refused"}
+    if REMOVAL in refused:
+        return f"refused: {refused[REMOVAL]}"
     return "exact" + (f", but refused: {', '.join(refused)}" if refused else "")
 
 
@@ -220,6 +220,8 @@ def _lengths(case: _Case) -> None:
         wanted = case.real.shape[1] if stage < 0 else wanted
         if index < len(cache.layers) and getattr(cache.layers[index], "keys", None) is not None:
             found = cache.layers[index].keys.shape[-2]
+            if getattr(cache.layers[index], "is_sliding", False):
+                wanted = min(wanted, cache.layers[index].sliding_window - 1)
             if found != wanted:
                 raise _Wrong(f"layer {index} holds {found} keys instead of {wanted}")
 
@@ -245,7 +247,8 @@ def _step(case: _Case) -> None:
 
 def _scores(case: _Case) -> None:
     """FastV's scores are the mean over heads of the model's own eager attention weights."""
-    layer = min(max(case.first.layers[0], 1) + 1, last_stage_of(case.decoder))
+    after = min(_attention_layers(case)) + 1
+    layer = max(after, min(max(case.first.layers[0], 1) + 1, last_stage_of(case.decoder)))
     with _attention_of(case.model, "eager"):
         with attach(case.model, FastV(), schedule=Schedule(((layer, 0.5),))) as pruner:
             case.forward()
@@ -263,10 +266,11 @@ def _scores(case: _Case) -> None:
         case.compare("scores", found.scores[row, : len(slots)], item[row, :, last].mean(0)[slots])
 
 
+REMOVAL = "compact = tokens cut out by hand"
 CHECKS: dict[str, Callable[[_Case], None]] = {
     "visual slots hold image features": _slots,
     "keep-all = unattached": _keep_all,
-    "compact = tokens cut out by hand": _removal,
+    REMOVAL: _removal,
     "mask mode = compact mode": _masking,
     "cache lengths": _lengths,
     "a step without position_ids": _step,
@@ -386,19 +390,27 @@ def _by_hand(case: _Case, row: int, kept: Tensor, layer: int) -> Tensor:
     real = case.real[row].nonzero()[:, 0]
     alone = {name: _cut(value, row, real, length) for name, value in arguments.items() if name != "past_key_values"}
     cut = {name: _cut(value, row, kept, length) for name, value in arguments.items() if name != "past_key_values"}
-    module, entered = case.decoder.layers[layer], {}
+    entered: dict[nn.Module, Any] = {}  # masks of all layers from ``layer`` on, and the states that enter it
+    first = case.decoder.layers[layer]
 
     def note(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        entered["states"] = args[0] if args else kwargs["hidden_states"]
+        entered[module] = args[0] if args else kwargs["hidden_states"], kwargs.get("attention_mask")
 
     def replace(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-        states = entered["states"][:, torch.isin(real, kept)]
+        alive = torch.isin(real, kept)
+        states, mask = entered[module]
+        if isinstance(mask, Tensor) and mask.ndim == 4:  # the model's own, for the tokens' original places
+            kwargs = kwargs | {"attention_mask": mask[:, :, alive][:, :, :, alive]}
+        if module is not first:
+            return args, kwargs
+        states = states[:, alive]
         return ((states, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": states})
 
     for hook, arguments in ((note, alone), (replace, cut)):
-        handle = module.register_forward_pre_hook(hook, with_kwargs=True)
+        handles = [module.register_forward_pre_hook(hook, with_kwargs=True) for module in case.decoder.layers[layer:]]
         try:
             states = case.decoder(**arguments | {"use_cache": False}).last_hidden_state
         finally:
-            handle.remove()
+            for handle in handles:
+                handle.remove()
     return states[0]
