@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from transformers.modeling_outputs import BaseModelOutputWithPast
 
 NAME = "toprl_masked"
-# Arguments of an attention call that change no number under causality within the window (guards.py)
+# Arguments of an attention call that change no number: the mask has the window
 HARMLESS = frozenset({"sliding_window", "is_causal", "layer_idx", "output_attentions", "use_cache", "position_ids"})
 
 
@@ -89,7 +89,7 @@ class Mask:
         visual, before = forward.visual, forward.segment
         if before.packing is not None:
             raise ValueError(
-                'mode="mask" knows causal attention alone, and several prompts are packed into a row: use '
+                'mode="mask" makes one mask per row, and several prompts are packed into a row: use '
                 'mode="compact", or give each prompt a row of its own'
             )
         keep = decision.keep_mask
