@@ -161,7 +161,9 @@ def emu3_image(number: int, alone: bool, generator: torch.Generator) -> Item:
 def fuyu():
     from transformers import FuyuConfig, FuyuForCausalLM, PersimmonConfig
 
-    config = FuyuConfig(text_config=PersimmonConfig(**text_config()), patch_size=4, image_token_id=IMAGE_ID, initializer_range=0.3)
+    config = FuyuConfig(
+        text_config=PersimmonConfig(**text_config()), patch_size=4, image_token_id=IMAGE_ID, initializer_range=0.3
+    )
     return FuyuForCausalLM(config)
 
 
