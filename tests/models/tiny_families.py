@@ -324,6 +324,7 @@ class TinyFamily:
     min_stage: int = 0
     is_qwen: bool = False  # needs mm_token_type_ids
     counts_images: bool = False  # needs batch_num_images
+    attn_implementation: str = "sdpa"  # what the decoder uses unless told otherwise
     finish: Callable[[dict[str, Tensor], Rows], dict[str, Tensor]] | None = None  # the last word on the inputs
     not_a_case: str = ""  # why no visual token is a token of the decoder
     cannot_build: str = ""  # why the class cannot be built
@@ -347,11 +348,16 @@ def tiny_family(family: str | TinyFamily) -> TinyFamily:
     return family if isinstance(family, TinyFamily) else TINY[family]
 
 
-def build_model(family: str | TinyFamily = "llava", attn_implementation: str = "sdpa", seed: int = 0) -> Any:
+def build_model(family: str | TinyFamily = "llava", attn_implementation: str | None = None, seed: int = 0) -> Any:
     """A float32 model in eval mode whose parameters need no gradient; the decoder uses ``attn_implementation``."""
+    tiny = tiny_family(family)
     torch.manual_seed(seed)
-    model = tiny_family(family).build().eval()
-    model.set_attn_implementation({"text_config": attn_implementation})
+    model = tiny.build().eval()
+    implementation = attn_implementation or tiny.attn_implementation
+    # the empty name stands for the model's config where that is the decoder's too
+    decoder = model.config.get_text_config(decoder=True)
+    place = next((name for name in model.config.sub_configs if getattr(model.config, name) is decoder), "")
+    model.set_attn_implementation({place: implementation})
     model.generation_config.eos_token_id = None  # random models must not stop early
     model.generation_config.pad_token_id = PAD_ID
     model.requires_grad_(False)

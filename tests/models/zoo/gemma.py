@@ -111,14 +111,10 @@ def gemma3n():
     return Gemma3nForConditionalGeneration(config)
 
 
-def gemma4(**changes: Any):
-    """Build without values of every token for every layer; ``changes`` are those of the text."""
-    from transformers import Gemma4Config, Gemma4ForConditionalGeneration, Gemma4TextConfig, Gemma4VisionConfig
+def gemma4_tower():
+    from transformers import Gemma4VisionConfig
 
-    # queries and keys are normed and the products not scaled: short heads keep the weights from being one-hot
-    heads = {"head_dim": 8, "global_head_dim": 16, "hidden_size_per_layer_input": 0}
-    text = Gemma4TextConfig(**gemma_text(vocab_size_per_layer_input=VOCABULARY, **heads | changes))
-    tower = Gemma4VisionConfig(
+    return Gemma4VisionConfig(
         hidden_size=32,
         intermediate_size=64,
         num_hidden_layers=2,
@@ -130,9 +126,18 @@ def gemma4(**changes: Any):
         position_embedding_size=16,
         initializer_range=0.3,
     )
+
+
+def gemma4(**changes: Any):
+    """Build without values of every token for every layer; ``changes`` are those of the text."""
+    from transformers import Gemma4Config, Gemma4ForConditionalGeneration, Gemma4TextConfig
+
+    # queries and keys are normed and the products not scaled: short heads keep the weights from being one-hot
+    heads = {"head_dim": 8, "global_head_dim": 16, "hidden_size_per_layer_input": 0}
+    text = Gemma4TextConfig(**gemma_text(vocab_size_per_layer_input=VOCABULARY, **heads | changes))
     config = Gemma4Config(
         text_config=text,
-        vision_config=tower,
+        vision_config=gemma4_tower(),
         audio_config=None,
         video_token_id=VIDEO_ID,
         audio_token_id=AUDIO_ID,
