@@ -1,4 +1,4 @@
-"""Tiny models whose images are patches with a grid, of any size: PaddleOCR-VL, VideoLLaMA 3, MiniMax M3, Muse, Nemotron Omni."""
+"""Tiny models whose images are patches with a grid, of any size: PaddleOCR-VL, VideoLLaMA 3, MiniMax M3, Muse."""
 
 from __future__ import annotations
 
