@@ -16,25 +16,14 @@ from tests.models.tiny_families import (
     VISION_END_ID,
     VISION_START_ID,
     Item,
+    Rows,
     TinyFamily,
     pixels,
     qwen_image,
     text_config,
     vision_config,
 )
-
-
-def grid_image(*patch: int, **more: Any):
-    """Make images of a varying grid whose patches have the shape ``patch``; ``more`` are tensors of every image."""
-
-    def image(number: int, alone: bool, generator: torch.Generator) -> Item:
-        grid = GRIDS[number % len(GRIDS)]
-        ids = [VISION_START_ID] + [IMAGE_ID] * (grid[1] * grid[2] // 4) + [VISION_END_ID]
-        values = pixels(generator, grid[1] * grid[2], *patch)
-        return Item(ids, {"pixel_values": values, "image_grid_thw": torch.tensor([grid]), **more})
-
-    return image
-
+from tests.models.zoo.structures import grid_image
 
 IDS = {
     "image_token_id": IMAGE_ID,
@@ -63,6 +52,12 @@ def video_llama_3() -> Any:
         video_token_id=VIDEO_ID,
     )
     return transformers.VideoLlama3ForConditionalGeneration(config)
+
+
+def merged_by_two(inputs: dict[str, torch.Tensor], rows: Rows) -> dict[str, torch.Tensor]:
+    if "image_grid_thw" in inputs:
+        inputs["image_merge_sizes"] = torch.full((len(inputs["image_grid_thw"]),), 2)
+    return inputs
 
 
 def minimax_m3_vl(kinds: Sequence[str] = ("full_attention", "full_attention", "minimax_m3_sparse")) -> Any:
@@ -182,9 +177,7 @@ def nemotron_h_omni_image(number: int, alone: bool, generator: torch.Generator) 
 
 ZOO = {
     "PaddleOCRVLForConditionalGeneration": TinyFamily(paddleocr_vl, grid_image(3, 4, 4), is_qwen=True),
-    "VideoLlama3ForConditionalGeneration": TinyFamily(
-        video_llama_3, grid_image(3 * 4 * 4, image_merge_sizes=torch.tensor([2]))
-    ),
+    "VideoLlama3ForConditionalGeneration": TinyFamily(video_llama_3, grid_image(3 * 4 * 4), finish=merged_by_two),
     "MiniMaxM3SparseForConditionalGeneration": TinyFamily(
         minimax_m3_vl,
         qwen_image,

@@ -23,23 +23,14 @@ from tests.models.tiny_families import (
     text_config,
     vision_config,
 )
+from tests.models.zoo.idefics import by_row
+from tests.models.zoo.llava_kin import tiles
 
 
-def tiles_of(tokens: int):
-    """Make images of one and two tiles in turn, ``tokens`` a tile."""
-
-    def image(number: int, alone: bool, generator: torch.Generator) -> Item:
-        tiles = 1 + number % 2
-        ids = [VISION_START_ID, *[IMAGE_ID] * (tokens * tiles), VISION_END_ID]
-        return Item(ids, {"pixel_values": pixels(generator, tiles, 3, 32, 32)})
-
-    return image
-
-
-def llama4() -> Any:
-    """Layers 3 has no rotary; every second layer has experts."""
+def llama4(**changes: Any) -> Any:
+    """Layer 3 has no rotary; every second layer has experts."""
     text = text_config(
-        head_dim=16, intermediate_size_mlp=128, num_local_experts=4, interleave_moe_layer_step=2, attn_scale=0.1
+        head_dim=16, intermediate_size_mlp=128, num_local_experts=4, interleave_moe_layer_step=2, **changes
     )
     vision = vision_config(
         patch_size=4,
@@ -129,8 +120,8 @@ def perception_lm() -> Any:
 
 def perception_lm_image(number: int, alone: bool, generator: torch.Generator) -> Item:
     """One or two tiles, pooled to 4 tokens each."""
-    tiles = 1 + number % 2
-    return Item([IMAGE_ID] * (4 * tiles), {"pixel_values": pixels(generator, tiles, 1, 3, 32, 32)})
+    count = 1 + number % 2
+    return Item([IMAGE_ID] * (4 * count), {"pixel_values": pixels(generator, count, 1, 3, 32, 32)})
 
 
 def qianfan_ocr() -> Any:
@@ -232,21 +223,10 @@ def smolvlm() -> Any:
     return transformers.SmolVLMForConditionalGeneration(config)
 
 
-def images_by_row(inputs: dict[str, torch.Tensor], rows: Rows) -> dict[str, torch.Tensor]:
-    """Give every row as many images; the model leaves out images of zeros."""
-    if "pixel_values" in inputs:
-        images = iter(inputs["pixel_values"])
-        values = inputs["pixel_values"].new_zeros(len(rows), max(map(len, rows)), *inputs["pixel_values"].shape[1:])
-        for row, kinds in enumerate(rows):
-            for place in range(len(kinds)):
-                values[row, place] = next(images)
-        inputs["pixel_values"] = values
-    return inputs
-
-
-def paligemma() -> Any:
+def paligemma(text: Any = None) -> Any:
+    text = text or transformers.GemmaConfig(**text_config(head_dim=16))
     config = transformers.PaliGemmaConfig(
-        text_config=transformers.GemmaConfig(**text_config(head_dim=16)),
+        text_config=text,
         vision_config=transformers.SiglipVisionConfig(**vision_config(), vision_use_head=False),
         image_token_index=IMAGE_ID,
         projection_dim=HIDDEN_SIZE,
@@ -256,19 +236,29 @@ def paligemma() -> Any:
     return transformers.PaliGemmaForConditionalGeneration(config)
 
 
+def paligemma_2() -> Any:
+    """Soft caps, and a window in every other layer."""
+    text = text_config(head_dim=16, query_pre_attn_scalar=16, sliding_window=500, attn_logit_softcapping=2.0)
+    return paligemma(transformers.Gemma2Config(**text))
+
+
 def paligemma_finish(inputs: dict[str, torch.Tensor], rows: Rows) -> dict[str, torch.Tensor]:
     """Count the whole prompt to the prefix, whose tokens see each other."""
     return inputs | {"token_type_ids": torch.zeros_like(inputs["input_ids"])}
 
 
 ZOO = {
-    "Llama4ForConditionalGeneration": TinyFamily(llama4, tiles_of(16)),
+    "Llama4ForConditionalGeneration": TinyFamily(llama4, tiles(16)),
+    "Llama4ForConditionalGeneration+chunks": TinyFamily(lambda: llama4(attention_chunk_size=16), tiles(16)),
     "Molmo2ForConditionalGeneration": TinyFamily(molmo2, molmo2_image, is_qwen=True, finish=molmo2_finish),
     "PerceptionLMForConditionalGeneration": TinyFamily(perception_lm, perception_lm_image),
-    "QianfanOCRForConditionalGeneration": TinyFamily(qianfan_ocr, tiles_of(16)),
-    "Ovis2ForConditionalGeneration": TinyFamily(ovis2, tiles_of(16)),
+    "QianfanOCRForConditionalGeneration": TinyFamily(qianfan_ocr, tiles(16)),
+    "Ovis2ForConditionalGeneration": TinyFamily(ovis2, tiles(16)),
     "Step3p7ForConditionalGeneration": TinyFamily(step3p7, step3p7_image),
     "UnlimitedOcrForConditionalGeneration": TinyFamily(unlimited_ocr, image_of(21, 1, 3, 64, 64)),
-    "SmolVLMForConditionalGeneration": TinyFamily(smolvlm, image_of(4), finish=images_by_row),
-    "PaliGemmaForConditionalGeneration": TinyFamily(paligemma, tiles_of(16), finish=paligemma_finish),
+    "SmolVLMForConditionalGeneration": TinyFamily(smolvlm, image_of(4), finish=by_row),
+    "PaliGemmaForConditionalGeneration+gemma2": TinyFamily(
+        paligemma_2, tiles(16), finish=paligemma_finish, attn_implementation="eager"
+    ),
+    "PaliGemmaForConditionalGeneration": TinyFamily(paligemma, tiles(16), finish=paligemma_finish),
 }
