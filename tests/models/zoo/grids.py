@@ -1,7 +1,8 @@
-"""Tiny models whose images are patches with a grid, of any size: Kimi, PaddleOCR-VL, VideoLLaMA 3 and others."""
+"""Tiny models whose images are patches with a grid, of any size: PaddleOCR-VL, VideoLLaMA 3, MiniMax M3, Muse."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -9,29 +10,20 @@ import transformers
 
 from tests.models.tiny_families import (
     GRIDS,
+    HIDDEN_SIZE,
     IMAGE_ID,
     VIDEO_ID,
     VISION_END_ID,
     VISION_START_ID,
     Item,
+    Rows,
     TinyFamily,
     pixels,
+    qwen_image,
     text_config,
     vision_config,
 )
-
-
-def grid_image(*patch: int, **more: Any):
-    """Make images of a varying grid whose patches have the shape ``patch``; ``more`` are tensors of every image."""
-
-    def image(number: int, alone: bool, generator: torch.Generator) -> Item:
-        grid = GRIDS[number % len(GRIDS)]
-        ids = [VISION_START_ID] + [IMAGE_ID] * (grid[1] * grid[2] // 4) + [VISION_END_ID]
-        values = pixels(generator, grid[1] * grid[2], *patch)
-        return Item(ids, {"pixel_values": values, "image_grid_thw": torch.tensor([grid]), **more})
-
-    return image
-
+from tests.models.zoo.structures import grid_image
 
 IDS = {
     "image_token_id": IMAGE_ID,
@@ -39,34 +31,6 @@ IDS = {
     "vision_start_token_id": VISION_START_ID,
     "vision_end_token_id": VISION_END_ID,
 }
-
-
-def kimi_k25() -> Any:
-    """Latent keys and values; layer 0 is dense, the others have experts."""
-    text = text_config(
-        q_lora_rank=16,
-        kv_lora_rank=16,
-        qk_rope_head_dim=8,
-        qk_nope_head_dim=8,
-        v_head_dim=16,
-        num_key_value_heads=4,
-        moe_intermediate_size=32,
-        n_routed_experts=4,
-        num_experts_per_tok=2,
-        n_group=1,
-        topk_group=1,
-        first_k_dense_replace=1,
-        rope_interleave=True,
-    )
-    vision = {key: value for key, value in vision_config(patch_size=4).items() if key != "image_size"}
-    config = transformers.Kimi_K25Config(
-        text_config=transformers.DeepseekV3Config(**text),
-        vision_config={**vision, "pos_emb_height": 8, "pos_emb_width": 8, "initializer_range": 0.3},
-        projection_hidden_size=32,
-        tie_word_embeddings=False,
-        **IDS,
-    )
-    return transformers.Kimi_K25ForConditionalGeneration(config)
 
 
 def paddleocr_vl() -> Any:
@@ -90,10 +54,140 @@ def video_llama_3() -> Any:
     return transformers.VideoLlama3ForConditionalGeneration(config)
 
 
+def merged_by_two(inputs: dict[str, torch.Tensor], rows: Rows) -> dict[str, torch.Tensor]:
+    if "image_grid_thw" in inputs:
+        inputs["image_merge_sizes"] = torch.full((len(inputs["image_grid_thw"]),), 2)
+    return inputs
+
+
+def minimax_m3_vl(kinds: Sequence[str] = ("full_attention", "full_attention", "minimax_m3_sparse")) -> Any:
+    """Every third layer attends to the best blocks of keys alone; layers 0 and 1 are dense, the others have experts."""
+    vision = {key: value for key, value in vision_config(patch_size=4).items() if key != "num_attention_heads"}
+    config = transformers.MiniMaxM3VLConfig(
+        text_config=text_config(
+            head_dim=16,
+            rotary_dim=8,
+            dense_intermediate_size=128,
+            shared_intermediate_size=32,
+            intermediate_size=32,
+            num_local_experts=4,
+            num_experts_per_tok=2,
+            mlp_layer_types=["dense"] * 2 + ["sparse"] * 4,
+            layer_types=[*kinds] * 2,
+            index_n_heads=2,
+            index_head_dim=16,
+            index_block_size=8,
+            index_topk_blocks=2,
+        ),
+        vision_config={**vision, "num_attention_heads": 1, "initializer_range": 0.3},
+        image_token_index=IMAGE_ID,
+        video_token_index=VIDEO_ID,
+        projector_hidden_size=32,
+    )
+    return transformers.MiniMaxM3SparseForConditionalGeneration(config)
+
+
+MUSE_VISION = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "patch_size": 4,
+    "pos_emb_height": 8,
+    "pos_emb_width": 8,
+    "max_position_embeddings": 64,
+}
+MUSE = {
+    "vision_config": MUSE_VISION,
+    "image_token_id": IMAGE_ID,
+    "video_token_id": VIDEO_ID,
+    "out_hidden_size": 128,
+    "projector_hidden_size": 32,
+}
+
+
+def muse_glimmer() -> Any:
+    """Layers 1 and 5 attend to everything, without rotary; the others have a window."""
+    config = transformers.MuseGlimmerConfig(text_config=text_config(head_dim=16, sliding_window=500), **MUSE)
+    return transformers.MuseGlimmerForConditionalGeneration(config)
+
+
+def muse_spark() -> Any:
+    text = text_config(
+        head_dim=16,
+        sliding_window=500,
+        moe_intermediate_size=32,
+        moe_hidden_size=32,
+        num_local_experts=4,
+        num_experts_per_tok=2,
+    )
+    audio = {"patch_sizes": [4, 2], "hidden_sizes": [8, 16], "depths": [1, 1], "num_hidden_layers": 2}
+    config = transformers.MuseSparkConfig(
+        text_config=text, audio_config={**audio, "out_hidden_size": HIDDEN_SIZE}, audio_token_id=94, **MUSE
+    )
+    return transformers.MuseSparkForConditionalGeneration(config)
+
+
+def nemotron_h_omni() -> Any:
+    """Mamba, attention and feed-forward parts are layers of their own."""
+    text = text_config(
+        head_dim=16,
+        layer_types=["linear_attention", "full_attention", "moe", "linear_attention", "full_attention", "mlp"],
+        ssm_state_size=8,
+        mamba_num_heads=4,
+        mamba_head_dim=16,
+        n_groups=2,
+        expand=1,
+        chunk_size=16,
+        use_mamba_kernels=False,
+        n_routed_experts=4,
+        moe_intermediate_size=32,
+        moe_shared_expert_intermediate_size=32,
+        rescale_prenorm_residual=False,
+    )
+    vision = {key: value for key, value in vision_config(patch_size=4).items() if key != "intermediate_size"}
+    config = transformers.NemotronH_Omni_Reasoning_V3_Config(
+        text_config=transformers.NemotronHConfig(**text),
+        vision_config=transformers.RadioConfig(
+            **vision,
+            mlp_ratio=2.0,
+            max_img_size=64,
+            num_cls_tokens=1,
+            num_registers=1,
+            summary_idxs=[0],
+            video_temporal_patch_size=2,
+            initializer_range=0.3,
+            dtype="float32",
+        ),
+        projector_hidden_size=32,
+        vision_hidden_size=32,
+        image_token_id=IMAGE_ID,
+        video_token_id=VIDEO_ID,
+        audio_token_id=94,
+    )
+    return transformers.NemotronH_Omni_Reasoning_V3(config)
+
+
+def nemotron_h_omni_image(number: int, alone: bool, generator: torch.Generator) -> Item:
+    _, height, width = GRIDS[number % len(GRIDS)]
+    ids = [VISION_START_ID] + [IMAGE_ID] * (height * width // 4) + [VISION_END_ID]
+    values = pixels(generator, height * width, 3 * 4 * 4)
+    return Item(ids, {"pixel_values": values, "image_grid_hw": torch.tensor([[height, width]])})
+
+
 ZOO = {
-    "Kimi_K25ForConditionalGeneration": TinyFamily(kimi_k25, grid_image(3, 4, 4)),
     "PaddleOCRVLForConditionalGeneration": TinyFamily(paddleocr_vl, grid_image(3, 4, 4), is_qwen=True),
-    "VideoLlama3ForConditionalGeneration": TinyFamily(
-        video_llama_3, grid_image(3 * 4 * 4, image_merge_sizes=torch.tensor([2]))
+    "VideoLlama3ForConditionalGeneration": TinyFamily(video_llama_3, grid_image(3 * 4 * 4), finish=merged_by_two),
+    "MiniMaxM3SparseForConditionalGeneration": TinyFamily(
+        minimax_m3_vl,
+        qwen_image,
+        limits_itself="blocks of keys are counted in slots of the batch: a left-padded row's logits differ from the "
+        "row's alone by up to 3, and generate(), which counts positions from the first token, differs from forward()",
     ),
+    "MiniMaxM3SparseForConditionalGeneration+full": TinyFamily(
+        lambda: minimax_m3_vl(["full_attention"] * 3), qwen_image
+    ),
+    "MuseGlimmerForConditionalGeneration": TinyFamily(muse_glimmer, qwen_image),
+    "NemotronH_Omni_Reasoning_V3": TinyFamily(nemotron_h_omni, nemotron_h_omni_image),
+    "MuseSparkForConditionalGeneration": TinyFamily(muse_spark, qwen_image),
 }

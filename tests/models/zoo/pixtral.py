@@ -27,9 +27,9 @@ def pixtral_config() -> Any:
     return transformers.PixtralVisionConfig(**vision_config(patch_size=4, head_dim=16, initializer_range=0.3))
 
 
-def mistral3() -> Any:
+def mistral3(make_text: Any = transformers.MistralConfig) -> Any:
     config = transformers.Mistral3Config(
-        text_config=transformers.MistralConfig(**text_config(head_dim=16, sliding_window=None)),
+        text_config=make_text(**text_config(head_dim=16, sliding_window=None)),
         vision_config=pixtral_config(),
         image_token_index=IMAGE_ID,
         tie_word_embeddings=False,
@@ -88,6 +88,9 @@ def no_image(number: int, alone: bool, generator: torch.Generator) -> Item:
 
 ZOO = {
     "Mistral3ForConditionalGeneration": TinyFamily(mistral3, pixtral_image),
+    "Mistral3ForConditionalGeneration+ministral3": TinyFamily(
+        lambda: mistral3(transformers.Ministral3Config), pixtral_image
+    ),
     "LightOnOcrForConditionalGeneration": TinyFamily(lighton_ocr, pixtral_image),
     "Mistral4ForCausalLM": TinyFamily(mistral4, no_image, not_a_case="a decoder of text alone, without a tower"),
     "MistralLarge4ForConditionalGeneration": TinyFamily(mistral_large4, pixtral_image),
