@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from toprl_models.policy import Policy
 from toprl_models.runtime import guards, scores
 from toprl_models.runtime.compact import Compact
+from toprl_models.runtime.deepstack import take_deepstack
 from toprl_models.runtime.mask import Mask
 from toprl_models.runtime.outputs import Survivors, without_dropped
 from toprl_models.runtime.prompt import Call, FixedPrompt, Generation, Told, VisualIds, begin, read_call, tokens_of
@@ -76,6 +77,8 @@ class Runtime:
             self.decoder.register_forward_pre_hook(self._before_decoder, with_kwargs=True),
             self.decoder.register_forward_hook(self._after_decoder),
         ]
+        if self.mode.name == "compact":
+            handles.append(self.layers[-1].register_forward_hook(self._after_last_layer))
         watched = {stage.schedule.layers[stage.number] - 1 for stage in self.stages if _reads(stage, "previous")}
         for index in range(min({self.schedule.layers[0]} | watched), len(self.layers)):
             layer = self.layers[index]
@@ -154,9 +157,9 @@ class Runtime:
                 stacklevel=2,
             )
 
-    def _before_decoder(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+    def _before_decoder(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Change | None:
         if not self.enabled:
-            return
+            return None
         self.running.check()
         call, self._call = self._call, None
         inputs, self._inputs = self._inputs, {}
@@ -173,8 +176,12 @@ class Runtime:
                 self._forward.upload(list(zip(*counts, strict=True)), embeddings.device)
             if fixed is not None and call is not None and self._forward.prunes:
                 fixed.keep(call, self._forward)
-        if self._forward.prunes:
-            guards.refuse_checkpointing(self.layers, self.mode.name)
+        if not self._forward.prunes:
+            return None
+        guards.refuse_checkpointing(self.layers, self.mode.name)
+        if self.mode.name == "compact":
+            kwargs, self._forward.deepstack = take_deepstack(kwargs, self.schedule.layers[0])
+        return args, kwargs
 
     def _check_length(self, call: Call | None, kwargs: dict[str, Any]) -> None:
         cache = kwargs.get("past_key_values")
@@ -207,8 +214,10 @@ class Runtime:
             if number not in forward.segments:
                 forward.segments[number] = Segment(valid=forward.segments[0].valid)
             forward.current = number
-        elif index in self._stage_at:
-            hidden_states = self._at_stage(forward, index, hidden_states, args, kwargs)
+        else:
+            hidden_states = self._deepstacked(forward, index, hidden_states)
+            if index in self._stage_at:
+                hidden_states = self._at_stage(forward, index, hidden_states, args, kwargs)
         changed = self.mode.before_layer(forward, number, index, hidden_states, kwargs) if number else kwargs
         if forward.prunes and index + 1 in self._stage_at and _reads(self._stage_at[index + 1], "previous"):
             past = _length_of(changed.get("past_key_values"), index)
@@ -217,6 +226,15 @@ class Runtime:
         if args:
             return (hidden_states, *args[1:]), changed
         return args, {**changed, "hidden_states": hidden_states}
+
+    def _deepstacked(self, forward: ForwardPass, index: int, hidden_states: Tensor) -> Tensor:
+        """Add the features of the vision tower that the decoder would have added before layer ``index``."""
+        if forward.deepstack is None:
+            return hidden_states
+        return forward.deepstack.add(index, hidden_states, forward.segment.slots)
+
+    def _after_last_layer(self, module: nn.Module, args: tuple, output: Tensor) -> Tensor:
+        return output if self._forward is None else self._deepstacked(self._forward, len(self.layers), output)
 
     def _after_watched(self, module: nn.Module, args: tuple, output: object) -> None:
         if self._watched is not None and not self._asking:
