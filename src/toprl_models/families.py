@@ -107,6 +107,7 @@ FAMILIES: dict[str, Family] = {
             "Qwen3-VL",
             "Merged 2 x 2 patches of images and video frames. <|vision_start|>, <|vision_end|> and the time stamps "
             "between frames are text and always stay.",
+            image_tower="visual",
             no_class_token="the vision tower has no class token and merges 4 patches into a token",
             depths={"2B": 28, "4B": 36, "8B": 36, "32B": 64},
         ),

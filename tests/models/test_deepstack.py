@@ -206,9 +206,9 @@ def by_hand(model: Any, arguments: dict[str, Any], alive: Tensor, row: int) -> A
 
 
 def in_float64(model: Any, inputs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    return copy.deepcopy(model).double(), {
-        name: value.double() if value.is_floating_point() else value for name, value in inputs.items()
-    }
+    model = copy.deepcopy(model).double()
+    model.set_experts_implementation("eager")  # the other kernels of experts know no float64
+    return model, {name: value.double() if value.is_floating_point() else value for name, value in inputs.items()}
 
 
 def assert_cut_by_hand(model: Any, inputs: dict[str, Any]) -> None:
@@ -329,10 +329,11 @@ def test_gradients(schedule: Schedule) -> None:
         model.zero_grad()
         with attached(model, schedule, "mask" if case == "mask" else "compact") as pruner:
             states = model.base_model(**inputs, use_cache=False).last_hidden_state
-            states[kept_slots(inputs, pruner.trace[-1])].square().sum().backward()
+            states = states[kept_slots(inputs, pruner.trace[-1])]
+            (states * torch.linspace(-1, 1, states.numel()).view_as(states)).sum().backward()
         gradients[case] = [p.grad.clone() for p in model.base_model.visual.deepstack_merger_list.parameters()]
     for compact, mask, again in zip(*gradients.values(), strict=True):
-        assert compact.abs().max() > 0
+        assert compact.abs().max() > 1e-2
         torch.testing.assert_close(compact, mask, atol=1e-4 * float(compact.abs().max()), rtol=1e-4)
         torch.testing.assert_close(again, compact, atol=1e-6 * float(compact.abs().max()), rtol=1e-5)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,10 +10,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding, pad
 
+from toprl_models.runtime.state import Segment, Visual, take
+
 
 @dataclass(frozen=True)
 class DeepStack:
-    """Planes of features that the decoder cannot add itself, as its visual slots are those of the whole prompt.
+    """Planes of features that the pruner adds, as the decoder knows the visual slots of the whole prompt alone.
 
     Source: DeepStack (Meng et al., arXiv 2406.04334). A plane has a row for each of the T visual slots of a pass.
 
@@ -34,6 +36,21 @@ class DeepStack:
         rows = rows if slots is None else rows.gather(1, slots)
         plane = plane.to(hidden_states.device, hidden_states.dtype)
         return hidden_states + embedding(rows, pad(plane, (0, 0, 0, 1)), padding_idx=len(plane))
+
+    def replaced(self, values: Sequence[Tensor], visual: Visual, segment: Segment) -> DeepStack:
+        """Return the planes with ``values``, a tensor [P, V, d] for each, at the visual slots of ``segment``."""
+        if len(values) != len(self.planes):
+            raise ValueError(f"deepstack: {len(values)} planes, but the model adds {len(self.planes)} after the stage")
+        rows = self.rows.to(visual.slots.device)
+        rows = rows if segment.slots is None else rows.gather(1, segment.slots)
+        rows = take(rows[..., None], visual.slots, segment.packing)[..., 0]
+        planes = {}
+        for (layer, plane), states in zip(self.planes.items(), values, strict=True):
+            states = states.flatten(0, 1)
+            index = rows.masked_fill(~visual.valid, len(plane)).view(-1, 1).expand_as(states)
+            whole = pad(plane.to(states.device, states.dtype), (0, 0, 0, 1))
+            planes[layer] = whole.scatter(0, index, states)[:-1]
+        return DeepStack(planes, self.rows)
 
 
 def take_deepstack(kwargs: Mapping[str, Any], first: int) -> tuple[dict[str, Any], DeepStack | None]:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from toprl_models.policy import Policy
 from toprl_models.runtime import guards, scores
-from toprl_models.runtime.compact import Compact
+from toprl_models.runtime.compact import Compact, drops_nothing
 from toprl_models.runtime.deepstack import take_deepstack
 from toprl_models.runtime.mask import Mask
 from toprl_models.runtime.outputs import Survivors, without_dropped
@@ -76,9 +76,8 @@ class Runtime:
             base.register_forward_hook(self.end_pass, always_call=True),
             self.decoder.register_forward_pre_hook(self._before_decoder, with_kwargs=True),
             self.decoder.register_forward_hook(self._after_decoder),
+            self.layers[-1].register_forward_hook(self._after_last_layer),
         ]
-        if self.mode.name == "compact":
-            handles.append(self.layers[-1].register_forward_hook(self._after_last_layer))
         watched = {stage.schedule.layers[stage.number] - 1 for stage in self.stages if _reads(stage, "previous")}
         for index in range(min({self.schedule.layers[0]} | watched), len(self.layers)):
             layer = self.layers[index]
@@ -179,8 +178,7 @@ class Runtime:
         if not self._forward.prunes:
             return None
         guards.refuse_checkpointing(self.layers, self.mode.name)
-        if self.mode.name == "compact":
-            kwargs, self._forward.deepstack = take_deepstack(kwargs, self.schedule.layers[0])
+        kwargs, self._forward.deepstack = take_deepstack(kwargs, self.schedule.layers[0])
         return args, kwargs
 
     def _check_length(self, call: Call | None, kwargs: dict[str, Any]) -> None:
@@ -261,6 +259,10 @@ class Runtime:
         if generation is not None and forward.uncached and known is None:
             generation.num_visual = forward.num_visual
             generation.decisions[stage.number] = decision, counts
+        if decision.deepstack and not drops_nothing(forward.visual, counts):
+            if forward.deepstack is None:
+                raise ValueError(f"policy {type(stage.policy).__name__}: deepstack, but this model adds no planes")
+            forward.deepstack = forward.deepstack.replaced(decision.deepstack, forward.visual, forward.segment)
         forward.bounded_mask_grad = stage.policy.bounded_mask_grad
         return self.mode.at_stage(forward, stage, hidden_states, decision, counts, kwargs)
 

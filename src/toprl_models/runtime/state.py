@@ -136,7 +136,7 @@ class ForwardPass:
     current: int = 0
     sent: dict[int, KeepArgument] = field(default_factory=dict)  # mask mode: what each layer was given
     bounded_mask_grad: bool = False
-    deepstack: DeepStack | None = None  # compact mode: planes that are added after the first stage
+    deepstack: DeepStack | None = None  # planes that are added after the first stage
     rebuilt_from: AttentionMask = None  # the model's mask that was found to be causal
     trace: list[StageTrace] = field(default_factory=list)
 
