@@ -51,11 +51,6 @@ class Family:
     first_stage: int = 1
 
 
-def _after_deepstack(model: PreTrainedModel) -> int:
-    """Count the first layers after which features of the vision tower are added to all visual slots."""
-    return len(model.config.vision_config.deepstack_visual_indexes)
-
-
 FAMILIES: dict[str, Family] = {
     family.model_class: family
     for family in (
@@ -115,11 +110,9 @@ FAMILIES: dict[str, Family] = {
             "Qwen3-VL",
             "Merged 2 x 2 patches of images and video frames. <|vision_start|>, <|vision_end|> and the time stamps "
             "between frames are text and always stay.",
-            min_stage=_after_deepstack,
-            limits="Stages start behind the layers to which deepstack features are added (3 in the released models).",
+            image_tower="visual",
             no_class_token="the vision tower has no class token and merges 4 patches into a token",
             depths={"2B": 28, "4B": 36, "8B": 36, "32B": 64},
-            first_stage=3,
         ),
     )
 }

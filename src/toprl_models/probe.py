@@ -81,25 +81,49 @@ def has_attention(layer: nn.Module) -> bool:
     return any("ALL_ATTENTION_FUNCTIONS" in _names(type(module).forward) for module in layer.modules())
 
 
+def branches_on_backend(module: nn.Module) -> bool:
+    """Tell whether an attention module does something of its own for attention backends that it knows by name."""
+    consts = getattr(getattr(inspect.unwrap(type(module).forward), "__code__", None), "co_consts", ())
+    return any(
+        {"eager", "sdpa"} & set(const if isinstance(const, tuple) else [const])
+        for const in consts
+        if isinstance(const, str | tuple)
+    )
+
+
 def has_state(layer: nn.Module) -> bool:
     """Tell whether a decoder layer keeps a state of all earlier tokens: a convolution, a recurrence."""
     names = (name for module in layer.modules() for name in _all_names(type(module)))
     return any(state in name for name in names for state in ("conv_state", "recurrent_state", "ssm_state"))
 
 
-def last_stage_of(decoder: PreTrainedModel) -> int:
-    """Return the last layer before which a stage may lie: no later than a layer whose keys later layers use again."""
+def blocked_stages(decoder: PreTrainedModel) -> dict[int, int]:
+    """Find layers before which no stage may lie, as they or later ones use keys or a selection of an earlier layer.
+
+    Returns:
+        The earlier layer, by blocked layer.
+    """
     layers: Any = decoder.layers
-    users = [index for index, layer in enumerate(layers) if _shares_keys(layer)]
-    if not users:
-        return len(layers) - 1
     kinds = getattr(decoder.config, "layer_types", None) or [None] * len(layers)
-    sources = [max((i for i in range(users[0]) if kinds[i] == kinds[user]), default=0) for user in users]
-    return min(sources)
+    blocked: dict[int, int] = {}
+    for user, layer in enumerate(layers):
+        if not (names := _shared(layer)):
+            continue
+        rope = _attribute(layer, "use_rope")
+        alike = (i for i in range(user) if kinds[i] == kinds[user] and _attribute(layers[i], "use_rope") == rope)
+        source = max((i for i in alike if not names & _shared(layers[i])), default=0)
+        for index in range(source + 1, user + 1):
+            blocked[index] = min(source, blocked.get(index, source))
+    return blocked
 
 
-def _shares_keys(layer: nn.Module) -> bool:
-    return any(getattr(module, "is_kv_shared_layer", False) for module in layer.modules())
+def _shared(layer: nn.Module) -> frozenset[str]:
+    """Name what a layer takes from an earlier one: its keys and values, or its selection of keys."""
+    return frozenset(name for name in ("is_kv_shared_layer", "skip_topk") if _attribute(layer, name))
+
+
+def _attribute(layer: nn.Module, name: str) -> Any:
+    return next((getattr(module, name) for module in layer.modules() if hasattr(module, name)), None)
 
 
 def _overridden(cls: type) -> set[str]:

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 from toprl_models.families import family_of, min_stage_of
 from toprl_models.policy import Policy
-from toprl_models.probe import decoder_of, has_kinds_of_positions, has_plain_positions, last_stage_of
+from toprl_models.probe import blocked_stages, decoder_of, has_kinds_of_positions, has_plain_positions
 from toprl_models.runtime.compact import Compact
-from toprl_models.runtime.guards import refuse_recurrent
+from toprl_models.runtime.guards import refuse_key_selection, refuse_recurrent
 from toprl_models.runtime.hooks import Runtime
 from toprl_models.runtime.mask import Mask
 from toprl_models.runtime.prompt import FixedPrompt, VisualIds
@@ -207,12 +207,18 @@ def attach(model: PreTrainedModel, policy: Policy, *, schedule: Schedule, mode: 
             f"schedule: first stage at layer {schedule.layers[0]}, but {type(model).__name__} can prune before layer "
             f"{first} at the earliest"
         )
-    if schedule.layers[-1] > (last := last_stage_of(decoder)):
-        raise ValueError(
-            f"schedule: a stage at layer {schedule.layers[-1]}, but later layers of {type(decoder).__name__} use the "
-            f"keys and values of layer {last} again, and must see the same tokens: put the last stage there or earlier"
-        )
+    blocked = blocked_stages(decoder)
+    for layer in schedule.layers:
+        if layer in blocked:
+            raise ValueError(
+                f"schedule: a stage at layer {layer}, but from there on {type(decoder).__name__} uses the keys and "
+                f"values, or the selected keys, of layer {blocked[layer]} again, and must see the same tokens: choose "
+                "one of "
+                f"{sorted(set(range(len(decoder.layers))) - set(blocked))}"
+            )
     refuse_recurrent(decoder.layers, schedule.layers[0], mode)
+    if mode == "mask":
+        refuse_key_selection(decoder.layers, schedule.layers[0])
     policy.check(model, schedule)
     for stage, layer in enumerate(schedule.layers):
         _check_stage(policy.at_stage(stage), layer, schedule.layers[stage - 1] if stage else 0, decoder, mode)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from toprl_models.families import count_visual, family_of, min_stage_of, visual_token_ids
 from toprl_models.methods.fastv import FastV
 from toprl_models.policy import Policy, StageContext
-from toprl_models.probe import decoder_of, last_stage_of
+from toprl_models.probe import blocked_stages, decoder_of
 from toprl_models.pruner import Mode, attach
 from toprl_models.runtime.guards import recurrent_layers
 from toprl_models.schedule import Schedule
@@ -106,9 +106,10 @@ class _Case:
         self.depth = len(self.decoder.layers)
         first = min_stage_of(self.model, family_of(self.model))
         self.first = Schedule(((first, 0.5),))
-        last = last_stage_of(self.decoder)
-        layers = sorted({min(max(first, 1), last), min(max(first + 1, self.depth // 2), last), last})
-        self.several = Schedule(tuple(zip(layers, (0.5, 0.25, 2), strict=False)))
+        self.layers = [i for i in range(first, self.depth) if i not in blocked_stages(self.decoder)]
+        inner = [layer for layer in self.layers if layer] or self.layers
+        middle = [layer for layer in inner if layer <= max(first + 1, self.depth // 2)][-1]
+        self.several = Schedule(tuple(zip(sorted({inner[0], middle, inner[-1]}), (0.5, 0.25, 2), strict=False)))
         # what was unattached when the checks began
         self.plain = self.forward()
         self.real = self.inputs["attention_mask"].bool()
@@ -156,13 +157,15 @@ def _slots(case: _Case) -> None:
         if "pixel" in name and isinstance(value, Tensor) and value.is_floating_point()
     }
     before, after = _decoder_call(case, {}), _decoder_call(case, pixels)
-    changed = (before["inputs_embeds"] != after["inputs_embeds"]).flatten(2).any(-1)
-    ids = torch.tensor([*visual_token_ids(case.model, family_of(case.model)).values()], device=changed.device)
-    visual = torch.isin(case.inputs["input_ids"], ids)
-    if bool((changed & ~visual).any()):
+    changed, visual = (before["inputs_embeds"] != after["inputs_embeds"]).flatten(2).any(-1), _visual(case)
+    if not bool(changed.any()):  # features that the decoder adds between its layers alone
+        masks = [
+            mask.view(visual.shape) for name, mask in before.items() if name in ("vision_mask", "visual_pos_masks")
+        ]
+        if not masks or not torch.equal(masks[0], visual):
+            raise _Wrong("no placeholder holds image features")
+    elif bool((changed & ~visual).any()):
         raise _Wrong(f"{int((changed & ~visual).sum())} tokens hold image features, but are no placeholders")
-    if not bool((changed & visual).any()):
-        raise _Wrong("no placeholder holds image features")
 
 
 def _keep_all(case: _Case) -> None:
@@ -210,6 +213,8 @@ def _lengths(case: _Case) -> None:
     schedule = case.several
     with attach(case.model, _Even(), schedule=schedule):
         cache = case.forward(use_cache=True).past_key_values
+    if cache is None:
+        raise _NotApplicable("the model returns no cache")
     totals = case.real.sum(1).tolist()
     counts = [schedule.counts(number) for number in count_visual(case.model, case.inputs)]
     visual = count_visual(case.model, case.inputs)
@@ -247,8 +252,8 @@ def _step(case: _Case) -> None:
 
 def _scores(case: _Case) -> None:
     """FastV's scores are the mean over heads of the model's own eager attention weights."""
-    after = min(_attention_layers(case)) + 1
-    layer = max(after, min(max(case.first.layers[0], 1) + 1, last_stage_of(case.decoder)))
+    first = min(_attention_layers(case))
+    layer = min((layer for layer in case.layers if layer > first + 1), default=first + 1)
     with _attention_of(case.model, "eager"):
         with attach(case.model, FastV(), schedule=Schedule(((layer, 0.5),))) as pruner:
             case.forward()
@@ -296,9 +301,14 @@ def _attention_layers(case: _Case) -> list[int]:
     return sorted(set(range(case.depth)) - recurrent_layers(case.decoder.layers))
 
 
-def _visual_slots(case: _Case) -> list[Tensor]:
+def _visual(case: _Case) -> Tensor:
+    """Mark the placeholders, bool [B, N]."""
     ids = torch.tensor([*visual_token_ids(case.model, family_of(case.model)).values()], device=case.real.device)
-    return [row.nonzero()[:, 0] for row in torch.isin(case.inputs["input_ids"], ids) & case.real]
+    return torch.isin(case.inputs["input_ids"], ids) & case.real
+
+
+def _visual_slots(case: _Case) -> list[Tensor]:
+    return [row.nonzero()[:, 0] for row in _visual(case)]
 
 
 def _survivors(case: _Case, indices: Tensor) -> list[Tensor]:
@@ -360,21 +370,35 @@ def _decoder_call(case: _Case, changes: Inputs) -> dict[str, Any]:
     return arguments
 
 
-def _cut(value: Any, row: int, kept: Tensor, length: int) -> Any:
-    """Cut ``row`` and the survivors out of an argument that has a token dimension."""
-    if isinstance(value, dict):
-        return {name: _cut(part, row, kept, length) for name, part in value.items()}
-    if isinstance(value, tuple | list):
-        return type(value)(_cut(part, row, kept, length) for part in value)
-    if not isinstance(value, Tensor) or length not in value.shape:
-        return value
-    if value.ndim == 4 and value.shape[2:] == (length, length):
-        value = value[row : row + 1] if len(value) > 1 else value
-        return value[:, :, kept][:, :, :, kept]
-    at = value.shape.index(length)
-    if at and value.shape[at - 1] > 1:
-        value = value.narrow(at - 1, row, 1)
-    return value.index_select(at, kept)
+@dataclass
+class _Cut:
+    """Cuts one row's tokens out of the decoder's arguments."""
+
+    row: int
+    kept: Tensor  # int64 [m], slots
+    length: int
+    visual: Tensor  # bool [B, N]
+
+    def __call__(self, value: Any) -> Any:
+        if isinstance(value, dict):
+            return {name: self(part) for name, part in value.items()}
+        if isinstance(value, tuple | list):
+            return type(value)(self(part) for part in value)
+        if not isinstance(value, Tensor):
+            return value
+        if value.ndim == 2 and len(value) == int(self.visual.sum()):  # a row for each visual token of all prompts
+            alive = torch.zeros_like(self.visual)
+            alive[self.row, self.kept] = True
+            return value[alive[self.visual]]
+        if self.length not in value.shape:
+            return value
+        if value.ndim == 4 and value.shape[2:] == (self.length, self.length):
+            value = value[self.row : self.row + 1] if len(value) > 1 else value
+            return value[:, :, self.kept][:, :, :, self.kept]
+        at = value.shape.index(self.length)
+        if at and value.shape[at - 1] > 1:
+            value = value.narrow(at - 1, self.row, 1)
+        return value.index_select(at, self.kept)
 
 
 def _by_hand(case: _Case, row: int, kept: Tensor, layer: int) -> Tensor:
@@ -388,8 +412,9 @@ def _by_hand(case: _Case, row: int, kept: Tensor, layer: int) -> Tensor:
     if arguments.get("position_ids") is None and "position_ids" in inspect.signature(case.decoder.forward).parameters:
         arguments["position_ids"] = torch.arange(length, device=case.real.device)[None]
     real = case.real[row].nonzero()[:, 0]
-    alone = {name: _cut(value, row, real, length) for name, value in arguments.items() if name != "past_key_values"}
-    cut = {name: _cut(value, row, kept, length) for name, value in arguments.items() if name != "past_key_values"}
+    arguments.pop("past_key_values", None)
+    visual = _visual(case)
+    alone, cut = (_Cut(row, tokens, length, visual)(arguments) for tokens in (real, kept))
     entered: dict[nn.Module, Any] = {}  # masks of all layers from ``layer`` on, and the states that enter it
     first = case.decoder.layers[layer]
 

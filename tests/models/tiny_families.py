@@ -337,7 +337,7 @@ TINY = {
     "video_llava": TinyFamily(video_llava, video_llava_image, video_llava_video),
     "llava_onevision": TinyFamily(llava_onevision, llava_onevision_image, llava_onevision_video, counts_images=True),
     "qwen2_5_vl": TinyFamily(qwen2_5_vl, qwen_image, qwen2_5_vl_video, is_qwen=True),
-    "qwen3_vl": TinyFamily(qwen3_vl, qwen_image, qwen3_vl_video, min_stage=2, is_qwen=True),
+    "qwen3_vl": TinyFamily(qwen3_vl, qwen_image, qwen3_vl_video, is_qwen=True),
     "internvl": TinyFamily(internvl, internvl_image, internvl_video),
 }
 FAMILY_NAMES = list(TINY)

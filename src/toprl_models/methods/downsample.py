@@ -6,6 +6,7 @@ import inspect
 import math
 import weakref
 from collections import defaultdict
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -138,11 +139,12 @@ class _Tiles:
         side = math.isqrt(self.tokens)
         return [(side, side)] * len(seen["pixels"])
 
-    def encode(self, seen: dict[str, Any], numbers: list[int], small: tuple[int, int]) -> list[Tensor]:
+    def encode(self, seen: dict[str, Any], numbers: list[int], small: tuple[int, int]) -> list[Sequence[Tensor]]:
+        """Return the pictures' features, and for Qwen3-VL those that are added later, plane by plane."""
         base: PreTrainedModel = self._base()
         unit = seen["pixels"].shape[-1] // math.isqrt(self.tokens)  # pixels along a token
         pixels = resized(seen["pixels"][numbers], small[0] * unit, small[1] * unit)
-        return list(base.get_image_features(pixels, return_dict=True, **self._options).pooler_output)
+        return [base.get_image_features(pixels, return_dict=True, **self._options).pooler_output]
 
 
 class _Patches:
@@ -156,11 +158,12 @@ class _Patches:
         recorder.input_of(tower, "pixels", lambda args, kwargs: args[0])
         recorder.input_of(tower, "grid", lambda args, kwargs: kwargs["grid_thw"].tolist())
         recorder.output_of(tower, "features", lambda output: output.pooler_output)
+        recorder.output_of(tower, "planes", lambda output: getattr(output, "deepstack_features", None) or ())
 
     def grids(self, seen: dict[str, Any]) -> list[tuple[int, int]]:
         return [(height // self._merge, width // self._merge) for _, height, width in seen["grid"]]
 
-    def encode(self, seen: dict[str, Any], numbers: list[int], small: tuple[int, int]) -> list[Tensor]:
+    def encode(self, seen: dict[str, Any], numbers: list[int], small: tuple[int, int]) -> list[Sequence[Tensor]]:
         base: PreTrainedModel = self._base()
         pictures = seen["pixels"].split([math.prod(grid) for grid in seen["grid"]])
         unit = self._merge * self._side  # pixels along a token
@@ -171,7 +174,8 @@ class _Patches:
             patches.append(to_patches(picture, self._merge, self._frames, self._side))
         grid = torch.tensor([[1, small[0] * self._merge, small[1] * self._merge]] * len(numbers))
         grid = grid.to(seen["pixels"].device)
-        return list(base.get_image_features(torch.cat(patches), grid, return_dict=True).pooler_output)
+        output = base.get_image_features(torch.cat(patches), grid, return_dict=True)
+        return [output.pooler_output, *(getattr(output, "deepstack_features", None) or ())]
 
 
 @register_method(
@@ -187,12 +191,13 @@ class Downsample(Policy):
     The pixels that entered the tower are shrunk by antialiased bicubic interpolation to the largest size whose tokens
     are within the picture's share of the budget, ``num_keep * tokens // num_visual``: a square for the towers of fixed
     size (LLaVA-1.5, Video-LLaVA images and each tile of InternVL, whose position embeddings are interpolated), the
-    picture's own shape for Qwen2.5-VL (``smaller_grid``). Where that number is not reached, fewer tokens stay: 13 x 13
+    picture's own shape for Qwen-VL (``smaller_grid``). Where that number is not reached, fewer tokens stay: 13 x 13
     = 169 of 192. A picture whose share is below one token vanishes; a row that keeps everything is left as it is.
 
     The new tokens sit in slots spread evenly over the picture (``spread``), in raster order. Positions are consecutive
     after the stage, as those of a smaller picture would be; only Qwen's M-RoPE positions stay those of the slots, so
-    that the small picture covers the full one's area.
+    that the small picture covers the full one's area. The features that Qwen3-VL adds between its layers are the small
+    picture's, too.
 
     Deviations from resizing the picture file: pixels are already normalised and, for fixed-size towers, cropped; values
     are not rounded to 8 bits or clipped. The full pictures are encoded as well, because the model does so before this
@@ -244,7 +249,10 @@ class Downsample(Policy):
         repeats, pictures = split_rows(lengths, context.num_visual)
         check_features(context, repeats, seen["features"])
         valid = context.valid_mask[::repeats]
-        keep, states = valid.clone(), context.hidden_states[::repeats].clone()
+        keep, whole = valid.clone(), context.hidden_states[::repeats]
+        placed = [whole.clone(), *(torch.zeros_like(whole) for _ in seen.get("planes", ()))]
+        for plane, features in zip(placed[1:], seen.get("planes", ()), strict=True):
+            plane[valid] = features.to(plane.dtype)
         # the slot of each feature, picture by picture
         slots = valid.flatten().nonzero()[:, 0].split(lengths)
         alike = defaultdict(list)
@@ -255,9 +263,11 @@ class Downsample(Policy):
                 alike[smaller_grid(*grids[number], wanted * lengths[number] // present)].append(number)
         alike.pop((0, 0), None)
         for small, group in alike.items():
-            for number, features in zip(group, self._source.encode(seen, group, small), strict=True):
+            for number, *parts in zip(group, *self._source.encode(seen, group, small), strict=True):
                 hosts = slots[number][spread(grids[number], small).to(keep.device)]
                 keep.view(-1)[hosts] = True
-                states.view(-1, states.shape[-1])[hosts] = features.to(states.dtype)
-        keep, states = keep.repeat_interleave(repeats, 0), states.repeat_interleave(repeats, 0)
-        return Decision(keep.float(), keep, states)
+                for states, features in zip(placed, parts, strict=True):
+                    states.view(-1, states.shape[-1])[hosts] = features.to(states.dtype)
+        keep = keep.repeat_interleave(repeats, 0)
+        states, *planes = (part.repeat_interleave(repeats, 0) for part in placed)
+        return Decision(keep.float(), keep, states, tuple(planes))

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from toprl_models.probe import has_attention, has_state
+from toprl_models.probe import branches_on_backend, has_attention, has_state
 from toprl_models.runtime.compat import repeats_hooks
 
 if TYPE_CHECKING:
@@ -147,6 +147,16 @@ def refuse_recurrent(layers: nn.ModuleList, first: int, mode: str) -> None:
             raise ValueError(
                 f"{type(layer).__name__} (decoder layer {index}) keeps a state of all earlier tokens, from which Eq. 7 "
                 f'cannot take a token: mode="{mode}" cannot support this decoder{better}'
+            )
+
+
+def refuse_key_selection(layers: nn.ModuleList, first: int) -> None:
+    """Refuse mask mode where layers from ``first`` on select keys themselves, for backends that they know by name."""
+    for index, layer in list(enumerate(layers))[first:]:
+        if any(branches_on_backend(module) for module in layer.modules()):
+            raise ValueError(
+                f"{type(layer).__name__} (decoder layer {index}) selects keys before attention, which Eq. 7 has not: "
+                'mode="mask" cannot support this decoder, use mode="compact"'
             )
 
 

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from toprl_models.policy import Policy
 from toprl_models.probe import decoder_of
 from toprl_models.runtime import guards, scores
-from toprl_models.runtime.compact import Compact
+from toprl_models.runtime.compact import Compact, drops_nothing
+from toprl_models.runtime.deepstack import take_deepstack
 from toprl_models.runtime.mask import Mask
 from toprl_models.runtime.outputs import Survivors, without_dropped
 from toprl_models.runtime.prompt import Call, FixedPrompt, Generation, Told, VisualIds, begin, read_call, tokens_of
@@ -79,6 +80,7 @@ class Runtime:
         handles = [
             base.register_forward_pre_hook(self._before_model, with_kwargs=True),
             self.decoder.register_forward_hook(self._after_decoder),
+            self.layers[-1].register_forward_hook(self._after_last_layer),
             base.register_forward_hook(self.end_pass, always_call=True),
         ]
         if self.decoder is base:  # it makes the embeddings itself
@@ -183,11 +185,13 @@ class Runtime:
                 self._forward.upload(list(zip(*counts, strict=True)), embeddings.device)
             if fixed is not None and call is not None and self._forward.prunes:
                 fixed.keep(call, self._forward)
-        if self._forward.prunes:
-            guards.refuse_checkpointing(self.layers, self.mode.name)
-            if "logits_to_keep" in self._decoder_takes:  # it would cut the sequence before layers that share keys
-                return args, {**kwargs, "logits_to_keep": None}
-        return None
+        if not self._forward.prunes:
+            return None
+        guards.refuse_checkpointing(self.layers, self.mode.name)
+        kwargs, self._forward.deepstack = take_deepstack(kwargs, self.schedule.layers[0])
+        if "logits_to_keep" in self._decoder_takes:  # it would cut the sequence before layers that share keys
+            kwargs = {**kwargs, "logits_to_keep": None}
+        return args, kwargs
 
     def _check_length(self, call: Call | None, kwargs: dict[str, Any], new: int) -> None:
         cache = kwargs.get("past_key_values")
@@ -223,8 +227,10 @@ class Runtime:
             if number not in forward.segments:
                 forward.segments[number] = Segment(valid=forward.segments[0].valid)
             forward.current = number
-        elif index in self._stage_at:
-            hidden_states = self._at_stage(forward, index, hidden_states, kwargs)
+        else:
+            hidden_states = self._deepstacked(forward, index, hidden_states)
+            if index in self._stage_at:
+                hidden_states = self._at_stage(forward, index, hidden_states, kwargs)
         changed = self.mode.before_layer(forward, number, index, hidden_states, kwargs) if number else kwargs
         if forward.prunes and index in self._watched_for:
             past = _length_of(changed.get("past_key_values"), index)
@@ -233,6 +239,15 @@ class Runtime:
         if args:
             return (hidden_states,), changed
         return args, {**changed, "hidden_states": hidden_states}
+
+    def _deepstacked(self, forward: ForwardPass, index: int, hidden_states: Tensor) -> Tensor:
+        """Add the features of the vision tower that the decoder would have added before layer ``index``."""
+        if forward.deepstack is None:
+            return hidden_states
+        return forward.deepstack.add(index, hidden_states, forward.segment.slots)
+
+    def _after_last_layer(self, module: nn.Module, args: tuple, output: Tensor) -> Tensor:
+        return output if self._forward is None else self._deepstacked(self._forward, len(self.layers), output)
 
     def _after_watched(self, module: nn.Module, args: tuple, output: object) -> None:
         if self._watched is not None and not self._asking:
@@ -262,6 +277,10 @@ class Runtime:
         if generation is not None and forward.uncached and known is None:
             generation.num_visual = forward.num_visual
             generation.decisions[stage.number] = decision, counts
+        if decision.deepstack and not drops_nothing(forward.visual, counts):
+            if forward.deepstack is None:
+                raise ValueError(f"policy {type(stage.policy).__name__}: deepstack, but this model adds no planes")
+            forward.deepstack = forward.deepstack.replaced(decision.deepstack, forward.visual, forward.segment)
         forward.bounded_mask_grad = stage.policy.bounded_mask_grad
         return self.mode.at_stage(forward, stage, hidden_states, decision, counts, kwargs)
 

@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from toprl_models.probe import has_attention
+from toprl_models.probe import branches_on_backend, has_attention
 from toprl_models.runtime.prompt import open_slots
 from toprl_models.runtime.state import AttentionMask, Length, Packing
 
@@ -47,6 +47,11 @@ def attention_of(layer: nn.Module) -> nn.Module:
         raise ValueError(
             f"{type(modules[0]).__name__} has no eager_attention_forward, so its attention scores cannot be supported: "
             "choose a method that reads no attention"
+        )
+    if branches_on_backend(modules[0]):
+        raise ValueError(
+            f"{type(modules[0]).__name__} selects keys in a way that depends on the name of the attention backend, which "
+            "the pruner must replace to see attention scores: choose a method that reads no attention"
         )
     return modules[0]
 

@@ -17,6 +17,7 @@ from toprl_kernels.stage.reference import score_difference
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
 
+    from toprl_models.runtime.deepstack import DeepStack
     from toprl_models.runtime.mask import KeepArgument
 
 AttentionMask: TypeAlias = "Tensor | BlockMask | None"  # as a layer gets it
@@ -136,6 +137,7 @@ class ForwardPass:
     current: int = 0
     sent: dict[int, KeepArgument] = field(default_factory=dict)  # mask mode: what each layer was given
     bounded_mask_grad: bool = False
+    deepstack: DeepStack | None = None  # planes that are added after the first stage
     trace: list[StageTrace] = field(default_factory=list)
 
     @property
