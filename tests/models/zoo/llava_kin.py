@@ -211,7 +211,7 @@ ZOO = {
     "FastVlmForConditionalGeneration": TinyFamily(fast_vlm, image_of(16)),
     "DeepseekVLForConditionalGeneration": TinyFamily(deepseek_vl, image_of(16)),
     "DeepseekVLHybridForConditionalGeneration": TinyFamily(deepseek_vl_hybrid, deepseek_vl_hybrid_image),
-    "Granite4VisionForConditionalGeneration": TinyFamily(granite4_vision, granite4_vision_image),
+    "Granite4VisionForConditionalGeneration": TinyFamily(granite4_vision, granite4_vision_image, min_stage=2),
     "GotOcr2ForConditionalGeneration": TinyFamily(got_ocr2, image_of(4, 1, 3, 64, 64)),
     "InternVLForConditionalGeneration": TinyFamily(internvl, internvl_image, internvl_video),
     "JanusForConditionalGeneration": TinyFamily(janus, image_of(16)),
