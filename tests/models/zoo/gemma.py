@@ -29,7 +29,7 @@ MARKS = {"boi_token_id": VISION_START_ID, "eoi_token_id": VISION_END_ID, "image_
 
 
 def gemma_text(**changes: Any) -> dict[str, Any]:
-    """The window is longer than the prompts."""
+    """Configure a decoder whose window is longer than the prompts."""
     return text_config(**{"head_dim": 16, "sliding_window": 500, "layer_types": list(LAYER_TYPES), **changes})
 
 
@@ -172,7 +172,7 @@ MOST_PATCHES = 64
 
 
 def _patches(number: int, side: int, most: int, generator: torch.Generator) -> tuple[Tensor, Tensor, int]:
-    """Patches of one image, padded to ``most``: values [1, most, 3 * side^2], positions [1, most, 2], and how many."""
+    """Make patches of one image, padded to ``most``: values [1, most, 3 * side^2], positions [1, most, 2], a count."""
     width, height = PATCHES[number % len(PATCHES)]
     width, height = width * 4 // side, height * 4 // side
     places = torch.full((1, most, 2), -1)

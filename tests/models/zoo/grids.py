@@ -181,8 +181,9 @@ ZOO = {
     "MiniMaxM3SparseForConditionalGeneration": TinyFamily(
         minimax_m3_vl,
         qwen_image,
-        limits_itself="blocks of keys are counted in slots of the batch: a left-padded row's logits differ from the "
-        "row's alone by up to 3, and generate(), which counts positions from the first token, differs from forward()",
+        limits_itself="blocks of keys are counted in slots of the batch: a left-padded row's logits differ from those "
+        "of the row alone, and between eager and sdpa, by up to 3; generate(), which counts positions from the first "
+        "token, chooses another next token than forward()",
     ),
     "MiniMaxM3SparseForConditionalGeneration+full": TinyFamily(
         lambda: minimax_m3_vl(["full_attention"] * 3), qwen_image

@@ -94,7 +94,7 @@ def granite_docling():
 
 
 def words_of_images() -> dict[str, int]:
-    """Names by id: the placeholder, and 16 visual words that need no place among the others."""
+    """Name the placeholder and 16 visual words, which share their ids with words."""
     letters = "ABCDEFGHIJ"
     return {"<image>": IMAGE_ID} | {f"IMGIMG{letters[n // 10]}{letters[n % 10]}Z": 4 + n for n in range(16)}
 
@@ -144,7 +144,7 @@ SIZES = ((32, 32), (16, 32), (32, 16))  # height and width
 
 
 def emu3_image(number: int, alone: bool, generator: torch.Generator) -> Item:
-    """One token for 8 x 8 pixels and one at the end of each row; smaller images are padded."""
+    """Make an image of one token for 8 x 8 pixels and one at the end of each row; smaller images are padded."""
     height, width = SIZES[number % len(SIZES)]
     values = torch.zeros(1, 3, 32, 32)
     values[..., :height, :width] = pixels(generator, 1, 3, height, width)

@@ -58,7 +58,7 @@ def aria():
 
 
 def cohere_text(**changes: Any):
-    """Every third layer is without rotary angles; the window is longer than the prompts."""
+    """Configure a decoder: no rotary angles in every third layer, and a window longer than the prompts."""
     from transformers import Cohere2Config
 
     kinds = ["sliding_attention", "sliding_attention", "full_attention"] * 2
@@ -162,7 +162,7 @@ def granite4_vision():
 
 
 def granite4_vision_image(number: int, alone: bool, generator: torch.Generator) -> Item:
-    """The grid of LLaVA-NeXT at half its side."""
+    """Make an image in the grid of LLaVA-NeXT at half its side."""
     (height, width), _ = ANYRES[number % 2]
     tokens = 4 + (height // 16) * (width // 16) + height // 16
     values = {"pixel_values": pixels(generator, 1, 3, 3, 32, 32), "image_sizes": torch.tensor([(height, width)])}

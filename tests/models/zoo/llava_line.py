@@ -25,7 +25,7 @@ from tests.models.tiny_families import (
 def llava_next_video() -> Any:
     config = transformers.LlavaNextVideoConfig(
         vision_config=transformers.CLIPVisionConfig(**vision_config(), projection_dim=32),
-        text_config=transformers.LlamaConfig(**text_config()),
+        text_config=transformers.LlamaConfig(**text_config(initializer_range=0.2)),
         image_token_index=IMAGE_ID,
         video_token_index=VIDEO_ID,
         vision_feature_layer=-1,

@@ -8,6 +8,7 @@ import torch
 import transformers
 
 from tests.models.tiny_families import IMAGE_ID, Item, TinyFamily, pixels, text_config, vision_config
+from tests.models.zoo.elsewhere import no_tokens
 
 SIZES = ((32, 32), (16, 32), (32, 24))
 
@@ -82,16 +83,12 @@ def mistral_large4() -> Any:
     return transformers.MistralLarge4ForConditionalGeneration(config)
 
 
-def no_image(number: int, alone: bool, generator: torch.Generator) -> Item:
-    return Item([])
-
-
 ZOO = {
     "Mistral3ForConditionalGeneration": TinyFamily(mistral3, pixtral_image),
     "Mistral3ForConditionalGeneration+ministral3": TinyFamily(
         lambda: mistral3(transformers.Ministral3Config), pixtral_image
     ),
     "LightOnOcrForConditionalGeneration": TinyFamily(lighton_ocr, pixtral_image),
-    "Mistral4ForCausalLM": TinyFamily(mistral4, no_image, not_a_case="a decoder of text alone, without a tower"),
+    "Mistral4ForCausalLM": TinyFamily(mistral4, no_tokens, not_a_case="a decoder of text alone, without a tower"),
     "MistralLarge4ForConditionalGeneration": TinyFamily(mistral_large4, pixtral_image),
 }

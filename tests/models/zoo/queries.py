@@ -138,6 +138,7 @@ def kosmos2():
         latent_query_num=QUERIES,
     )
     model = Kosmos2ForConditionalGeneration(config)
+    model.image_to_text_projection.dense.weight.data.mul_(8)  # its inputs are of length one
     model.text_model.generation_config.eos_token_id = None
     return model
 

@@ -54,7 +54,7 @@ def patches_of(channels: int):
 
 
 def exaone4_5():
-    """Every third layer is without rotary angles; the window is longer than the prompts."""
+    """Build with no rotary angles in every third layer, and a window longer than the prompts."""
     from transformers import Exaone4_5_Config, Exaone4_5_ForConditionalGeneration, Exaone4Config
 
     kinds = ["sliding_attention", "sliding_attention", "full_attention"] * 2
@@ -149,7 +149,7 @@ def hunyuan_vl():
 
 
 def hunyuan_vl_image(number: int, alone: bool, generator: torch.Generator) -> Item:
-    """A feature before the image, one at the end of each row, and one after the image."""
+    """Make an image with a feature before it, one at the end of each of its rows, and one after it."""
     item = patches_of(3 * 4 * 4)(number, alone, generator)
     _, height, width = GRIDS[number % len(GRIDS)]
     tokens = (height // 2) * (width // 2 + 1) + 2

@@ -74,7 +74,7 @@ def deepseek_ocr2():
 
 
 def deepseek_ocr2_image(number: int, alone: bool, generator: torch.Generator) -> Item:
-    """The whole image, 144 tokens and a separator; every other image has a tile of 144 tokens before."""
+    """Make a whole image, 144 tokens and a separator; every other image has a tile of 144 tokens before."""
     tiles = number % 2
     values = {
         "pixel_values": pixels(generator, 1, 3, 16, 16),
@@ -116,7 +116,7 @@ def cosmos3_omni():
 
 
 def dots3_note():
-    """Layers that select tokens by an index and layers with a window; both see the whole prompt."""
+    """Build with layers that select tokens by an index and layers with a window; both see the whole prompt."""
     from transformers import Dots3NoteConfig, Dots3NoteForConditionalGeneration
 
     text = text_config(
@@ -244,7 +244,7 @@ def inkling2_image(number: int, alone: bool, generator: torch.Generator) -> Item
 
 
 def glm5_next(**changes: Any):
-    """Layers with a state, and layers that select tokens by an index; these see the whole prompt."""
+    """Build with layers with a state, and layers that select tokens by an index; these see the whole prompt."""
     from transformers import Glm5NextConfig, Glm5NextForConditionalGeneration
 
     text = text_config(

@@ -182,14 +182,14 @@ def step3p7_image(number: int, alone: bool, generator: torch.Generator) -> Item:
     )
 
 
-def unlimited_ocr() -> Any:
-    """Layer 0 is dense, the others have experts; a window counts from the end of the prompt."""
+def unlimited_ocr(sliding_window: int = 500) -> Any:
+    """Layer 0 is dense, the others have experts; the window holds for generated tokens alone, the prompt stays."""
     text = text_config(
         num_key_value_heads=4,
         moe_intermediate_size=32,
         n_routed_experts=4,
         num_experts_per_tok=2,
-        sliding_window=500,
+        sliding_window=sliding_window,
         rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
     )
     sam = vision_config(patch_size=4, image_size=64, num_hidden_layers=1, output_channels=16, mlp_dim=64)
@@ -256,6 +256,7 @@ ZOO = {
     "Ovis2ForConditionalGeneration": TinyFamily(ovis2, tiles(16)),
     "Step3p7ForConditionalGeneration": TinyFamily(step3p7, step3p7_image),
     "UnlimitedOcrForConditionalGeneration": TinyFamily(unlimited_ocr, image_of(21, 1, 3, 64, 64)),
+    "UnlimitedOcrForConditionalGeneration+window": TinyFamily(lambda: unlimited_ocr(2), image_of(21, 1, 3, 64, 64)),
     "SmolVLMForConditionalGeneration": TinyFamily(smolvlm, image_of(4), finish=by_row),
     "PaliGemmaForConditionalGeneration+gemma2": TinyFamily(
         paligemma_2, tiles(16), finish=paligemma_finish, attn_implementation="eager"
