@@ -16,6 +16,8 @@ from tests.models.tiny_families import (
     Item,
     TinyFamily,
     pixels,
+    qwen2_5_vl_video,
+    qwen3_vl_video,
     qwen_image,
     text_config,
 )
@@ -173,10 +175,12 @@ def hyperclovax():
 
 
 ZOO = {
-    "CohereCompassForConditionalGeneration": TinyFamily(cohere_compass, qwen_image, min_stage=2, is_qwen=True),
+    "CohereCompassForConditionalGeneration": TinyFamily(
+        cohere_compass, qwen_image, qwen3_vl_video, min_stage=2, is_qwen=True
+    ),
     "Cosmos3EdgeForConditionalGeneration": TinyFamily(cosmos3_edge, patches_of(3 * 4 * 4), is_qwen=True),
     "Ernie4_5_VLMoeForConditionalGeneration": TinyFamily(ernie4_5_vl_moe, patches_of(3 * 4 * 4), is_qwen=True),
-    "Exaone4_5_ForConditionalGeneration": TinyFamily(exaone4_5, qwen_image),
+    "Exaone4_5_ForConditionalGeneration": TinyFamily(exaone4_5, qwen_image, qwen2_5_vl_video),
     "HunYuanVLForConditionalGeneration": TinyFamily(
         hunyuan_vl,
         hunyuan_vl_image,
@@ -184,5 +188,5 @@ ZOO = {
         limits_itself="an axis of the positions counts the images of the whole batch: a row with two images, after "
         "a row with one, differs by 0.08 of logits to 6 from the row alone",
     ),
-    "HyperCLOVAXVisionV2ForConditionalGeneration": TinyFamily(hyperclovax, qwen_image),
+    "HyperCLOVAXVisionV2ForConditionalGeneration": TinyFamily(hyperclovax, qwen_image, qwen2_5_vl_video),
 }

@@ -18,6 +18,7 @@ from tests.models.tiny_families import (
     Rows,
     TinyFamily,
     pixels,
+    qwen3_vl_video,
     qwen_image,
     text_config,
 )
@@ -283,7 +284,9 @@ def glm5_next(**changes: Any):
 
 
 ZOO = {
-    "Cosmos3OmniForConditionalGeneration": TinyFamily(cosmos3_omni, qwen_image, min_stage=2, is_qwen=True),
+    "Cosmos3OmniForConditionalGeneration": TinyFamily(
+        cosmos3_omni, qwen_image, qwen3_vl_video, min_stage=2, is_qwen=True
+    ),
     "DeepseekOcr2ForConditionalGeneration": TinyFamily(deepseek_ocr2, deepseek_ocr2_image, finish=without_empty_tiles),
     "Dots3NoteForConditionalGeneration": TinyFamily(dots3_note, grid_image(3, 4, 4)),
     "Glm5NextForConditionalGeneration": TinyFamily(glm5_next, qwen_image, is_qwen=True),
