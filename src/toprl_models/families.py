@@ -120,7 +120,8 @@ def register_family(family: Family) -> None:
 
     The class must have a ``base_model`` that takes ``input_ids`` and ``pixel_values*``, and a ``get_decoder()`` whose
     ``layers`` are called with ``attention_mask``, ``position_embeddings`` and ``past_key_values``, as those of
-    transformers are; nothing is added to visual tokens between layers (else set ``min_stage`` after that layer).
+    transformers are; nothing is added to visual tokens between layers but planes of DeepStack, which the pruner adds to
+    the survivors (``runtime/deepstack.py``); else set ``min_stage`` after that layer.
     SmolVLM and Idefics3 are tested so, in both modes. Gemma 3, whose image tokens see each other, works in compact
     mode with "sdpa" and "eager"; what would be wrong is refused: mask mode, "flex_attention", images on a filled cache.
 
