@@ -76,7 +76,7 @@ def test_which_families_a_method_applies_to() -> None:
         return [family.title for family in FAMILIES.values() if not method_of(name).refuses(family)]
 
     assert titles("visionzip") == ["LLaVA-1.5", "LLaVA-NeXT", "Video-LLaVA"]
-    assert titles("downsample") == ["LLaVA-1.5", "Video-LLaVA", "Qwen2.5-VL", "InternVL3"]
+    assert titles("downsample") == ["LLaVA-1.5", "Video-LLaVA", "Qwen2.5-VL", "InternVL3", "Qwen3-VL"]
     assert titles("visionzip+fastv") == titles("visionzip")
     assert len(titles("fastv")) == len(FAMILIES)
 

@@ -33,7 +33,7 @@ from toprl_models.methods.fastervlm import FasterVLM
 from toprl_models.methods.visionzip import VisionZip, zip_tiles
 
 CLASS_TOKEN_FAMILIES = ["llava", "llava_next", "video_llava"]
-SMALLER = ["llava", "video_llava", "internvl", "qwen2_5_vl"]
+SMALLER = ["llava", "video_llava", "internvl", "qwen2_5_vl", "qwen3_vl"]
 POLICIES = [VisionZip, FasterVLM, Downsample]
 ONE, MIXED = (("image",),), (("image",), ("image", "image"), (), ("image", "image", "image"))
 # float32 rounding of the same sums in another order; the logits are around 2
@@ -529,10 +529,11 @@ def test_downsample_is_the_model_on_smaller_pictures(family, rows, keep, side):
         assert torch.equal(answers(model, inputs), answers(model, short))
 
 
+@pytest.mark.parametrize("mode", ["compact", "mask"])
 @pytest.mark.parametrize("rows", [ONE, (("image",), ("image", "image"))], ids=["one", "padded"])
-def test_downsample_is_qwen_on_smaller_pictures_at_their_places(rows):
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl"])
+def test_downsample_is_qwen_on_smaller_pictures_at_their_places(family, rows, mode):
     """Half the tokens of 4 x 4, 2 x 6 and 4 x 6: 2 x 2, 1 x 5 and 3 x 4, in the positions of their slots."""
-    family = "qwen2_5_vl"
     model, inputs = model_of(family), build_inputs(family, rows)
     generator = torch.Generator().manual_seed(1)
     grids = GRIDS[: sum(map(len, rows))]
@@ -544,8 +545,8 @@ def test_downsample_is_qwen_on_smaller_pictures_at_their_places(rows):
         for picture, (height, width) in zip(pictures, small, strict=True)
     ]
     grid = torch.tensor([(1, 2 * height, 2 * width) for height, width in small])
-    features = model.base_model.get_image_features(torch.cat(patches), grid, return_dict=True).pooler_output
-    short = short_prompts(model, inputs, list(features))
+    encoded = model.base_model.get_image_features(torch.cat(patches), grid, return_dict=True)
+    short = short_prompts(model, inputs, list(encoded.pooler_output))
     names = ("input_ids", "mm_token_type_ids", "image_grid_thw", "attention_mask")
     positions, _ = model.base_model.get_rope_index(**{name: inputs[name] for name in names})
     alive = inputs["attention_mask"].bool()
@@ -560,10 +561,20 @@ def test_downsample_is_qwen_on_smaller_pictures_at_their_places(rows):
             dropped[row, start : start + length] = True
             dropped[row, start + torch.tensor(next(slots))] = False
     short_positions = torch.zeros(3, *short["attention_mask"].shape, dtype=torch.long)
+    short_visual = torch.zeros_like(short["attention_mask"], dtype=torch.bool)
     for row in range(len(alive)):
-        short_positions[:, row, short["attention_mask"][row].bool()] = positions[:, row, alive[row] & ~dropped[row]]
-    expected = model(**short, position_ids=short_positions).logits[:, -1]
-    with attach(model, Downsample(), schedule=schedule(0.5)) as pruner:
+        stays, real = alive[row] & ~dropped[row], short["attention_mask"][row].bool()
+        short_positions[:, row, real] = positions[:, row, stays]
+        short_visual[row, real] = visual_mask(inputs)[row, stays]
+    deepstack = {}
+    if family == "qwen3_vl":
+        planes = [torch.cat(list(plane)) for plane in encoded.deepstack_features]
+        deepstack = {"visual_pos_masks": short_visual, "deepstack_visual_embeds": planes}
+    decoder = model.get_decoder()
+    expected = model.lm_head(decoder(**short, position_ids=short_positions, **deepstack).last_hidden_state[:, -1])
+    policy = Downsample()
+    policy.positions = "original"  # as they are here in any case; mask mode asks for it
+    with attach(model, policy, schedule=schedule(0.5), mode=mode) as pruner:
         torch.testing.assert_close(model(**inputs).logits[:, -1], expected, atol=ATOL, rtol=1e-4)
     assert sum(pruner.trace[0].counts) == sum(height * width for height, width in small)
 
@@ -654,7 +665,7 @@ def test_models_that_do_not_fit_are_refused(policy, family):
     }
     if policy is Downsample:
         tiled = "the number of tiles follows the picture"
-        reasons = {"llava_next": tiled, "llava_onevision": tiled, "qwen3_vl": "names no image_tower"}
+        reasons = {"llava_next": tiled, "llava_onevision": tiled}
     assert (family in reasons) == (family not in supported(policy))
     if family in reasons:
         with pytest.raises(ValueError, match=reasons[family]):

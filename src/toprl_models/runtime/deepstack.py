@@ -33,7 +33,7 @@ class DeepStack:
         if plane is None:
             return hidden_states
         rows = self.rows.to(hidden_states.device)
-        rows = rows if slots is None else rows.gather(1, slots)
+        rows = rows if slots is None else rows.gather(1, slots.to(rows.device))
         plane = plane.to(hidden_states.device, hidden_states.dtype)
         return hidden_states + embedding(rows, pad(plane, (0, 0, 0, 1)), padding_idx=len(plane))
 
