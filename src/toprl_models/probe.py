@@ -126,6 +126,25 @@ def _attribute(layer: nn.Module, name: str) -> Any:
     return next((getattr(module, name) for module in layer.modules() if hasattr(module, name)), None)
 
 
+def keyless_layers(layers: Any) -> frozenset[int]:
+    """Return the layers without keys: a convolution or recurrence, whose mask is 2-D, or neither mask nor keys."""
+    return frozenset(
+        index
+        for index, layer in enumerate(layers)
+        if not has_attention(layer) and (has_state(layer) or not _takes_mask(layer))
+    )
+
+
+def _takes_mask(layer: nn.Module) -> bool:
+    inner = (type(module).forward for module in layer.modules() if module is not layer)
+    return any("attention_mask" in inspect.signature(forward).parameters for forward in inner)
+
+
+def first_attention(layers: Any) -> int:
+    """Return the first layer with keys: a cache reports its length by that layer."""
+    return next((index for index in range(len(layers)) if index not in keyless_layers(layers)), 0)
+
+
 def _overridden(cls: type) -> set[str]:
     """Name the methods that ``cls`` or a base of it within its model's module defines."""
     return {name for base in cls.__mro__ if ".models." in base.__module__ for name in vars(base)}

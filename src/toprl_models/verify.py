@@ -19,9 +19,8 @@ from torch import Tensor, nn
 from toprl_models.families import count_visual, family_of, min_stage_of, visual_token_ids
 from toprl_models.methods.fastv import FastV
 from toprl_models.policy import Policy, StageContext
-from toprl_models.probe import blocked_stages, decoder_of
+from toprl_models.probe import blocked_stages, decoder_of, keyless_layers
 from toprl_models.pruner import Mode, attach
-from toprl_models.runtime.guards import recurrent_layers
 from toprl_models.schedule import Schedule
 
 if TYPE_CHECKING:
@@ -218,12 +217,13 @@ def _lengths(case: _Case) -> None:
     totals = case.real.sum(1).tolist()
     counts = [schedule.counts(number) for number in count_visual(case.model, case.inputs)]
     visual = count_visual(case.model, case.inputs)
-    for index in set(range(case.depth)) - recurrent_layers(case.decoder.layers):
+    for index in set(range(case.depth)) - keyless_layers(case.decoder.layers):
         stage = sum(layer <= index for layer in schedule.layers) - 1
         rows = zip(totals, visual, counts, strict=True)
         wanted = max(total - (of - kept[stage] if stage >= 0 else 0) for total, of, kept in rows)
         wanted = case.real.shape[1] if stage < 0 else wanted
-        if index < len(cache.layers) and getattr(cache.layers[index], "keys", None) is not None:
+        keys = getattr(cache.layers[index], "keys", None) if index < len(cache.layers) else None
+        if keys is not None and keys.ndim == 4:
             found = cache.layers[index].keys.shape[-2]
             if getattr(cache.layers[index], "is_sliding", False):
                 wanted = min(wanted, cache.layers[index].sliding_window - 1)
@@ -298,7 +298,7 @@ def _attention_of(model: PreTrainedModel, implementation: str) -> Iterator[None]
 
 
 def _attention_layers(case: _Case) -> list[int]:
-    return sorted(set(range(case.depth)) - recurrent_layers(case.decoder.layers))
+    return sorted(set(range(case.depth)) - keyless_layers(case.decoder.layers))
 
 
 def _visual(case: _Case) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -58,6 +58,13 @@ class CacheState:
                 f"crop({tokens_to_remove}) would cut into pruned visual tokens, where layers hold different tokens: "
                 f"remove at most {length - self.settled} tokens or all {length}, or run the prompt again"
             )
+
+
+def cache_of(kwargs: Mapping[str, Any]) -> Any:
+    """Return the cache among a layer's arguments, whatever its name (GPT-NeoX: ``layer_past``); None without one."""
+    if kwargs.get("past_key_values") is not None:
+        return kwargs["past_key_values"]
+    return next((value for value in kwargs.values() if hasattr(value, "get_seq_length")), None)
 
 
 class _Follower:
@@ -291,11 +298,22 @@ def key_origins(
     return torch.cat(parts, 1)
 
 
+def refuse_unknown_layers(cache: Cache) -> None:
+    """Refuse a cache that a model brings: it may count tokens in its own way."""
+    for index, layer in enumerate(cache.layers):
+        if type(layer).__module__.startswith("transformers.models."):
+            raise ValueError(
+                f"layer {index} keeps its keys in a {type(layer).__name__}, of which pruning does not know how it counts "
+                'tokens: this decoder is not supported with a cache; call it with use_cache=False, or use mode="mask"'
+            )
+
+
 def enter_cache(forward: ForwardPass, cache: Cache, num_stages: int) -> CacheState:
     """Return the state kept with a cache that a pruned prompt enters."""
     is_new = not hasattr(cache, "_toprl_state")
     state = cache_state(cache)
     if is_new:
+        refuse_unknown_layers(cache)
         if forward.past_valid is not None:  # earlier turns had no images, but padding
             state.masks.update(dict.fromkeys(range(1, num_stages + 1), forward.past_valid))
         if getattr(cache, "is_compileable", False):

@@ -14,8 +14,9 @@ from torch import Tensor
 from toprl_kernels import prune_stage, topk_compact
 from toprl_kernels.stage.reference import score_difference
 from toprl_models.policy import Decision
-from toprl_models.runtime.cache import enter_cache, layer_keys, report_whole_sequence
-from toprl_models.runtime.guards import first_attention, recurrent_layers, refuse_padding_after_state
+from toprl_models.probe import first_attention, keyless_layers
+from toprl_models.runtime.cache import cache_of, enter_cache, layer_keys, report_whole_sequence
+from toprl_models.runtime.guards import refuse_padding_after_state
 from toprl_models.runtime.outputs import Survivors, scatter_all, scatter_back, slots_of
 from toprl_models.runtime.shortened import other_arguments, shortened_arguments
 from toprl_models.runtime.stage import Stage, trace_of
@@ -40,7 +41,7 @@ class Compact:
     def __init__(self, decoder: PreTrainedModel, stage_layers: tuple[int, ...], renumbers: tuple[bool, ...]) -> None:
         self._decoder, self._stage_layers, self._renumbers = decoder, stage_layers, renumbers
         self._config, self._first_attention = decoder.config, first_attention(decoder.layers)
-        self._recurrent = recurrent_layers(decoder.layers)
+        self._keyless = keyless_layers(decoder.layers)
 
     def install(self, model: PreTrainedModel) -> None:
         """Prepare ``model``: nothing to do."""
@@ -70,7 +71,7 @@ class Compact:
             indices = forward.visual.index
         forward.segments[number], forward.current = after, number
         removed = before_length - hidden_states.shape[1]
-        cache = kwargs.get("past_key_values")
+        cache = cache_of(kwargs)
         if removed and cache is not None:
             enter_cache(forward, cache, len(self._stage_layers))
             report_whole_sequence(cache, self._stage_layers[stage.number], removed, self._first_attention)
@@ -169,7 +170,7 @@ class Compact:
 
         ``number`` is the segment whose tokens layer ``index`` has cached; the next segment when asked for scores.
         """
-        cache = kwargs.get("past_key_values")
+        cache = cache_of(kwargs)
         segment, asked = forward.segment, number != forward.current
         if not forward.prunes:
             state = getattr(cache, "_toprl_state", None)
@@ -178,7 +179,7 @@ class Compact:
             is_plain = kwargs.get("attention_mask") is None and segment.valid is None
             if is_plain and number not in state.masks and number not in state.shifts:
                 return kwargs  # nothing is padding, and positions go on from the prompt's
-        if index in self._recurrent:  # its mask is 2-D: the padding of this pass alone
+        if index in self._keyless:  # a state's mask is 2-D: the padding of this pass alone
             if segment.slots is None:
                 return kwargs
             if forward.past and segment.valid is not None:

@@ -119,16 +119,6 @@ def refuse_temperature(floor: int, length: int) -> None:
         )
 
 
-def recurrent_layers(layers: nn.ModuleList) -> frozenset[int]:
-    """Return the layers that are a convolution or a recurrence, without keys and with a 2-D mask."""
-    return frozenset(i for i, layer in enumerate(layers) if has_state(layer) and not has_attention(layer))
-
-
-def first_attention(layers: nn.ModuleList) -> int:
-    """Return the first layer that is no recurrence: a cache reports its length by that layer."""
-    return next((index for index in range(len(layers)) if index not in recurrent_layers(layers)), 0)
-
-
 def refuse_padding_after_state(layer: nn.Module, index: int) -> None:
     """Refuse padding between two turns: it would enter a convolution or a recurrence."""
     raise ValueError(

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from toprl_models.policy import Policy
 from toprl_models.probe import decoder_of
 from toprl_models.runtime import guards, scores
+from toprl_models.runtime.cache import cache_of
 from toprl_models.runtime.compact import Compact, drops_nothing
 from toprl_models.runtime.deepstack import take_deepstack
 from toprl_models.runtime.mask import Mask
@@ -194,7 +195,7 @@ class Runtime:
         return args, kwargs
 
     def _check_length(self, call: Call | None, kwargs: dict[str, Any], new: int) -> None:
-        cache = kwargs.get("past_key_values")
+        cache = cache_of(kwargs)
         prunes = call is not None and call.visual is not None
         if prunes or self.mode.name == "mask" or hasattr(cache, "_toprl_state"):
             past = cache.get_seq_length() if cache is not None else 0
@@ -233,7 +234,7 @@ class Runtime:
                 hidden_states = self._at_stage(forward, index, hidden_states, kwargs)
         changed = self.mode.before_layer(forward, number, index, hidden_states, kwargs) if number else kwargs
         if forward.prunes and index in self._watched_for:
-            past = _length_of(changed.get("past_key_values"), index)
+            past = _length_of(cache_of(changed), index)
             watched = scores.Watched(scores.attention_of(self.layers[index]))
             self._watched = watched, past, _keep_mask_of(changed)
         if args:
@@ -296,7 +297,7 @@ class Runtime:
         """Ask the layer after the stage for its attention over the states that are about to enter."""
         number = self._stage_at[index].number + 1
         changed = self.mode.before_layer(forward, number, index, hidden_states, kwargs)
-        past = _length_of(changed.get("past_key_values"), index)
+        past = _length_of(cache_of(changed), index)
         self._asking = True
         try:
             call = scores.ask(self.layers[index], hidden_states, changed)

@@ -12,7 +12,7 @@ from torch.nn.functional import pad
 
 from toprl_kernels import AttentionPlan, attention_plan, masked_attention
 from toprl_models.policy import Decision
-from toprl_models.runtime.cache import CacheState, cache_state, extend_mask
+from toprl_models.runtime.cache import CacheState, cache_of, cache_state, extend_mask
 from toprl_models.runtime.compact import selection, top_mask
 from toprl_models.runtime.outputs import Survivors
 from toprl_models.runtime.prompt import open_slots
@@ -118,7 +118,7 @@ class Mask:
         """
         segment, asked = forward.segment, number != forward.current
         if asked or not segment.made:
-            cache = kwargs.get("past_key_values")
+            cache = cache_of(kwargs)
             past = cache.get_seq_length(index) if cache is not None else 0
             state: CacheState | None = getattr(cache, "_toprl_state", None)
             if state is not None and not past:  # the cache was reset

@@ -216,8 +216,7 @@ def ask(layer: nn.Module, hidden_states: Tensor, kwargs: Mapping[str, Any]) -> O
     """Ask a layer for its queries and keys: run it up to its attention function; no cache is written."""
     module = attention_of(layer)
     arguments = {name: value for name, value in kwargs.items() if name != "hidden_states"}
-    if arguments.get("past_key_values") is not None:
-        arguments["past_key_values"] = _Peek(arguments["past_key_values"])
+    arguments |= {name: _Peek(value) for name, value in arguments.items() if hasattr(value, "get_seq_length")}
     watched = Watched(module, stops=True)
     try:
         with torch.no_grad():
