@@ -167,7 +167,7 @@ def hyperclovax():
     from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLVisionConfig
 
     config = HyperCLOVAXVisionV2Config(
-        text_config=HyperCLOVAXConfig(**text_config()),
+        text_config=HyperCLOVAXConfig(**text_config(initializer_range=0.2)),
         vision_config=Qwen2_5_VLVisionConfig(**tower(window_size=16, fullatt_block_indexes=[1])),
         **IDS,
     )
