@@ -40,20 +40,19 @@ def refusal_of(model: PreTrainedModel) -> str:
     config = model.config
     if getattr(config, "is_encoder_decoder", False) or getattr(config.get_text_config(), "is_encoder_decoder", False):
         return "is an encoder-decoder: images enter its encoder, and its decoder has no visual tokens"
+    if not hasattr(type(model), "generate"):
+        return "generates no text"
     arguments = inspect.signature(type(model).forward).parameters
     if not any(name.startswith(("pixel_values", "image")) for name in arguments):
         return "takes no images"
     if "super" not in _names(type(model).generate) and "generate" in _overridden(type(model)):
         return "has a generate() of its own, which calls its decoder past the model's forward()"
     try:
-        layers = decoder_of(model).layers
+        decoder = decoder_of(model)
     except TypeError as error:
         return str(error).removeprefix(f"{type(model).__name__} ")
-    for index, layer in enumerate(layers):
-        names = [name for name, _ in layer.named_modules() if "cross" in name.rpartition(".")[2]]
-        if names:
-            return f"reads its images by cross-attention (decoder layer {index} has {names[0]})"
-    return ""
+    names = [name for name, _ in decoder.named_modules() if "cross" in name.rpartition(".")[2]]
+    return f"reads its images by cross-attention ({names[0]} of its decoder)" if names else ""
 
 
 def visual_id_names(config: PreTrainedConfig) -> tuple[str, ...]:

@@ -10,7 +10,7 @@ import contextlib
 import inspect
 import traceback
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -112,6 +112,7 @@ class _Case:
         # what was unattached when the checks began
         self.plain = self.forward()
         self.real = self.inputs["attention_mask"].bool()
+        self.words = self.inputs["input_ids"][:, -3:].unique().tolist()
 
     def forward(self, **options: Any) -> Any:
         return self.model(**{**self.inputs, **options})
@@ -119,7 +120,13 @@ class _Case:
     def generate(self, **options: Any) -> tuple[Tensor, Tensor]:
         """Answer greedily: tokens [B, T] and logits [B, T, vocabulary]."""
         options = {"max_new_tokens": NEW_TOKENS, "min_new_tokens": NEW_TOKENS, "do_sample": False} | options
-        answer = self.model.generate(**self.inputs, return_dict_in_generate=True, output_logits=True, **options)
+        answer = self.model.generate(
+            **self.inputs,
+            return_dict_in_generate=True,
+            output_logits=True,
+            prefix_allowed_tokens_fn=lambda *_: self.words,  # a placeholder would want an image
+            **options,
+        )
         return answer.sequences[:, -NEW_TOKENS:], torch.stack(answer.logits, 1)
 
     def compare(self, what: str, found: Tensor, wanted: Tensor) -> None:
@@ -231,6 +238,29 @@ def _lengths(case: _Case) -> None:
                 raise _Wrong(f"layer {index} holds {found} keys instead of {wanted}")
 
 
+def _answer(case: _Case) -> None:
+    """Decoding steps end in the states that the survivors and the answer, in one prompt, have."""
+    layer = case.several.layers[0]
+    with attach(case.model, _Even(), schedule=Schedule(((layer, 0.5),))) as pruner, _watch_decoder(case) as seen:
+        tokens, _ = case.generate()
+        indices, steps = pruner.trace[0].indices, torch.cat([states[:, -1:] for states in seen["outputs"][1:]], 1)
+    survivors, length = _survivors(case, indices), case.real.shape[1]
+    longer = replace(case, inputs=_appended(case.inputs, tokens[:, :-1]))
+    for row, kept in enumerate(survivors):
+        kept = torch.cat([kept, length + torch.arange(NEW_TOKENS - 1, device=kept.device)])
+        case.compare("states", steps[row], _by_hand(longer, row, kept, layer)[1 - NEW_TOKENS :])
+
+
+def _appended(inputs: Inputs, tokens: Tensor) -> dict[str, Any]:
+    """Append words to the prompts; other arguments with a number for each token get zeros."""
+    shape, longer = inputs["input_ids"].shape, dict(inputs)
+    for name, value in inputs.items():
+        if isinstance(value, Tensor) and value.shape == shape:
+            more = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}.get(name, torch.zeros_like(tokens))
+            longer[name] = torch.cat([value, more.to(value.dtype)], 1)
+    return longer
+
+
 def _step(case: _Case) -> None:
     """A next token that comes without position_ids gets the logits that generate() computes for it."""
 
@@ -276,6 +306,7 @@ CHECKS: dict[str, Callable[[_Case], None]] = {
     "visual slots hold image features": _slots,
     "keep-all = unattached": _keep_all,
     REMOVAL: _removal,
+    "answer = answer in the prompt": _answer,
     "mask mode = compact mode": _masking,
     "cache lengths": _lengths,
     "a step without position_ids": _step,
@@ -340,13 +371,14 @@ def _last_states(case: _Case, schedule: Schedule, mode: Mode) -> Tensor:
 @contextlib.contextmanager
 def _watch_decoder(case: _Case) -> Iterator[dict[str, Any]]:
     """Note the decoder's arguments and its last hidden state."""
-    seen: dict[str, Any] = {}
+    seen: dict[str, Any] = {"outputs": []}
 
     def enter(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         seen["entered"] = args[0] if args else kwargs["hidden_states"]
 
     def leave(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
         seen.update(kwargs=dict(kwargs), args=args, output=output.last_hidden_state)
+        seen["outputs"].append(output.last_hidden_state)
 
     handles = [
         case.decoder.layers[0].register_forward_pre_hook(enter, with_kwargs=True),
@@ -421,7 +453,7 @@ def _by_hand(case: _Case, row: int, kept: Tensor, layer: int) -> Tensor:
     def note(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         entered[module] = args[0] if args else kwargs["hidden_states"], kwargs.get("attention_mask")
 
-    def replace(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+    def substitute(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         alive = torch.isin(real, kept)
         states, mask = entered[module]
         if isinstance(mask, Tensor) and mask.ndim == 4:  # the model's own, for the tokens' original places
@@ -431,7 +463,7 @@ def _by_hand(case: _Case, row: int, kept: Tensor, layer: int) -> Tensor:
         states = states[:, alive]
         return ((states, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": states})
 
-    for hook, arguments in ((note, alone), (replace, cut)):
+    for hook, arguments in ((note, alone), (substitute, cut)):
         handles = [module.register_forward_pre_hook(hook, with_kwargs=True) for module in case.decoder.layers[layer:]]
         try:
             states = case.decoder(**arguments | {"use_cache": False}).last_hidden_state

@@ -303,8 +303,8 @@ def refuse_unknown_layers(cache: Cache) -> None:
     for index, layer in enumerate(cache.layers):
         if type(layer).__module__.startswith("transformers.models."):
             raise ValueError(
-                f"layer {index} keeps its keys in a {type(layer).__name__}, of which pruning does not know how it counts "
-                'tokens: this decoder is not supported with a cache; call it with use_cache=False, or use mode="mask"'
+                f"layer {index} keeps its keys in a {type(layer).__name__}, of which pruning does not know how it "
+                "counts tokens: this decoder is not supported with a cache"
             )
 
 

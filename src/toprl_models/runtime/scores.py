@@ -50,8 +50,8 @@ def attention_of(layer: nn.Module) -> nn.Module:
         )
     if branches_on_backend(modules[0]):
         raise ValueError(
-            f"{type(modules[0]).__name__} selects keys in a way that depends on the name of the attention backend, which "
-            "the pruner must replace to see attention scores: choose a method that reads no attention"
+            f"{type(modules[0]).__name__} does something that depends on the name of the attention backend, which the "
+            "pruner must replace to see attention scores: choose a method that reads no attention"
         )
     return modules[0]
 
