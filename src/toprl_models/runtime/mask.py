@@ -248,8 +248,9 @@ def padding_mask(
         mask = pad(mask, (0, length - mask.shape[1]), value=False)
     if mask_function is not None and mask_function is not causal_mask_function:
         options = kwargs | {"device": device, "allow_is_causal_skip": False, "attention_mask": mask}
+        options |= {"q_offset": q_offset, "kv_offset": kv_offset}
         asked, causal = (
-            sdpa_mask(batch_size, q_length, length - kv_offset, q_offset, kv_offset, function, **options)
+            sdpa_mask(batch_size, q_length, length - kv_offset, mask_function=function, **options)
             for function in (mask_function, causal_mask_function)
         )
         differs = asked != causal  # a window that is longer than the sequence is no other pattern
