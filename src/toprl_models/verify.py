@@ -20,7 +20,7 @@ from toprl_models.families import count_visual, family_of, min_stage_of, visual_
 from toprl_models.methods.fastv import FastV
 from toprl_models.policy import Policy, StageContext
 from toprl_models.probe import blocked_stages, decoder_of, keyless_layers
-from toprl_models.pruner import Mode, attach
+from toprl_models.pruner import Mode, Pruner, attach
 from toprl_models.schedule import Schedule
 
 if TYPE_CHECKING:
@@ -84,6 +84,17 @@ def verdict(findings: list[Finding]) -> str:
     if REMOVAL in refused:
         return f"refused: {refused[REMOVAL]}"
     return "exact" + (f", but refused: {', '.join(refused)}" if refused else "")
+
+
+def summary(findings: list[Finding]) -> dict[str, str]:
+    """Return the outcome for tables: "exact", "exact with limits", "refused" or "wrong", and the reasons by check."""
+    found = {kind: {f.check: f.detail for f in findings if f.outcome == kind} for kind in ("wrong", "refused")}
+    if found["wrong"]:
+        return {"outcome": "wrong", **found["wrong"]}
+    reasons = {name: reason.partition(": ")[2] for name, reason in found["refused"].items()}
+    if REMOVAL in reasons:
+        return {"outcome": "refused", "why": reasons[REMOVAL]}
+    return {"outcome": "exact with limits", **reasons} if reasons else {"outcome": "exact"}
 
 
 class _Wrong(Exception):
@@ -176,7 +187,7 @@ def _slots(case: _Case) -> None:
 
 def _keep_all(case: _Case) -> None:
     stages = tuple((layer, 1.0) for layer in dict.fromkeys(case.first.layers + case.several.layers))
-    _, logits = case.generate()
+    logits = case.generate()[1]
     uncached = case.forward(use_cache=False).logits
     with attach(case.model, _Even(), schedule=Schedule(stages)):
         case.compare("prompt", case.forward().logits[case.real], case.plain.logits[case.real])
@@ -240,15 +251,27 @@ def _lengths(case: _Case) -> None:
 
 def _answer(case: _Case) -> None:
     """Decoding steps end in the states that the survivors and the answer, in one prompt, have."""
-    layer = case.several.layers[0]
-    with attach(case.model, _Even(), schedule=Schedule(((layer, 0.5),))) as pruner, _watch_decoder(case) as seen:
-        tokens, _ = case.generate()
-        indices, steps = pruner.trace[0].indices, torch.cat([states[:, -1:] for states in seen["outputs"][1:]], 1)
-    survivors, length = _survivors(case, indices), case.real.shape[1]
-    longer = replace(case, inputs=_appended(case.inputs, tokens[:, :-1]))
-    for row, kept in enumerate(survivors):
-        kept = torch.cat([kept, length + torch.arange(NEW_TOKENS - 1, device=kept.device)])
-        case.compare("states", steps[row], _by_hand(longer, row, kept, layer)[1 - NEW_TOKENS :])
+    layer, length = case.several.layers[0], case.real.shape[1]
+
+    def compare(pruner: Pruner | None) -> None:
+        with _watch_decoder(case) as seen:
+            tokens, _ = case.generate()
+        steps = torch.cat([states[:, -1:] for states in seen["outputs"][1:]], 1)
+        rows = [row.nonzero()[:, 0] for row in case.real]
+        if pruner is not None:
+            rows = _survivors(case, pruner.trace[0].indices)
+            pruner.detach()
+        longer = replace(case, inputs=_appended(case.inputs, tokens[:, :-1]))
+        for row, kept in enumerate(rows):
+            kept = torch.cat([kept, length + torch.arange(NEW_TOKENS - 1, device=kept.device)])
+            case.compare("states", steps[row], _by_hand(longer, row, kept, layer)[1 - NEW_TOKENS :])
+
+    try:
+        compare(None)
+    except _Wrong as error:
+        raise _NotApplicable(f"the unattached model: {error}") from error
+    with attach(case.model, _Even(), schedule=Schedule(((layer, 0.5),))) as pruner:
+        compare(pruner)
 
 
 def _appended(inputs: Inputs, tokens: Tensor) -> dict[str, Any]:

@@ -70,6 +70,7 @@ class Runtime:
         self._watched: tuple[scores.Watched, Length, Tensor | None] | None = None
         self._asking = False
         self._warned = False
+        self._began = False  # whether the decoder was reached in this call of the model
         self.running = guards.OneForward()
         self.thread = _PerThread()
         self.enabled = True
@@ -103,10 +104,17 @@ class Runtime:
         @functools.wraps(forward)
         def call(*args: Any, **kwargs: Any) -> Any:
             self.thread.told = Told.pop_from(kwargs)
+            self._began = False
             try:
-                return forward(*args, **kwargs)
+                output = forward(*args, **kwargs)
             finally:
                 self.thread.told = None
+            if self.enabled and not self._began and self._ids.brought(kwargs):
+                raise RuntimeError(
+                    f"{type(self.model).__name__} got images, but no forward pass of {type(self.decoder).__name__} was "
+                    "seen, so that nothing was pruned: this model cannot be supported"
+                )
+            return output
 
         return call
 
@@ -169,7 +177,7 @@ class Runtime:
         if not self.enabled:
             return None
         self.running.check()
-        call, self._call = self._call, None
+        self._began, call, self._call = True, self._call, None
         inputs, self._inputs = self._inputs, {}
         embeddings: Tensor = (
             args[0] if args else kwargs["hidden_states" if "hidden_states" in kwargs else "inputs_embeds"]
