@@ -53,13 +53,13 @@ def model_of(family: str, feature_layer: int = -1) -> Any:
     return model
 
 
-def sharpen(tower: Any) -> None:
+def sharpen(tower: Any, factor: float = 8) -> None:
     """Make queries and keys larger."""
     for name, weight in tower.named_parameters():
         if name.endswith(("q_proj.weight", "k_proj.weight")):
-            weight.mul_(8)
+            weight.mul_(factor)
         elif name.endswith("qkv.weight"):
-            weight[: len(weight) * 2 // 3].mul_(8)
+            weight[: len(weight) * 2 // 3].mul_(factor)
 
 
 def tower_of(model: Any) -> Any:
