@@ -11,6 +11,7 @@ import pytest
 import torch
 import transformers
 from torch import Tensor
+from torch.nn.functional import interpolate
 
 from tests.models.test_vision_methods import sharpen, tower_of, zipped_by_loops
 from tests.models.tiny_families import (
@@ -31,7 +32,9 @@ from tests.models.tiny_families import (
 from toprl_models import Family, Schedule, attach
 from toprl_models.families import FAMILIES
 from toprl_models.methods._layout import layout_of
+from toprl_models.methods._smaller import resized
 from toprl_models.methods._tower import TowerReader, tile_shares
+from toprl_models.methods.downsample import Downsample
 from toprl_models.methods.fastervlm import FasterVLM
 from toprl_models.methods.visionzip import VisionZip
 
@@ -488,3 +491,118 @@ def test_keys_are_those_of_the_patches_of_a_token(name: str) -> None:
     groups = patches_of_tokens(model, inputs).float()
     assert (groups.sum(1) == 4).all()
     torch.testing.assert_close(read, groups @ keys / 4, atol=1e-5, rtol=1e-5)
+
+
+# --- smaller pictures ---
+
+
+def shortened(model: Any, inputs: dict[str, Tensor], tokens: list[Tensor]) -> Tensor:
+    """Last logits of each row with these ``tokens`` [n, d] in place of its visual tokens, row by row."""
+    embed, last = model.get_input_embeddings(), []
+    for ids, mask, new in zip(inputs["input_ids"], inputs["attention_mask"], tokens, strict=True):
+        ids = ids[mask.bool()]
+        visual = (ids == IMAGE_ID).nonzero()[:, 0]
+        parts = [embed(ids)] if not len(visual) else []
+        if len(visual):  # nothing but the marks lies between the pictures
+            start, stop = int(visual[0]), int(visual[-1]) + 1
+            parts = [embed(ids[:start]), new, embed(ids[stop:])]
+        last.append(model(inputs_embeds=torch.cat(parts)[None]).logits[0, -1])
+    return torch.stack(last)
+
+
+def one_row(name: str) -> dict[str, Tensor]:
+    """The first row of the prompts, without its padding: a single picture."""
+    inputs, lengths = inputs_of(name), {"smolvlm": 1}
+    real = inputs["attention_mask"][0].bool()
+    inputs["pixel_values"] = inputs["pixel_values"][: lengths.get(name, 1)]
+    if "image_sizes" in inputs:
+        inputs["image_sizes"] = inputs["image_sizes"][:1]
+    return inputs | {key: inputs[key][:1, real] for key in ("input_ids", "attention_mask")}
+
+
+@pytest.mark.parametrize("name", ["llava_siglip", "llava_pixtral", "mistral3", "smolvlm"])
+def test_downsample_is_the_model_on_a_smaller_picture(name: str) -> None:
+    """A third of the tokens: 2 x 2 of 4 x 4; for Pixtral 2 x 3 (of 4 x 6), for Mistral 3 1 x 2 of 2 x 3."""
+    model, inputs = model_of(name), one_row(name)
+    unit = {"llava_pixtral": 8, "mistral3": 16}.get(name, 8)
+    rows, columns = {"llava_pixtral": (2, 4), "mistral3": (1, 2)}.get(name, (2, 2))
+    pixels, options = inputs["pixel_values"], {}
+    if "image_sizes" in inputs:
+        pixels = pixels[:, :, :32, :48]
+        options["image_sizes"] = torch.tensor([(rows * unit, columns * unit)])
+    elif name == "llava_siglip":
+        options["interpolate_pos_encoding"] = True
+    small = resized(pixels[0, :1] if pixels.ndim == 5 else pixels, rows * unit, columns * unit)
+    small = small[None] if pixels.ndim == 5 else small
+    features = model.base_model.get_image_features(small, **options, return_dict=True).pooler_output
+    features = torch.cat([one.flatten(0, -2) for one in features])
+    assert len(features) == rows * columns
+    with attach(model, Downsample(), schedule=Schedule(((0, 0.35),))) as pruner:
+        logits = model(**inputs).logits[:, -1]
+        assert pruner.trace[0].counts == (rows * columns,)
+    torch.testing.assert_close(logits, shortened(model, inputs, [features]), atol=ATOL, rtol=1e-4)
+
+
+def features_of_tiles(model: Any, tiles: Tensor, side: int) -> Tensor:
+    """Features [tiles, side * side, d] of tiles at ``side`` x ``side`` patches of 8 pixels."""
+    output = tower_of(model)(
+        resized(tiles, 8 * side, 8 * side), interpolate_pos_encoding=True, output_hidden_states=True
+    )
+    states = output.hidden_states[model.config.vision_feature_layer]
+    first = int(model.config.vision_feature_select_strategy == "default")
+    return model.base_model.multi_modal_projector(states[:, first:])
+
+
+# a picture of 32 x 64 pixels, 2 tiles side by side: 16 tokens of the overview, 4 rows of 8 and a newline each
+@pytest.mark.parametrize(("budget", "tile_side"), [(45, 3), (30, 2), (19, 1), (17, 0)])
+@pytest.mark.parametrize("name", ["llava_next", "llava_onevision"])
+def test_tiles_shrink_before_the_overview(name: str, budget: int, tile_side: int) -> None:
+    model, inputs = model_of(name), build_inputs(name, (("image",),))
+    newline = model.base_model.image_newline[None]
+    tiles = inputs["pixel_values"][0]
+    expected = [features_of_tiles(model, tiles, 4)[0]]
+    if tile_side:
+        grid = features_of_tiles(model, tiles[1:], tile_side).unflatten(1, (tile_side, tile_side))
+        for row in range(tile_side):
+            expected += [grid[0, row], grid[1, row], newline]
+    else:
+        expected.append(newline)
+    tokens = torch.cat(expected)
+    assert len(tokens) <= budget
+    with attach(model, Downsample(), schedule=Schedule(((0, budget),))) as pruner:
+        logits = model(**inputs).logits[:, -1]
+        assert pruner.trace[0].counts == (len(tokens),)
+    torch.testing.assert_close(logits, shortened(model, inputs, [tokens]), atol=ATOL, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("budget", "side"), [(16, 3), (10, 3), (9, 2), (2, 1), (1, 0)])
+@pytest.mark.parametrize("name", ["llava_next", "llava_onevision"])
+def test_an_overview_shrinks_where_tiles_do_not_fit(name: str, budget: int, side: int) -> None:
+    model, inputs = model_of(name), build_inputs(name, (("image",),))
+    tokens = torch.zeros(0, 64)
+    if side:
+        overview = features_of_tiles(model, inputs["pixel_values"][0, :1], side)[0]
+        tokens = torch.cat([overview, model.base_model.image_newline[None]])
+    with attach(model, Downsample(), schedule=Schedule(((0, budget),))) as pruner:
+        logits = model(**inputs).logits[:, -1]
+        assert pruner.trace[0].counts == (len(tokens),)
+    torch.testing.assert_close(logits, shortened(model, inputs, [tokens]), atol=ATOL, rtol=1e-4)
+
+
+def test_scores_are_packed_as_features_are_where_packing_interpolates() -> None:
+    """16 tiles of LLaVA-OneVision are packed as if they were 9: a slot has the mean of patches, weighted as theirs."""
+    torch.manual_seed(0)
+    model = TINY["llava_onevision"].build().eval().requires_grad_(False)
+    model.config.image_grid_pinpoints = [[128, 128]]
+    sharpen(tower_of(model), 3)
+    pixels = torch.randn(1, 17, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    inputs = {"pixel_values": pixels, "image_sizes": torch.tensor([[128, 128]])}
+    read, _ = reading_of(model, inputs)
+    big = read.view(17, 4, 4)[1:].view(4, 4, 4, 4).transpose(1, 2).reshape(16, 16)
+    small = interpolate(big[None, None], [12, 12], mode="bilinear")[0, 0]
+    expected = torch.cat([read[:16], torch.cat([small, -torch.ones(12, 1)], 1).flatten()])
+    ids = torch.tensor([[BOS_ID, *[IMAGE_ID] * len(expected), FIRST_WORD]])
+    policy = SeenFasterVLM()
+    with attach(model, policy, schedule=Schedule(((0, 100),))):
+        model(**inputs, input_ids=ids, attention_mask=torch.ones_like(ids))
+    torch.testing.assert_close(policy.decision.scores[0] % 2, expected % 2, atol=1e-6, rtol=1e-5)

@@ -183,8 +183,8 @@ class PackingWatch:
             arguments = signature.bind(*args, **kwargs).arguments
 
             def again(pictures: Sequence[Tensor]) -> list[Tensor]:
-                newline = pictures[0].new_zeros(pictures[0].shape[-1])
-                newline = None if arguments.get("image_newline") is None else newline
+                has_newline = arguments.get("image_newline") is not None
+                newline = pictures[0].new_zeros(pictures[0].shape[-1]) if has_newline else None
                 return models_pack(**arguments | {"image_features": pictures, "image_newline": newline})[0]
 
             recorder.record("tiles", [len(picture) for picture in arguments["image_features"]])
@@ -367,7 +367,7 @@ class TowerReader:
 
     def project(self, states: Tensor) -> Tensor:
         """Apply the model's projector to tower states ``[..., d]``."""
-        projector = self._projector and self._projector()
+        projector = None if self._projector is None else self._projector()
         assert projector is not None
         return projector(states)
 
@@ -408,8 +408,8 @@ class TowerReader:
             capacities=tuple(tile[tile >= 0].bincount(minlength=len(sizes)).tolist()),
             tiles=tuple(range(starts[row.start], starts[row.stop]) for row in rows),
             repeats=repeats,
-            states=slots[..., width:].to(states.dtype) if self._whole else None,
-            class_states=states[:, 0] if self._whole else None,
+            states=None if states is None or not self._whole else slots[..., width:].to(states.dtype),
+            class_states=None if states is None or not self._whole else states[:, 0],
         )
 
     def _of_tokens(self, seen: dict[str, Any]) -> tuple[Tensor, list[int]]:
