@@ -30,6 +30,7 @@ from toprl_models.integrations.lmms_eval import skeleton
 from toprl_models.methods import FastV, RandomPolicy
 from toprl_models.policy import Policy
 from toprl_models.probe import blocked_stages, decoder_of, has_plain_positions, has_state, keyless_layers
+from toprl_models.processors import load_processor
 from toprl_models.pruner import attach
 from toprl_models.registry import method_of
 from toprl_models.schedule import PAPER_LAYERS, Schedule, stage_layers_for

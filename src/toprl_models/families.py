@@ -28,12 +28,6 @@ class Family:
             those that ``probe.visual_id_names`` finds.
         min_stage: first layer that may prune, or a function of the model that says so.
         limits: one sentence about what does not work, "" for nothing.
-        image_tower: attribute of the base model that holds the vision tower of images, for methods that look into it;
-            "" where they cannot.
-        no_class_token: why the tower's class token says nothing about visual tokens; "" where it does, which is checked
-            on the model.
-        tiles: whether the processor cuts an image into a number of tiles that follows its size, so that it can no
-            longer be made smaller after the processor.
         depths: decoder layers of the released models, by size, for the tables of ``toprl_models.check``.
         first_stage: first layer that may prune in the released models, for the same tables.
     """
@@ -44,9 +38,6 @@ class Family:
     visual_ids: tuple[str, ...] = ()
     min_stage: int | Callable[[PreTrainedModel], int] = 0
     limits: str = ""
-    image_tower: str = ""
-    no_class_token: str = ""
-    tiles: bool = False
     depths: Mapping[str, int] = field(default_factory=dict, hash=False)
     first_stage: int = 1
 
@@ -58,7 +49,6 @@ FAMILIES: dict[str, Family] = {
             "LlavaForConditionalGeneration",
             "LLaVA-1.5",
             "Every placeholder is one patch of the image, 576 of 336 x 336 pixels; nothing lies between the patches.",
-            image_tower="vision_tower",
             depths={"7B": 32, "13B": 40},
         ),
         Family(
@@ -66,15 +56,12 @@ FAMILIES: dict[str, Family] = {
             "LLaVA-NeXT",
             "Patches of the overview and of all tiles, and the newline feature behind each row of tiles: it sits in "
             "an image slot and may be dropped like a patch.",
-            image_tower="vision_tower",
-            tiles=True,
             depths={"7B": 32, "13B": 40, "34B": 60},
         ),
         Family(
             "VideoLlavaForConditionalGeneration",
             "Video-LLaVA",
             "Patches of images, and of every frame of a video with the class token of each frame.",
-            image_tower="image_tower",
             depths={"7B": 32},
         ),
         Family(
@@ -82,9 +69,6 @@ FAMILIES: dict[str, Family] = {
             "LLaVA-OneVision",
             "Patches of overview and tiles (a single tile where a prompt has several images), pooled patches of video "
             "frames, and the newline features, which sit in visual slots and may be dropped like patches.",
-            image_tower="vision_tower",
-            no_class_token="the vision tower (SigLIP) has no class token",
-            tiles=True,
             depths={"0.5B": 24, "7B": 28, "72B": 80},
         ),
         Family(
@@ -92,8 +76,6 @@ FAMILIES: dict[str, Family] = {
             "Qwen2.5-VL",
             "Merged 2 x 2 patches of images and video frames, in raster order: the vision tower undoes its windows. "
             "<|vision_start|> and <|vision_end|> are text and always stay.",
-            image_tower="visual",
-            no_class_token="the vision tower has no class token and merges 4 patches into a token",
             depths={"3B": 36, "7B": 28, "32B": 64, "72B": 80},
         ),
         Family(
@@ -101,8 +83,6 @@ FAMILIES: dict[str, Family] = {
             "InternVL3",
             "All 256 tokens of every tile, thumbnail included; frames of a video are images. The marks around them are "
             "text and always stay.",
-            image_tower="vision_tower",
-            no_class_token="InternVL merges 4 patches into a token",
             depths={"1B": 24, "2B": 28, "8B": 28, "14B": 48, "38B": 64, "78B": 80},
         ),
         Family(
@@ -110,8 +90,6 @@ FAMILIES: dict[str, Family] = {
             "Qwen3-VL",
             "Merged 2 x 2 patches of images and video frames. <|vision_start|>, <|vision_end|> and the time stamps "
             "between frames are text and always stay.",
-            image_tower="visual",
-            no_class_token="the vision tower has no class token and merges 4 patches into a token",
             depths={"2B": 28, "4B": 36, "8B": 36, "32B": 64},
         ),
     )
