@@ -98,27 +98,6 @@ class Small(NamedTuple):
     planes: Sequence[Tensor] = ()
 
 
-class Planes:
-    """Features of the visual slots that a decoder adds after its first layers (deepstack), to be changed in place.
-
-    Args:
-        planes: a tensor ``[slots of all rows, d]`` for each of these layers; None where there are none.
-        valid: bool ``[B, V]``, the visual slots.
-        repeats: each prompt has so many rows.
-    """
-
-    def __init__(self, planes: Sequence[Tensor] | None, valid: Tensor, repeats: int) -> None:
-        self._planes = planes or ()
-        number = valid.flatten().cumsum(0).view(-1, repeats, valid.shape[1]) - 1
-        self._rows = number.transpose(1, 2).flatten(0, 1)  # [B * V, repeats]
-
-    def replace(self, hosts: Tensor, planes: Sequence[Tensor]) -> None:
-        """Put ``planes`` ``[n, d]`` into the slots ``hosts`` ``[n]`` of all rows that stand for a prompt."""
-        for plane, small in zip(self._planes, planes, strict=True):
-            rows = self._rows[hosts].to(plane.device)
-            plane[rows] = small.to(plane)[:, None].expand(-1, rows.shape[1], -1)
-
-
 class Source:
     """Pictures of one kind of tower, which are recorded when they enter it and may be encoded once more."""
 
@@ -133,7 +112,7 @@ class Source:
         recorder.input_of(tower, "given", lambda args, kwargs: signature.bind(*args, **kwargs).arguments)
         if projector is None:
             recorder.output_of(tower, "features", lambda output: output.pooler_output)
-            recorder.output_of(tower, "planes of tower", lambda output: getattr(output, "deepstack_features", None))
+            recorder.output_of(tower, "planes", lambda output: getattr(output, "deepstack_features", None))
         else:
             recorder.output_of(projector, "features", lambda features: features.flatten(0, -2))
 
@@ -164,7 +143,7 @@ class Source:
             down, across = self._layout.patch_size
             size = rows * self._layout.merge * down, columns * self._layout.merge * across
             again = self._encode(seen["given"], numbers, size)
-            features, planes = again["features"], again.get("planes of tower") or ()
+            features, planes = again["features"], again.get("planes") or ()
             parts = zip(*(tensor.chunk(len(numbers)) for tensor in (features, *planes)), strict=True)
             for number, (one, *others) in zip(numbers, parts, strict=True):
                 yield Small(number, spread(grids[number], (rows, columns)), one, others)
@@ -223,15 +202,6 @@ class Patches(Source):
     def __init__(self, model: PreTrainedModel, recorder: Recorder) -> None:
         super().__init__(model, recorder)
         self._frames = image_tower(model).config.temporal_patch_size
-        hook = model.get_decoder().register_forward_pre_hook
-        # before the pruner's own hook, which takes these features over
-        recorder.handles.append(
-            hook(
-                lambda _, args, kwargs: recorder.record("planes", kwargs.get("deepstack_visual_embeds")),
-                with_kwargs=True,
-                prepend=True,
-            )
-        )
 
     def arguments(self, given: Mapping[str, Any], numbers: list[int], size: tuple[int, int]) -> dict[str, Any]:
         grids, merge, (side, _) = given["grid_thw"].tolist(), self._layout.merge, self._layout.patch_size

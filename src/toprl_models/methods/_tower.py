@@ -36,7 +36,7 @@ WEIGHTS_AT_ONCE = 2**26
 
 def after_first_layers(family: Family) -> str:
     """Say why tokens of a family cannot be chosen before layer 0; "" where they can."""
-    return "no stage before the deepstack layers" if family.min_stage else ""
+    return "its first stage cannot lie before layer 0" if family.min_stage else ""
 
 
 def check_before_llm(policy: Policy, schedule: Schedule) -> None:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from toprl_models.methods._smaller import Planes, Source, smaller_grid, source_of, why_not
+import torch
+
+from toprl_models.methods._smaller import Source, smaller_grid, source_of, why_not
 from toprl_models.methods._tower import (
     Recorder,
     after_first_layers,
@@ -92,19 +94,23 @@ class Downsample(Policy):
         check_features(context, repeats, seen["features"])
         valid = context.valid_mask[::repeats]
         keep, states = valid.clone(), context.hidden_states[::repeats].clone()
+        # what the decoder adds later, by layer
+        planes = [torch.zeros_like(states) for _ in seen.get("planes") or ()]
+        for plane, features in zip(planes, seen.get("planes") or (), strict=True):
+            plane[valid] = features.to(plane.dtype)
         # the slot of each feature, picture by picture
         slots = valid.flatten().nonzero()[:, 0].split(lengths)
         budgets = {}
         for row, numbers in enumerate(pictures):
             wanted, present = context.num_keep[row * repeats], context.num_visual[row * repeats]
             budgets.update({n: wanted * lengths[n] // present for n in numbers if wanted < present})
-        planes = Planes(seen.get("planes"), context.valid_mask, repeats)
         for number in budgets:
             keep.view(-1)[slots[number]] = False
         for small in self._source.shrink(seen, budgets):
             hosts = slots[small.number][small.places.to(keep.device)]
             keep.view(-1)[hosts] = True
-            states.view(-1, states.shape[-1])[hosts] = small.features.to(states.dtype)
-            planes.replace(hosts, small.planes)
-        keep, states = keep.repeat_interleave(repeats, 0), states.repeat_interleave(repeats, 0)
-        return Decision(keep.float(), keep, states)
+            for part, features in zip((states, *planes), (small.features, *small.planes), strict=True):
+                part.view(-1, part.shape[-1])[hosts] = features.to(part.dtype)
+        keep = keep.repeat_interleave(repeats, 0)
+        states, *planes = (part.repeat_interleave(repeats, 0) for part in (states, *planes))
+        return Decision(keep.float(), keep, states, *([tuple(planes)] if planes else []))
