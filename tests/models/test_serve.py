@@ -204,20 +204,22 @@ def test_requests_in_parallel(served: Served) -> None:
     assert len(served.requests(32)) == 32
 
 
-def test_threads_of_the_process_wait_for_each_other(served: Served) -> None:
+def test_threads_of_the_process_wait_for_each_other() -> None:
     """Whatever threads transformers' server has: without the lock, the Pruner refuses all but one."""
-    chat = next(route for route in served.server.config.app.routes if getattr(route, "path", "") == "/v1/models")
-    models = chat.endpoint.__closure__[0].cell_contents
-    model, processor = models.load_model_and_processor(models.served)
+    from toprl_models.serve import in_turn
+
+    model, processor = tiny.load()
     inputs = processor(images=SCENE, text=tiny.prompt(QUESTIONS[0]), return_tensors="pt")
     barrier = threading.Barrier(4)
+    with attach(model, FastV(), schedule=schedule_for(model, "fastv", keep=0.25)) as pruner:
+        call = in_turn(model.generate, pruner, threading.Lock())
 
-    def generate(_: int) -> torch.Tensor:
-        barrier.wait()
-        return model.generate(**inputs, max_new_tokens=FEW, min_new_tokens=FEW)
+        def generate(_: int) -> torch.Tensor:
+            barrier.wait()
+            return call(**inputs, max_new_tokens=FEW, min_new_tokens=FEW)
 
-    with ThreadPoolExecutor(4) as pool:
-        first, *others = pool.map(generate, range(4))
+        with ThreadPoolExecutor(4) as pool:
+            first, *others = pool.map(generate, range(4))
     assert all(torch.equal(first, other) for other in others)
 
 
