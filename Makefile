@@ -20,7 +20,7 @@ install: $(STAMP) ## create .venv and install the package with everything the ot
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) torch
-	$(PIP) -e '.[models,train,viz,eval,demo,dev]'
+	$(PIP) -e '.[models,train,viz,eval,demo,serve,dev]'
 	@touch $(STAMP)
 
 demo: $(STAMP) ## train with PPO on the embedded tiny LLaVA, evaluate, write runs/demo/report.html
