@@ -15,7 +15,15 @@ from vllm.multimodal.inputs import MultiModalBatchedField, MultiModalFieldElem, 
 from vllm.multimodal.processing import PromptUpdateDetails
 
 from toprl_models.integrations.vllm.options import ARCHITECTURES, KEY, PREFIX, PruningOptions
-from toprl_models.integrations.vllm.placeholders import AXES, DIGITS, Gap, from_columns, full_places, shorten, to_columns
+from toprl_models.integrations.vllm.placeholders import (
+    AXES,
+    DIGITS,
+    Gap,
+    from_columns,
+    full_places,
+    shorten,
+    to_columns,
+)
 from toprl_models.integrations.vllm.pruning import ImagePruning
 
 NUM_VISUAL = "toprl_num_visual"  # the full number of an image's tokens, beside its pixels

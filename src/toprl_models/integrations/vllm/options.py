@@ -131,8 +131,8 @@ class PruningOptions:
         policy = method.make(first, trained)
         if self.method == "toprl" and trained is not None and trained.stage_layers != first:
             raise ValueError(
-                f"{KEY}: policy={self.policy!r} was trained for stages before layers {trained.stage_layers}, but before "
-                "the language model there is one, at layer 0: train with --stage_layers 0, or give "
+                f"{KEY}: policy={self.policy!r} was trained for stages before layers {trained.stage_layers}, but "
+                "before the language model there is one, at layer 0: train with --stage_layers 0, or give "
                 '"method": "oneshot", which takes the last stage\'s decision there'
             )
         if reason := why_not(policy):
@@ -150,7 +150,9 @@ def why_not(policy: Policy) -> str:
     if policy.attention_from != "none":
         return "reads attention inside the decoder"
     if policy.uses_text:
-        return "reads the question, but vLLM encodes images apart (an own class says uses_text = False where it is blind)"
+        return (
+            "reads the question, but vLLM encodes images apart (an own class says uses_text = False where it is blind)"
+        )
     inner = getattr(policy, "policy", policy)
     if type(inner).hooks is not Policy.hooks and not isinstance(inner, ClassTokenPolicy | TopRLPolicy):
         return "hooks modules of transformers, which vLLM does not have"
@@ -161,9 +163,7 @@ def possible() -> list[str]:
     """Name the registered methods that can prune before the language model in vLLM."""
     names = []
     for name, method in METHODS.items():
-        if method.trained:
-            names.append(name)
-        elif not why_not(method.policy()) and (method.staged or method.stages == (0,)):
+        if method.trained or (not why_not(method.policy()) and (method.staged or method.stages == (0,))):
             names.append(name)
     return names
 
@@ -188,13 +188,14 @@ def options_of(additional: object) -> PruningOptions | None:
     return inherited
 
 
-def check_version(version: str) -> None:
-    """Refuse a vLLM whose processors and models the plug-in does not know.
+def is_tested(version: str) -> bool:
+    """Tell whether the plug-in knows the models of this vLLM."""
+    return version.split("+")[0].split(".")[:2] == TESTED_VLLM.split(".")
 
-    Raises:
-        ValueError: not a release of TESTED_VLLM.
-    """
-    if version.split("+")[0].split(".")[:2] != TESTED_VLLM.split("."):
+
+def check_version(version: str) -> None:
+    """Raise ValueError for a vLLM whose processors and models the plug-in does not know."""
+    if not is_tested(version):
         raise ValueError(
             f"{KEY}: vLLM {version} is installed, but the plug-in knows the models of vLLM {TESTED_VLLM} only: "
             f"pip install 'vllm~={TESTED_VLLM}.0', or leave {KEY} out"

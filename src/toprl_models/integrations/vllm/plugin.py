@@ -10,8 +10,6 @@ from typing import Any
 import vllm
 from vllm.config import VllmConfig
 from vllm.logger import init_logger
-from vllm.model_executor.models.registry import ModelRegistry
-from vllm.transformers_utils.config import uses_mrope
 
 from toprl_models.integrations.vllm.options import (
     ARCHITECTURES,
@@ -19,6 +17,7 @@ from toprl_models.integrations.vllm.options import (
     PREFIX,
     PruningOptions,
     check_version,
+    is_tested,
     options_of,
 )
 from toprl_models.methods._tower import ClassTokenPolicy
@@ -29,10 +28,13 @@ MODELS = "toprl_models.integrations.vllm.models"
 
 
 def register() -> None:
-    """Register the pruned classes under names of their own; safe to call again."""
-    for name in ARCHITECTURES:
-        if PREFIX + name not in ModelRegistry.models:
-            ModelRegistry.register_model(PREFIX + name, f"{MODELS}:{PREFIX}{name}")
+    """Register the pruned classes under names of their own, and read every configuration; safe to call again."""
+    if is_tested(vllm.__version__):
+        from vllm.model_executor.models.registry import ModelRegistry
+
+        for name in ARCHITECTURES:
+            if PREFIX + name not in ModelRegistry.models:
+                ModelRegistry.register_model(PREFIX + name, f"{MODELS}:{PREFIX}{name}")
     verify = VllmConfig.try_verify_and_update_config
     if hasattr(verify, KEY):
         return
@@ -43,28 +45,29 @@ def register() -> None:
         config = self.model_config
         first = config is not None and not getattr(config, "config_updated", False)
         verify(self)
-        if first:
-            configure(self)
+        options = options_of(self.additional_config) if first else None
+        if options is not None:
+            check_version(vllm.__version__)
+            configure(self, options)
 
     setattr(verify_and_prune, KEY, True)
     VllmConfig.try_verify_and_update_config = verify_and_prune
 
 
-def configure(vllm_config: VllmConfig) -> None:
-    """Replace the model's class by its pruned variant if the options say so.
+def configure(vllm_config: VllmConfig, options: PruningOptions) -> None:
+    """Replace the model's class by its pruned variant.
 
     Raises:
-        ValueError: wrong options, another vLLM, or a model or setting that cannot be pruned.
+        ValueError: a model or setting of vLLM that cannot be pruned.
     """
-    options = options_of(vllm_config.additional_config)
-    if options is None:
-        return
-    check_version(vllm.__version__)
+    from vllm.transformers_utils.config import uses_mrope
+
     model = vllm_config.model_config
     name, config = model.architecture, model.hf_config
-    if name not in ARCHITECTURES:
+    if name not in ARCHITECTURES or getattr(config.vision_config, "model_type", "") == "pixtral":
         raise ValueError(
-            f"{KEY}: {name} ({model.model}) cannot be pruned in vLLM; classes that can: {', '.join(ARCHITECTURES)}"
+            f"{KEY}: {name} ({model.model}) cannot be pruned in vLLM; classes that can: {', '.join(ARCHITECTURES)} "
+            "(LLaVA with a CLIP or SigLIP tower)"
         )
     policy = options.prepare(copy.deepcopy(config))
     plain = not uses_mrope(config)
