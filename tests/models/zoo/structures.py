@@ -41,6 +41,30 @@ def grid_image(*shape: int, merged: int = 4):
     return image
 
 
+def kimi_k25():
+    from transformers import DeepseekV3Config, Kimi_K25Config, Kimi_K25ForConditionalGeneration
+
+    text = text_config(num_key_value_heads=4, first_k_dense_replace=1, **LATENT, **EXPERTS)
+    config = Kimi_K25Config(
+        text_config=DeepseekV3Config(**text),
+        vision_config={
+            "patch_size": 4,
+            "pos_emb_height": 8,
+            "pos_emb_width": 8,
+            "pos_emb_time": 1,
+            "num_attention_heads": 2,
+            "num_hidden_layers": 2,
+            "hidden_size": 32,
+            "intermediate_size": 64,
+        },
+        projection_hidden_size=32,
+        vision_start_token_id=VISION_START_ID,
+        vision_end_token_id=VISION_END_ID,
+        **IDS,
+    )
+    return Kimi_K25ForConditionalGeneration(config)
+
+
 def deepseek_ocr2():
     from transformers import DeepseekOcr2Config, DeepseekOcr2ForConditionalGeneration
 
@@ -284,6 +308,7 @@ def glm5_next(**changes: Any):
 
 
 ZOO = {
+    "Kimi_K25ForConditionalGeneration": TinyFamily(kimi_k25, grid_image(3, 4, 4)),
     "Cosmos3OmniForConditionalGeneration": TinyFamily(
         cosmos3_omni, qwen_image, qwen3_vl_video, min_stage=2, is_qwen=True
     ),
