@@ -24,7 +24,11 @@ if not HAS_CUDA and "TOPRL_TESTS_COMPILED" not in os.environ:  # see test_compil
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--write-features", action="store_true", help="store the family x feature matrix of this run")
+    parser.addoption(
+        "--write-features",
+        action="store_true",
+        help="store the outcomes of the families of which this run tests every feature",
+    )
 
 
 @pytest.hookimpl(wrapper=True)
@@ -40,7 +44,7 @@ def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestR
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    """Collect the matrix in the one process that sees all reports; a complete one must be the stored one."""
+    """Collect the matrix in the one process that sees all reports; complete columns must be the stored ones."""
     terminal = session.config.pluginmanager.get_plugin("terminalreporter")
     if terminal is None:  # a worker
         return
@@ -57,7 +61,7 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
         matrix.add(*outcome)
     if session.config.getoption("--write-features"):
         matrix.store()
-    elif matrix.is_complete() and matrix.table() != matrix.stored() and not HAS_CUDA:
+    elif matrix.complete() and matrix.merged() != matrix.stored() and not HAS_CUDA:
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
         matrix.is_outdated = True
 

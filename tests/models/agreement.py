@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from tests.models.by_hand import by_hand
 from tests.models.conftest import HashPolicy
-from tests.models.tiny_families import NUM_LAYERS, TINY, Rows, build_model, visual_mask
+from tests.models.tiny_families import Rows, build_model, tiny_family, visual_mask
 from toprl_models import Pruner, Schedule, StageTrace, attach
+from toprl_models.probe import decoder_of
 
 NEW_TOKENS = 8
 # float32 rounding of the same sums in another order; the states are around 1, the logits around 2
@@ -46,30 +49,46 @@ def attached(model: Any, schedule: Schedule, mode: str = "compact") -> Pruner:
 
 
 def run(model: Any, inputs: dict[str, Tensor], schedule: Schedule | None = None, mode: str = "compact") -> Run:
-    """Unattached without a schedule."""
+    """Unattached without a schedule; "mask" is by hand where layers keep a state, from which masks cannot take."""
     if schedule is None:
         return _run(model, inputs)
+    if mode == "mask" and keeps_state(model):
+        with by_hand(model, schedule):
+            return _run(model, inputs, use_cache=False)
     with attached(model, schedule, mode) as pruner:
         result = _run(model, inputs)
         result.trace = pruner.trace
     return result
 
 
-def _run(model: Any, inputs: dict[str, Tensor]) -> Run:
-    states = model.base_model(**inputs).last_hidden_state
-    answer = generate(model, inputs)
+def _run(model: Any, inputs: dict[str, Tensor], **options: Any) -> Run:
+    states = model.base_model(**inputs, **options).last_hidden_state
+    answer = generate(model, inputs, **options)
     return Run(states, torch.stack(answer.logits, 1), answer.sequences[:, inputs["input_ids"].shape[1] :], [])
 
 
 def schedule_of(family: str) -> Schedule:
     """Three stages, the first as early inside the decoder as the family allows, the last before the last layer."""
-    first = max(1, TINY[family].min_stage)
+    first = max(1, tiny_family(family).min_stage)
     return Schedule(((first, 0.5), (first + 1, 0.25), (5, 2)))
 
 
+def keeps_state(model: Any) -> bool:
+    """Tell whether layers keep a state of all earlier tokens: a convolution, a recurrence."""
+    return not {"conv", "linear_attention"}.isdisjoint(
+        getattr(model.config.get_text_config(), "layer_types", None) or ()
+    )
+
+
 def lengths_of(cache: Any) -> list[int]:
-    """Keys and values of every layer."""
-    return [int(cache.get_seq_length(layer)) for layer in range(NUM_LAYERS)]
+    """Keys and values of every layer that has them."""
+    return [int(cache.get_seq_length(layer)) for layer, one in enumerate(cache.layers) if hasattr(one, "keys")]
+
+
+def with_keys(model: Any, lengths: Sequence[int]) -> list[int]:
+    """Pick of a list with a number for each layer those of the layers with keys."""
+    kinds = getattr(model.config.get_text_config(), "layer_types", None) or ["full_attention"] * len(lengths)
+    return [length for length, kind in zip(lengths, kinds, strict=True) if "attention" in kind and "linear" not in kind]
 
 
 def expected_counts(inputs: dict[str, Tensor], schedule: Schedule) -> list[tuple[int, ...]]:
@@ -102,7 +121,7 @@ def assert_agreement(model: Any, inputs: dict[str, Tensor], schedule: Schedule, 
     plain, compact = run(model, inputs), run(model, inputs, schedule)
     mask = run(model if masked is None else masked, inputs, schedule, "mask")
     assert [stage.counts for stage in compact.trace] == expected_counts(inputs, schedule)
-    for one, other in zip(compact.trace, mask.trace, strict=True):
+    for one, other in zip(compact.trace, mask.trace, strict=not keeps_state(model)):  # a hand leaves no trace
         assert torch.equal(one.indices, other.indices)
     alive = kept_slots(inputs, compact.trace[-1])
     torch.testing.assert_close(compact.states[alive], mask.states[alive], atol=ATOL, rtol=1e-4)
@@ -121,7 +140,7 @@ def layer_arguments(model: Any, inputs: dict[str, Tensor]) -> dict[int, dict[str
     handles = [
         # runs behind the pruner's hook, which was there first
         layer.register_forward_pre_hook(lambda _, args, kwargs, i=i: seen.update({i: kwargs}), with_kwargs=True)
-        for i, layer in enumerate(model.get_decoder().layers)
+        for i, layer in enumerate(decoder_of(model).layers)
     ]
     try:
         model(**inputs)
@@ -134,7 +153,7 @@ def layer_arguments(model: Any, inputs: dict[str, Tensor]) -> dict[int, dict[str
 def masked_by_hand(model: Any, inputs: dict[str, Tensor], trace: list[StageTrace]) -> Tensor:
     """Last hidden states under Eqs. 6-7: an eager model whose own 4-D masks lose the keys that the stages dropped."""
     assert model.config.get_text_config()._attn_implementation == "eager"
-    decoder = model.get_decoder()
+    decoder = decoder_of(model)
 
     def close(stage: StageTrace) -> Any:
         keep = kept_slots(inputs, stage)
@@ -165,7 +184,7 @@ def single_row(family: str, inputs: dict[str, Tensor], rows: Rows, number: int) 
     generator, items = torch.Generator().manual_seed(0), []
     for row in rows:
         for kind in row:
-            tiny = TINY[family]
+            tiny = tiny_family(family)
             alone = list(row).count("image") == 1
             item = tiny.image(len(items), alone, generator) if kind == "image" else tiny.video(len(items), generator)
             items.append(item.tensors)

@@ -26,8 +26,9 @@ from tests.models.generating import (
     more_text,
     pruned,
 )
-from tests.models.tiny_families import IMAGE_ID, TINY, VIDEO_ID, build_inputs, build_model
+from tests.models.tiny_families import IMAGE_ID, VIDEO_ID, build_inputs, build_model, tiny_family
 from toprl_models import Decision, FastV, Policy, PyramidDrop, RandomPolicy, Schedule, attach
+from toprl_models.probe import decoder_of
 
 MODES = ("compact", "mask")
 
@@ -226,7 +227,7 @@ class TwoWords(LogitsProcessor):
 def assistant_of(family: str) -> Any:
     """A smaller model with other weights."""
     assistant = build_model(family, seed=1)
-    decoder = assistant.get_decoder()
+    decoder = decoder_of(assistant)
     decoder.layers = decoder.layers[:2]
     decoder.config.num_hidden_layers = 2
     if hasattr(decoder.config, "layer_types"):
@@ -352,7 +353,7 @@ def converse(model: Any, family: str, first: tuple, second: tuple | None) -> Any
     between = {"input_ids": answer, "attention_mask": torch.ones_like(answer), "mm_token_type_ids": 0 * answer}
     whole = {n: torch.cat([inputs[n], part.to(inputs[n]), more[n]], 1) for n, part in between.items() if n in inputs}
     options = {name: value for name, value in more.items() if name not in between} | whole
-    if TINY[family].is_qwen and second is not None:
+    if tiny_family(family).is_qwen and second is not None:
         # generate() would want the grids of all images for the positions, and those of the new ones for the features
         grids = [iter(turn.get("image_grid_thw", ())) for turn in (inputs, more)]
         order = [(turn, image) for rows in zip(first, second, strict=True) for turn in (0, 1) for image in rows[turn]]

@@ -19,7 +19,7 @@ from tests.models.agreement import (
 )
 from tests.models.conftest import HashPolicy
 from tests.models.features import feature
-from tests.models.tiny_families import FIRST_WORD, IMAGE_ID, NUM_LAYERS, TINY, Rows, build_inputs, visual_mask
+from tests.models.tiny_families import FIRST_WORD, IMAGE_ID, NUM_LAYERS, Rows, build_inputs, tiny_family, visual_mask
 from toprl_models import Schedule, attach
 from toprl_models.runtime import compact
 
@@ -54,7 +54,7 @@ def test_a_padded_batch_with_text_only_rows(family: str) -> None:
 @feature("left-padded batch with text-only rows")
 def test_a_batch_is_its_rows(family: str) -> None:
     """Rows of a padded batch keep the tokens and give the answer that they give alone."""
-    rows = (*MIXED, ("video", "image")) if TINY[family].video else MIXED
+    rows = (*MIXED, ("video", "image")) if tiny_family(family).video else MIXED
     batch, schedule = build_inputs(family, rows), schedule_of(family)
     together = agreement.run(model_of(family), batch, schedule)
     for row in range(len(rows)):
@@ -142,7 +142,7 @@ def test_keep_all_is_the_unattached_model(
     gathers = []
     if forced:
         monkeypatch.setattr(compact, "drops_nothing", lambda *_: gathers.append(1))
-    keep_all = Schedule(((TINY[family].min_stage, 1.0), (5, 1.0)))
+    keep_all = Schedule(((tiny_family(family).min_stage, 1.0), (5, 1.0)))
     with attach(model, HashPolicy(), schedule=keep_all) as pruner:
         assert torch.equal(model(**inputs).logits[valid], logits)
         same = generate(model, inputs)
@@ -156,7 +156,7 @@ def test_keep_all_is_the_unattached_model(
 def test_keep_all_in_mask_mode_is_the_unattached_model_to_rounding(family: str) -> None:
     model, inputs = model_of(family), build_inputs(family, MIXED)
     plain = agreement.run(model, inputs)
-    mask = agreement.run(model, inputs, Schedule(((TINY[family].min_stage, 1.0), (5, 1.0))), "mask")
+    mask = agreement.run(model, inputs, Schedule(((tiny_family(family).min_stage, 1.0), (5, 1.0))), "mask")
     torch.testing.assert_close(mask.logits, plain.logits, atol=agreement.ATOL, rtol=1e-4)
     assert torch.equal(mask.tokens, plain.tokens)
 
@@ -180,7 +180,7 @@ def test_both_modes_are_transformers_own_attention_without_the_dropped_keys(fami
 
 @feature("stage before the first possible and the last layer")
 def test_the_first_and_the_last_possible_stage(family: str) -> None:
-    first = TINY[family].min_stage
+    first = tiny_family(family).min_stage
     schedule = Schedule(((first, 0.5), (NUM_LAYERS - 1, 0.25)))
     assert_agreement(model_of(family), build_inputs(family, MIXED), schedule)
     with pytest.raises(ValueError, match=r"layers 0\.\.5"):
@@ -194,7 +194,7 @@ def test_the_first_and_the_last_possible_stage(family: str) -> None:
 @pytest.mark.parametrize("keeps", [(0,), (1,), (1, 0)])
 @pytest.mark.parametrize("rows", [MIXED, OVERTAKEN])
 def test_drop_all_and_keep_one(family: str, rows: Rows, keeps: tuple[int, ...]) -> None:
-    first = TINY[family].min_stage
+    first = tiny_family(family).min_stage
     schedule = Schedule(tuple((first + 2 * number, keep) for number, keep in enumerate(keeps)))
     inputs = build_inputs(family, rows)
     compact = assert_agreement(model_of(family), inputs, schedule)

@@ -23,8 +23,9 @@ from tests.models.generating import (
     inputs_of,
     pruned,
 )
-from tests.models.tiny_families import FAMILY_NAMES, HIDDEN_SIZE, NUM_LAYERS, TINY, build_model, visual_mask
+from tests.models.tiny_families import FAMILY_NAMES, HIDDEN_SIZE, NUM_LAYERS, build_model, tiny_family, visual_mask
 from toprl_models import METHODS, Decision, Policy, Schedule, StageContext, TopRLPolicy, attach
+from toprl_models.probe import decoder_of
 
 METHODS_BEFORE_LLM = ("visionzip", "fastervlm", "divprune", "downsample")
 # they need one query row, or a few, and the keys: no attention matrix that only one backend gives
@@ -33,14 +34,14 @@ METHODS_BY_ATTENTION = ("fastv", "fastv_progressive", "pyramiddrop", "sparsevlm"
 # returns is float32, up to about 10.
 TOLERANCE = {"atol": 1e-6, "rtol": 1e-6}
 # positions of Qwen's visual tokens are places in the image
-PLACES = [family for family in FAMILY_NAMES if TINY[family].is_qwen]
-NUMBERS = [family for family in FAMILY_NAMES if not TINY[family].is_qwen]
+PLACES = [family for family in FAMILY_NAMES if tiny_family(family).is_qwen]
+NUMBERS = [family for family in FAMILY_NAMES if not tiny_family(family).is_qwen]
 NO_FLEX = [family for feature, family in NOT_APPLICABLE if feature == "flex_attention"]
 
 
 def schedule_of(name: str, family: str, keep: float = 0.5) -> Schedule:
     """The method's stages scaled to six layers; they keep ``keep`` of the tokens, its square, its cube."""
-    layers = METHODS[name].layers(NUM_LAYERS, TINY[family].min_stage)
+    layers = METHODS[name].layers(NUM_LAYERS, tiny_family(family).min_stage)
     return Schedule(tuple((layer, keep ** (number + 1)) for number, layer in enumerate(layers)))
 
 
@@ -103,7 +104,7 @@ def test_tokens_per_layer(name: str, family: str) -> None:
     found = [stage.counts for stage in pruner.trace]
     rows = [pruner.policy.counts(pruner.schedule, count) for count in num_visual(inputs)]
     expected = [tuple(row[stage] for row in rows) for stage in range(len(pruner.schedule))]
-    if name == "downsample" and TINY[family].is_qwen:  # its counts are those of one square picture, these are not
+    if name == "downsample" and tiny_family(family).is_qwen:  # its counts are those of a square picture
         assert all(0 < count <= 0.5 * there for count, there in zip(found[0], num_visual(inputs), strict=True) if there)
     else:
         assert found == expected
@@ -153,9 +154,7 @@ def test_a_batch_is_its_rows(name: str, family: str) -> None:
 def decoder_arguments(model: Any, inputs: dict[str, Tensor]) -> dict[str, Any]:
     """What the decoder of the unattached model is called with."""
     seen: dict[str, Any] = {}
-    handle = model.get_decoder().register_forward_pre_hook(
-        lambda _, args, kwargs: seen.update(kwargs), with_kwargs=True
-    )
+    handle = decoder_of(model).register_forward_pre_hook(lambda _, args, kwargs: seen.update(kwargs), with_kwargs=True)
     model(**inputs)
     handle.remove()
     return seen
@@ -221,7 +220,7 @@ def test_places_in_the_image_stay(name: str, family: str) -> None:
             kept[row] = alive[row]
             planes["visual_pos_masks"] = visual[row : row + 1, alive[row]]
             planes["deepstack_visual_embeds"] = [plane[kept[visual]] for plane in arguments["deepstack_visual_embeds"]]
-        states = model.get_decoder()(inputs_embeds=short, position_ids=positions, **planes).last_hidden_state
+        states = decoder_of(model)(inputs_embeds=short, position_ids=positions, **planes).last_hidden_state
         torch.testing.assert_close(output.logits[0, row], model.lm_head(states)[0, -1].float(), **TOLERANCE)
 
 

@@ -15,8 +15,9 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from tests.models.agreement import schedule_of
 from tests.models.conftest import HashPolicy
 from tests.models.features import feature
-from tests.models.tiny_families import TINY, build_inputs, build_model, visual_mask
+from tests.models.tiny_families import build_inputs, build_model, tiny_family, visual_mask
 from toprl_models import Decision, Policy, Pruner, Schedule, attach
+from toprl_models.probe import decoder_of
 
 ROWS = (("image",), ("image", "image"), ())
 TOLERANCE = {"atol": 1e-4, "rtol": 1e-4}
@@ -192,7 +193,7 @@ def test_attention_weights_are_those_among_the_survivors(family: str) -> None:
     model, inputs = shared_model(family, "eager"), build_inputs(family, ROWS)
     with attach(model, HashPolicy(), schedule=schedule_of(family)) as pruner:
         found = model(**inputs, output_attentions=True).attentions
-    layers = model.get_decoder().layers
+    layers = decoder_of(model).layers
     handles = [
         layer.register_forward_pre_hook(MaskedColumns(alive_at(pruner, inputs, index)), with_kwargs=True)
         for index, layer in enumerate(layers)
@@ -262,7 +263,7 @@ def test_the_mask_gradient_is_that_of_finite_differences(family: str) -> None:
     count = int(visual_mask(inputs).sum())
     first = torch.tensor([1.0, 0.0, 0.3, 0.8], dtype=torch.float64).repeat(count)[:count]
     second = torch.tensor([0.4, 0.0, 0.0, 1.0], dtype=torch.float64).repeat(count)[:count]
-    schedule = Schedule(((TINY[family].min_stage, 1.0), (4, 1.0)))
+    schedule = Schedule(((tiny_family(family).min_stage, 1.0), (4, 1.0)))
 
     def value(masks: list[Tensor]) -> Tensor:
         with attach(model, Soft([mask[None] for mask in masks]), schedule=schedule, mode="mask"):
@@ -333,7 +334,7 @@ def test_checkpointing_carries_the_gradient_of_the_keep_mask(family: str) -> Non
     for checkpointing in (False, not REPEATS_HOOKS):
         model = build_model(family).train().requires_grad_(True)
         mask = torch.tensor([1.0, 0.0, 0.3]).repeat(count)[:count][None].requires_grad_()
-        schedule = Schedule(((TINY[family].min_stage, 1.0),))
+        schedule = Schedule(((tiny_family(family).min_stage, 1.0),))
         with attach(model, Soft([mask]), schedule=schedule, mode="mask"):
             trained(model, inputs, checkpointing)
         gradients.append(mask.grad)

@@ -14,7 +14,7 @@ from tests.models.agreement import model_of
 from tests.models.conftest import HashPolicy
 from tests.models.features import feature
 from tests.models.test_prompt_end import READERS, conditioned
-from tests.models.tiny_families import PAD_ID, TINY, build_inputs, build_model, visual_mask
+from tests.models.tiny_families import PAD_ID, build_inputs, build_model, tiny_family, visual_mask
 from toprl_models import FastV, Policy, PyramidDrop, Schedule, attach
 
 ROWS = (("image",), ("image", "image"), (), ("image",))
@@ -49,7 +49,7 @@ def packed(family: str, model: Any, told_by: str) -> dict[str, Any]:
             inputs[name] = torch.cat([prompt[name] for prompt in prompts if name in prompt])
     del inputs["attention_mask"]
     positions = torch.cat([torch.arange(length) for length in lengths])[None]
-    if TINY[family].is_qwen:  # planes of M-RoPE, and the text's in front of them
+    if tiny_family(family).is_qwen:  # planes of M-RoPE, and the text's in front of them
         planes = [
             model.base_model.get_rope_index(
                 prompt["input_ids"],

@@ -13,7 +13,7 @@ from torch import Tensor
 from tests.models.agreement import lengths_of, model_of
 from tests.models.conftest import HashPolicy
 from tests.models.features import METHODS_NOT_APPLICABLE, feature
-from tests.models.tiny_families import HIDDEN_SIZE, NUM_LAYERS, TINY, build_inputs, build_model, visual_mask
+from tests.models.tiny_families import HIDDEN_SIZE, NUM_LAYERS, build_inputs, build_model, tiny_family, visual_mask
 from toprl_models import (
     METHODS,
     DivPrune,
@@ -27,6 +27,7 @@ from toprl_models import (
     VisionZip,
     attach,
 )
+from toprl_models.probe import decoder_of
 
 STAGES = Schedule(((2, 0.5), (3, 0.25), (5, 2)))
 
@@ -104,13 +105,13 @@ def test_generating_after_a_bare_image_is_refused() -> None:
 def filled(family: str, model: Any, inputs: dict[str, Tensor]) -> tuple[dict[str, Any], Tensor]:
     """The prompt as embeddings that hold the image features, and which slots these are."""
     entered: list[Tensor] = []
-    handle = model.get_decoder().register_forward_pre_hook(
+    handle = decoder_of(model).register_forward_pre_hook(
         lambda module, args, kwargs: entered.append(kwargs["inputs_embeds"]), with_kwargs=True
     )
     model(**inputs)
     handle.remove()
     prompt: dict[str, Any] = {"inputs_embeds": entered[0], "attention_mask": inputs["attention_mask"]}
-    if TINY[family].is_qwen:
+    if tiny_family(family).is_qwen:
         prompt["position_ids"] = model.base_model.get_rope_index(
             inputs["input_ids"],
             mm_token_type_ids=inputs["mm_token_type_ids"],
@@ -133,7 +134,7 @@ def test_embeddings_with_a_visual_mask_are_the_ids(family: str) -> None:
             expected, trace = model(**inputs).logits, pruner.trace
             logits = model(**prompt, visual_mask=mask).logits
             assert torch.equal(pruner.trace[0].indices, trace[0].indices)
-            if TINY[family].is_qwen:
+            if tiny_family(family).is_qwen:
                 assert torch.equal(model(**prompt, mm_token_type_ids=inputs["mm_token_type_ids"]).logits, logits)
         torch.testing.assert_close(logits[real], expected[real], atol=1e-4, rtol=1e-4)
 

@@ -19,6 +19,7 @@ from tests.models.features import feature
 from tests.models.test_outputs import MODES, shared_model
 from tests.models.tiny_families import HIDDEN_SIZE, build_inputs, build_model
 from toprl_models import FastV, Policy, PyramidDrop, Schedule, TopRLPolicy, attach
+from toprl_models.probe import decoder_of
 
 HANDLING = feature("save_pretrained, deepcopy, pickle, to()")
 
@@ -223,7 +224,7 @@ def test_hooks_of_accelerate_come_before_or_behind(family: str, wrap: Any, mode:
     found = run(first, inputs, schedule, mode)
     assert torch.equal(found.tokens, expected.tokens)
     torch.testing.assert_close(found.states, expected.states)
-    assert any(hasattr(module, "_hf_hook") for module in first.get_decoder().modules())
+    assert any(hasattr(module, "_hf_hook") for module in decoder_of(first).modules())
     assert wrap is dispatched or next(first.get_decoder().parameters()).device.type == "meta"
     later = build_model(family)
     with attached(later, schedule, mode) as pruner:
@@ -271,7 +272,7 @@ class Int8Linear(nn.Module):
 
 
 def in_8_bit(model: Any) -> Any:
-    for module in list(model.get_decoder().modules()):
+    for module in list(decoder_of(model).modules()):
         for name, child in list(module.named_children()):
             if isinstance(child, nn.Linear):
                 setattr(module, name, Int8Linear(child))

@@ -341,11 +341,37 @@ TINY = {
     "internvl": TinyFamily(internvl, internvl_image, internvl_video),
 }
 FAMILY_NAMES = list(TINY)
+# further families of the matrix, by transformers' model type: classes whose tiny models are in tests.models.zoo
+MORE_FAMILIES = {
+    "qwen2_vl": "Qwen2VLForConditionalGeneration",
+    "qwen3_vl_moe": "Qwen3VLMoeForConditionalGeneration",
+    "qwen3_5": "Qwen3_5ForConditionalGeneration",
+    "qwen3_5_moe": "Qwen3_5MoeForConditionalGeneration",
+    "gemma3": "Gemma3ForConditionalGeneration",
+    "gemma4": "Gemma4ForConditionalGeneration",
+    "paligemma": "PaliGemmaForConditionalGeneration",
+    "mistral3": "Mistral3ForConditionalGeneration",
+    "llama4": "Llama4ForConditionalGeneration",
+    "glm4v": "Glm4vForConditionalGeneration",
+    "glm46v": "Glm46VForConditionalGeneration",
+    "idefics3": "Idefics3ForConditionalGeneration",
+    "smolvlm": "SmolVLMForConditionalGeneration",
+    "lfm2_vl": "Lfm2VlForConditionalGeneration",
+    "ovis2": "Ovis2ForConditionalGeneration",
+    "minicpmv4_6": "MiniCPMV4_6ForConditionalGeneration",
+    "paddleocr_vl": "PaddleOCRVLForConditionalGeneration",
+}
 
 
 def tiny_family(family: str | TinyFamily) -> TinyFamily:
-    """Look a supported family up; any other one is passed as a TinyFamily."""
-    return family if isinstance(family, TinyFamily) else TINY[family]
+    """Look a family of the matrix up; any other one is passed as a TinyFamily."""
+    if isinstance(family, TinyFamily):
+        return family
+    if family in TINY:
+        return TINY[family]
+    from tests.models.zoo import ZOO  # which takes its parts from here
+
+    return ZOO[MORE_FAMILIES[family]]
 
 
 def build_model(family: str | TinyFamily = "llava", attn_implementation: str | None = None, seed: int = 0) -> Any:
