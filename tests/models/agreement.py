@@ -7,12 +7,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
 from tests.models.by_hand import by_hand
 from tests.models.conftest import HashPolicy
-from tests.models.tiny_families import Rows, build_model, tiny_family, visual_mask
+from tests.models.tiny_families import Rows, assemble, build_model, parts_of, tiny_family, visual_mask
 from toprl_models import Pruner, Schedule, StageTrace, attach
 from toprl_models.probe import decoder_of
 
@@ -54,16 +55,23 @@ def run(model: Any, inputs: dict[str, Tensor], schedule: Schedule | None = None,
         return _run(model, inputs)
     if mode == "mask" and keeps_state(model):
         with by_hand(model, schedule):
-            return _run(model, inputs, use_cache=False)
+            return _run(model, inputs)
     with attached(model, schedule, mode) as pruner:
         result = _run(model, inputs)
         result.trace = pruner.trace
     return result
 
 
-def _run(model: Any, inputs: dict[str, Tensor], **options: Any) -> Run:
-    states = model.base_model(**inputs, **options).last_hidden_state
-    answer = generate(model, inputs, **options)
+def states_of(model: Any, inputs: dict[str, Tensor], schedule: Schedule, mode: str) -> Tensor:
+    """Last hidden states of a pruned prompt; "mask" as in ``run``."""
+    by_a_hand = mode == "mask" and keeps_state(model)
+    with by_hand(model, schedule) if by_a_hand else attached(model, schedule, mode):
+        return model.base_model(**inputs).last_hidden_state
+
+
+def _run(model: Any, inputs: dict[str, Tensor]) -> Run:
+    states = model.base_model(**inputs).last_hidden_state
+    answer = generate(model, inputs)
     return Run(states, torch.stack(answer.logits, 1), answer.sequences[:, inputs["input_ids"].shape[1] :], [])
 
 
@@ -75,9 +83,17 @@ def schedule_of(family: str) -> Schedule:
 
 def keeps_state(model: Any) -> bool:
     """Tell whether layers keep a state of all earlier tokens: a convolution, a recurrence."""
-    return not {"conv", "linear_attention"}.isdisjoint(
-        getattr(model.config.get_text_config(), "layer_types", None) or ()
-    )
+    kinds = getattr(model.config.get_text_config(), "layer_types", None) or ()
+    return "conv" in kinds or "linear_attention" in kinds
+
+
+def modes_of(model: Any) -> tuple[str, ...]:
+    """Name the modes that a model has; where layers keep a state, mask mode is refused by name."""
+    if not keeps_state(model):
+        return ("compact", "mask")
+    with pytest.raises(ValueError, match=r'keeps a state of all earlier tokens.*mode="mask" cannot support'):
+        attach(model, HashPolicy(), schedule=Schedule(((1, 0.5),)), mode="mask")
+    return ("compact",)
 
 
 def lengths_of(cache: Any) -> list[int]:
@@ -179,23 +195,7 @@ def masked_by_hand(model: Any, inputs: dict[str, Tensor], trace: list[StageTrace
 
 def single_row(family: str, inputs: dict[str, Tensor], rows: Rows, number: int) -> dict[str, Tensor]:
     """Row ``number`` of a batch that ``build_inputs(family, rows)`` made, alone and without padding."""
-    real = inputs["attention_mask"][number].bool()
-    # how much of each tensor an item takes, from items made anew
-    generator, items = torch.Generator().manual_seed(0), []
-    for row in rows:
-        for kind in row:
-            tiny = tiny_family(family)
-            alone = list(row).count("image") == 1
-            item = tiny.image(len(items), alone, generator) if kind == "image" else tiny.video(len(items), generator)
-            items.append(item.tensors)
-    first = sum(map(len, rows[:number]))
-    mine = items[first : first + len(rows[number])]
-    single = {name: inputs[name][number : number + 1, real] for name in ("input_ids", "attention_mask")}
-    if "mm_token_type_ids" in inputs:
-        single["mm_token_type_ids"] = inputs["mm_token_type_ids"][number : number + 1, real]
-    for name in dict.fromkeys(name for item in mine for name in item):
-        start = sum(len(item[name]) for item in items[:first] if name in item)
-        single[name] = inputs[name][start : start + sum(len(item[name]) for item in mine if name in item)]
-    if "batch_num_images" in inputs and "pixel_values" in single:
-        single["batch_num_images"] = torch.tensor([list(rows[number]).count("image")])
-    return single
+    prompts, items = parts_of(family, rows)
+    single = assemble(tiny_family(family), [prompts[number]], [items[number]], [rows[number]])
+    assert torch.equal(single["input_ids"][0], inputs["input_ids"][number][inputs["attention_mask"][number].bool()])
+    return {name: value.to(inputs[name].dtype) for name, value in single.items()}

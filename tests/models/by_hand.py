@@ -44,7 +44,7 @@ def _row(value: Any, row: int, kept: Tensor, length: int) -> Any:
 
 @contextlib.contextmanager
 def by_hand(model: Any, schedule: Schedule) -> Iterator[None]:
-    """Prune ``model`` as ``HashPolicy`` decides, in every forward pass over whole prompts; ``use_cache=False`` alone."""
+    """Prune ``model`` as ``HashPolicy`` decides; every step is a pass over the whole sequence, without a cache."""
     decoder, seen = decoder_of(model), {}
     plain = decoder.forward
 
@@ -54,7 +54,9 @@ def by_hand(model: Any, schedule: Schedule) -> Iterator[None]:
         seen.setdefault("prompt", seen["ids"].shape[1])
 
     def forward(**kwargs: Any) -> Any:
-        assert not kwargs.get("use_cache") and kwargs.get("past_key_values") is None
+        cache = kwargs.pop("past_key_values", None)
+        assert cache is None or not cache.get_seq_length()
+        kwargs["use_cache"] = False
         embeds, mask = kwargs["inputs_embeds"], kwargs.get("attention_mask")
         batch, length = embeds.shape[:2]
         real = torch.ones(batch, length).bool() if mask is None else mask.bool()
@@ -96,10 +98,12 @@ def by_hand(model: Any, schedule: Schedule) -> Iterator[None]:
         return output
 
     handle = model.base_model.register_forward_pre_hook(note, with_kwargs=True)
-    decoder.forward = forward
+    decoder.forward, cached = forward, model.generation_config.use_cache
+    model.generation_config.use_cache = False
     try:
         yield
     finally:
+        model.generation_config.use_cache = cached
         del decoder.forward
         handle.remove()
 

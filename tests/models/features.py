@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import transformers
 
 from tests.models.tiny_families import FAMILY_NAMES, MORE_FAMILIES, tiny_family
 from toprl_models import METHODS
@@ -79,6 +80,7 @@ FEATURES = (
     *(f"method {name}" for name in METHODS),
 )
 
+CLASSES = {model_type_of(family): getattr(transformers, family.model_class) for family in FAMILIES.values()}
 # as the families' rows say
 METHODS_NOT_APPLICABLE = {
     (name, model_type_of(family)): reason
@@ -87,12 +89,37 @@ METHODS_NOT_APPLICABLE = {
     if (reason := method.refuses(family))
 }
 
+HYBRIDS = ("qwen3_5", "qwen3_5_moe", "lfm2_vl", "minicpmv4_6")
 # why a feature does not apply, by (feature, family)
 NOT_APPLICABLE: dict[tuple[str, str], str] = {
     **{("videos", name): "the model takes no videos" for name in ALL_FAMILIES if tiny_family(name).video is None},
     **{
         ("flex_attention", name): "transformers refuses flex attention for this model"
-        for name in ("qwen2_5_vl", "qwen3_vl")
+        for name in (
+            "qwen2_5_vl",
+            "qwen3_vl",
+            "qwen2_vl",
+            "qwen3_5",
+            "qwen3_5_moe",
+            "glm4v",
+            "glm46v",
+            "minicpmv4_6",
+        )
+    },
+    **{
+        (name, family): "layers that keep a state have no mask mode"
+        for name in ("compact = mask (Eqs. 6-7)", "gradient of the keep mask")
+        for family in HYBRIDS
+    },
+    **{
+        ("quantised cache", name): "transformers' quantised caches hold full attention alone"
+        for name in (*HYBRIDS, "gemma3", "gemma4", "llama4")
+    },
+    **{
+        (f"flash_attention_2, {which}", name): "with flash attention transformers' model lets no image token see later "
+        "ones, unpruned too"
+        for name in ("gemma3", "paligemma")
+        for which in ("stand-in", "real")
     },
     **{(f"method {name}", family): reason for (name, family), reason in METHODS_NOT_APPLICABLE.items()},
 }

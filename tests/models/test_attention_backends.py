@@ -14,6 +14,7 @@ from tests.models import agreement, flash_stand_in
 from tests.models.agreement import MIXED, assert_agreement, model_of, schedule_of
 from tests.models.features import NOT_APPLICABLE, feature
 from tests.models.tiny_families import NUM_LAYERS, Rows, build_inputs, build_model, tiny_family
+from toprl_models.probe import decoder_of
 
 BATCHES = {"single": (("image",),), "padded": MIXED}
 

@@ -16,6 +16,7 @@ from tests.models.agreement import (
     lengths_of,
     model_of,
     schedule_of,
+    with_keys,
 )
 from tests.models.conftest import HashPolicy
 from tests.models.features import feature
@@ -82,9 +83,10 @@ def test_right_padding(family: str) -> None:
     inputs, states = build_inputs(family, MIXED, padding_side="right"), {}
     plain = model_of(family).base_model(**inputs).last_hidden_state
     for mode in ("compact", "mask"):
-        with attach(model_of(family), HashPolicy(), schedule=schedule_of(family), mode=mode) as pruner:
-            states[mode] = pruner.model.base_model(**inputs).last_hidden_state
-        assert [stage.counts for stage in pruner.trace] == expected_counts(inputs, pruner.schedule)
+        states[mode] = agreement.states_of(model_of(family), inputs, schedule_of(family), mode)
+    with attach(model_of(family), HashPolicy(), schedule=schedule_of(family)) as pruner:
+        model_of(family)(**inputs)
+    assert [stage.counts for stage in pruner.trace] == expected_counts(inputs, pruner.schedule)
     alive = kept_slots(inputs, pruner.trace[-1])
     torch.testing.assert_close(states["compact"][alive], states["mask"][alive], atol=agreement.ATOL, rtol=1e-4)
     assert (states["compact"] - plain)[alive].abs().max() > 0.1
@@ -215,13 +217,14 @@ def test_cache_lengths(family: str, rows: Rows) -> None:
         layer: torch.tensor(n) for (layer, _), n in zip(schedule.stages, expected_counts(inputs, schedule), strict=True)
     }
     expected = [int((text + left[max(start for start in left if start <= layer)]).max()) for layer in range(NUM_LAYERS)]
+    length, fewer = inputs["input_ids"].shape[1], [expected[layer] for layer in schedule.layers]
+    expected = with_keys(model, expected)
     with attach(model, HashPolicy(), schedule=schedule):
         cache = model(**inputs, use_cache=True).past_key_values
         answer = generate(model, inputs)
     assert lengths_of(cache) == expected
-    assert [layer.keys.shape[2] for layer in cache.layers] == expected
-    length = inputs["input_ids"].shape[1]
-    assert length > expected[schedule.layers[0]] > expected[schedule.layers[1]] > expected[schedule.layers[2]]
+    assert [layer.keys.shape[2] for layer in cache.layers if hasattr(layer, "keys")] == expected
+    assert length > fewer[0] > fewer[1] > fewer[2]
     assert cache.get_seq_length() == length  # of the sequence, whatever layer 0 holds
     # the last new token is never fed back
     assert lengths_of(answer.past_key_values) == [n + agreement.NEW_TOKENS - 1 for n in expected]

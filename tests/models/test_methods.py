@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import re
 from collections.abc import Iterator
 from typing import Any
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 from tests.models.agreement import kept_slots, lengths_of, model_of, single_row
-from tests.models.features import METHODS_NOT_APPLICABLE, NOT_APPLICABLE, each_method
+from tests.models.features import ALL_FAMILIES, CLASSES, METHODS_NOT_APPLICABLE, NOT_APPLICABLE, each_method
 from tests.models.generating import (
     BATCH,
     NEW_TOKENS,
@@ -23,9 +24,9 @@ from tests.models.generating import (
     inputs_of,
     pruned,
 )
-from tests.models.tiny_families import FAMILY_NAMES, HIDDEN_SIZE, NUM_LAYERS, build_model, tiny_family, visual_mask
+from tests.models.tiny_families import HIDDEN_SIZE, NUM_LAYERS, build_model, tiny_family, visual_mask
 from toprl_models import METHODS, Decision, Policy, Schedule, StageContext, TopRLPolicy, attach
-from toprl_models.probe import decoder_of
+from toprl_models.probe import decoder_of, has_kinds_of_positions
 
 METHODS_BEFORE_LLM = ("visionzip", "fastervlm", "divprune", "downsample")
 # they need one query row, or a few, and the keys: no attention matrix that only one backend gives
@@ -33,9 +34,11 @@ METHODS_BY_ATTENTION = ("fastv", "fastv_progressive", "pyramiddrop", "sparsevlm"
 # Models compute in float64: in float32 sums in another order move logits by 1e-4 without any pruning. What generate()
 # returns is float32, up to about 10.
 TOLERANCE = {"atol": 1e-6, "rtol": 1e-6}
-# positions of Qwen's visual tokens are places in the image
-PLACES = [family for family in FAMILY_NAMES if tiny_family(family).is_qwen]
-NUMBERS = [family for family in FAMILY_NAMES if not tiny_family(family).is_qwen]
+# positions of Qwen's visual tokens are places in the image; tokens of Gemma's images see each other
+TAKES = {family: inspect.signature(one.forward).parameters for family, one in CLASSES.items()}
+PLACES = [family for family in ALL_FAMILIES if "mm_token_type_ids" in TAKES[family]]
+BLOCKS = [family for family in ALL_FAMILIES if "token_type_ids" in TAKES[family]]
+NUMBERS = [family for family in ALL_FAMILIES if family not in [*PLACES, *BLOCKS]]
 NO_FLEX = [family for feature, family in NOT_APPLICABLE if feature == "flex_attention"]
 
 
@@ -45,11 +48,14 @@ def schedule_of(name: str, family: str, keep: float = 0.5) -> Schedule:
     return Schedule(tuple((layer, keep ** (number + 1)) for number, layer in enumerate(layers)))
 
 
-def policy_of(name: str, schedule: Schedule) -> Policy:
+def policy_of(name: str, family: str, schedule: Schedule) -> Policy:
     """A new policy: one of the learned ones, with weights that tell tokens apart, or one with its defaults."""
     torch.manual_seed(0)
     trained = TopRLPolicy(HIDDEN_SIZE, list(schedule.layers) if name == "toprl" else [1, 2, 3], actor_size=8)
-    return METHODS[name].make(schedule.layers, trained)
+    policy = METHODS[name].make(schedule.layers, trained)
+    if has_kinds_of_positions(decoder_of(model_of(family))):  # renumbered ones would need a table of each kind
+        policy.positions = "original"
+    return policy
 
 
 @functools.cache
@@ -66,7 +72,7 @@ def run(name: str, family: str, inputs: dict[str, Tensor] | None = None, model: 
     schedule = schedule_of(name, family)
     inputs = exact_inputs(family) if inputs is None else inputs
     model = exact_model(family) if model is None else model
-    return pruned(family, "compact", inputs, policy=policy_of(name, schedule), schedule=schedule, model=model)
+    return pruned(family, "compact", inputs, policy=policy_of(name, family, schedule), schedule=schedule, model=model)
 
 
 @functools.cache
@@ -93,7 +99,7 @@ def test_a_method_that_does_not_apply_says_why(name: str, family: str) -> None:
     reason = METHODS_NOT_APPLICABLE[name, family]
     schedule = schedule_of(name, family)
     with pytest.raises(ValueError, match=re.escape(reason)):
-        attach(model_of(family), policy_of(name, schedule), schedule=schedule)
+        attach(model_of(family), policy_of(name, family, schedule), schedule=schedule)
 
 
 @each_method()
@@ -118,7 +124,7 @@ def test_tokens_per_layer(name: str, family: str) -> None:
 def test_keep_all_is_the_unattached_model(name: str, family: str) -> None:
     """Bitwise, in float32."""
     inputs, plain, schedule = inputs_of(family), greedy(family, "unattached"), schedule_of(name, family, keep=1.0)
-    output = pruned(family, "compact", inputs, policy=policy_of(name, schedule), schedule=schedule)
+    output = pruned(family, "compact", inputs, policy=policy_of(name, family, schedule), schedule=schedule)
     assert [stage.counts for stage in output.pruner.trace] == [tuple(num_visual(inputs))] * len(schedule)
     assert torch.equal(output.logits, plain.logits)
     assert torch.equal(output.tokens, plain.tokens)
@@ -177,7 +183,7 @@ def shortened(name: str, family: str) -> tuple[Any, dict[str, Any], Tensor, Tens
     """A run, the unattached decoder's arguments, the embeddings [B, N, d] behind the method and which [B, N] stay."""
     model, inputs, schedule = exact_model(family), exact_inputs(family), schedule_of(name, family)
     arguments = decoder_arguments(model, inputs)
-    policy = Spied(policy_of(name, schedule))
+    policy = Spied(policy_of(name, family, schedule))
     output = pruned(family, "compact", inputs, policy=policy, schedule=schedule, model=model)
     embeddings, states = arguments["inputs_embeds"].clone(), policy.decisions[0].states
     for row, visual in enumerate(visual_mask(inputs) if states is not None else ()):
@@ -221,7 +227,9 @@ def test_places_in_the_image_stay(name: str, family: str) -> None:
             planes["visual_pos_masks"] = visual[row : row + 1, alive[row]]
             planes["deepstack_visual_embeds"] = [plane[kept[visual]] for plane in arguments["deepstack_visual_embeds"]]
         states = decoder_of(model)(inputs_embeds=short, position_ids=positions, **planes).last_hidden_state
-        torch.testing.assert_close(output.logits[0, row], model.lm_head(states)[0, -1].float(), **TOLERANCE)
+        torch.testing.assert_close(
+            output.logits[0, row], model.get_output_embeddings()(states)[0, -1].float(), **TOLERANCE
+        )
 
 
 @pytest.fixture
@@ -233,7 +241,7 @@ def _uncompiled() -> Iterator[None]:
 
 @pytest.mark.usefixtures("_uncompiled")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:flex_attention called without")
-@each_method(*METHODS_BY_ATTENTION, families=[family for family in FAMILY_NAMES if family not in NO_FLEX])
+@each_method(*METHODS_BY_ATTENTION, families=[family for family in ALL_FAMILIES if family not in NO_FLEX])
 def test_scores_by_attention_need_no_special_backend(name: str, family: str) -> None:
     """In float32, as eager and flex attention compute the softmax in any case."""
     expected = run(name, family, inputs_of(family), model_of(family, "sdpa"))

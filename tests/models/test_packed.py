@@ -14,7 +14,7 @@ from tests.models.agreement import model_of
 from tests.models.conftest import HashPolicy
 from tests.models.features import feature
 from tests.models.test_prompt_end import READERS, conditioned
-from tests.models.tiny_families import PAD_ID, build_inputs, build_model, tiny_family, visual_mask
+from tests.models.tiny_families import PAD_ID, TOKEN_ARGUMENTS, build_inputs, build_model, visual_mask
 from toprl_models import FastV, Policy, PyramidDrop, Schedule, attach
 
 ROWS = (("image",), ("image", "image"), (), ("image",))
@@ -43,13 +43,13 @@ def packed(family: str, model: Any, told_by: str) -> dict[str, Any]:
     lengths = [prompt["input_ids"].shape[1] for prompt in prompts]
     inputs: dict[str, Any] = {"input_ids": torch.cat([prompt["input_ids"] for prompt in prompts], 1)}
     for name in dict.fromkeys(name for prompt in prompts for name in prompt if name not in ("input_ids",)):
-        if name in ("attention_mask", "mm_token_type_ids"):
+        if name in TOKEN_ARGUMENTS:
             inputs[name] = torch.cat([prompt[name] for prompt in prompts], 1)
         else:
             inputs[name] = torch.cat([prompt[name] for prompt in prompts if name in prompt])
     del inputs["attention_mask"]
     positions = torch.cat([torch.arange(length) for length in lengths])[None]
-    if tiny_family(family).is_qwen:  # planes of M-RoPE, and the text's in front of them
+    if hasattr(model.base_model, "get_rope_index"):  # planes of M-RoPE, and the text's in front of them
         planes = [
             model.base_model.get_rope_index(
                 prompt["input_ids"],

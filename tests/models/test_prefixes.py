@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import warnings
 from typing import Any
 
@@ -13,7 +14,15 @@ from torch import Tensor
 from tests.models.agreement import lengths_of, model_of
 from tests.models.conftest import HashPolicy
 from tests.models.features import METHODS_NOT_APPLICABLE, feature
-from tests.models.tiny_families import HIDDEN_SIZE, NUM_LAYERS, build_inputs, build_model, tiny_family, visual_mask
+from tests.models.tiny_families import (
+    HIDDEN_SIZE,
+    NUM_LAYERS,
+    TOKEN_ARGUMENTS,
+    build_inputs,
+    build_model,
+    tiny_family,
+    visual_mask,
+)
 from toprl_models import (
     METHODS,
     DivPrune,
@@ -51,8 +60,7 @@ def blind(family: str) -> dict[str, tuple[Any, Schedule]]:
 def split(inputs: dict[str, Tensor]) -> tuple[dict[str, Tensor], Tensor]:
     """The prompt up to its image, and the ids of the question."""
     end = int(visual_mask(inputs)[0].nonzero().max()) + 1
-    tokens = ("input_ids", "attention_mask", "mm_token_type_ids")
-    prefix = {name: value[:, :end] if name in tokens else value for name, value in inputs.items()}
+    prefix = {name: value[:, :end] if name in TOKEN_ARGUMENTS else value for name, value in inputs.items()}
     return prefix, inputs["input_ids"][:, end:]
 
 
@@ -111,7 +119,7 @@ def filled(family: str, model: Any, inputs: dict[str, Tensor]) -> tuple[dict[str
     model(**inputs)
     handle.remove()
     prompt: dict[str, Any] = {"inputs_embeds": entered[0], "attention_mask": inputs["attention_mask"]}
-    if tiny_family(family).is_qwen:
+    if hasattr(model.base_model, "get_rope_index"):
         prompt["position_ids"] = model.base_model.get_rope_index(
             inputs["input_ids"],
             mm_token_type_ids=inputs["mm_token_type_ids"],
@@ -123,7 +131,7 @@ def filled(family: str, model: Any, inputs: dict[str, Tensor]) -> tuple[dict[str
 
 @feature("inputs_embeds that hold the features")
 def test_embeddings_with_a_visual_mask_are_the_ids(family: str) -> None:
-    if family == "qwen3_vl":
+    if "deepstack_visual_embeds" in inspect.signature(decoder_of(model_of(family)).forward).parameters:
         # deepstack adds features of the vision tower, which embeddings do not bring along: compare modes
         return modes_agree(family)
     model, inputs = model_of(family), build_inputs(family, (("image",), ("image", "image")))

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.models.agreement import MIXED, assert_agreement, attached, expected_counts, run, schedule_of
+from tests.models.agreement import MIXED, assert_agreement, attached, expected_counts, modes_of, run, schedule_of
 from tests.models.conftest import HashPolicy
 from tests.models.features import feature
 from tests.models.test_outputs import MODES, shared_model
@@ -40,6 +40,8 @@ def answer(model: Any, inputs: dict[str, Tensor]) -> Tensor:
 @pytest.mark.parametrize("mode", MODES)
 def test_save_pretrained_saves_the_plain_model(family: str, mode: str, tmp_path: Path) -> None:
     model, inputs = shared_model(family), build_inputs(family, MIXED)
+    if mode not in modes_of(model):
+        return
     plain = model(**inputs).logits
     model.save_pretrained(tmp_path / "plain")
     with attached(model, schedule_of(family), mode):
@@ -61,6 +63,8 @@ def test_save_pretrained_saves_the_plain_model(family: str, mode: str, tmp_path:
 @pytest.mark.parametrize("mode", MODES)
 def test_copies_of_an_attached_model_are_refused(family: str, mode: str) -> None:
     model, inputs = build_model(family), build_inputs(family, MIXED)
+    if mode not in modes_of(model):
+        return
     plain = model(**inputs).logits
     copies = (copy.deepcopy, pickle.dumps, lambda model: torch.save(model, io.BytesIO()))
     with attached(model, schedule_of(family), mode) as pruner:
@@ -86,6 +90,8 @@ def test_copies_of_an_attached_model_are_refused(family: str, mode: str) -> None
 def test_an_attached_model_changes_its_dtype(family: str, mode: str) -> None:
     schedule, inputs = schedule_of(family), build_inputs(family, MIXED)
     before = build_model(family)
+    if mode not in modes_of(before):
+        return
     rounded = copy.deepcopy(before).to(torch.bfloat16)
     expected = run(copy.deepcopy(rounded).float(), inputs, schedule, mode)
     model = copy.deepcopy(before)

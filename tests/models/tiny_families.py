@@ -21,6 +21,8 @@ NUM_LAYERS = 6
 HIDDEN_SIZE = 64
 
 Rows = Sequence[Sequence[str]]
+# arguments with a number for each token, and what text that comes later has there
+TOKEN_ARGUMENTS = {"input_ids": FIRST_WORD, "attention_mask": 1, "mm_token_type_ids": 0, "token_type_ids": 0}
 
 
 @dataclass
@@ -394,6 +396,11 @@ def build_inputs(
     family: str | TinyFamily = "llava", rows: Rows = (("image",),), seed: int = 0, padding_side: str = "left"
 ) -> dict[str, Tensor]:
     """Arguments of forward() and generate(): one prompt per row; lengths differ, shorter prompts are padded."""
+    return assemble(tiny_family(family), *parts_of(family, rows, seed), rows, padding_side)
+
+
+def parts_of(family: str | TinyFamily, rows: Rows, seed: int = 0) -> tuple[list[list[int]], list[list[Item]]]:
+    """Ids and items of each row."""
     tiny = tiny_family(family)
     generator = torch.Generator().manual_seed(seed)
 
@@ -401,19 +408,27 @@ def build_inputs(
         return torch.randint(FIRST_WORD, LAST_WORD + 1, (n,), generator=generator).tolist()
 
     prompts: list[list[int]] = []
-    items: list[Item] = []
+    items: list[list[Item]] = []
     for number, row in enumerate(rows):
         ids = [BOS_ID, *words(2 + number)]
+        items.append([])
         for kind in row:
+            count = sum(map(len, items))
             if kind == "image":
-                item = tiny.image(len(items), list(row).count("image") == 1, generator)
+                item = tiny.image(count, list(row).count("image") == 1, generator)
             else:
                 assert tiny.video is not None, f"{family} has no video"
-                item = tiny.video(len(items), generator)
-            items.append(item)
+                item = tiny.video(count, generator)
+            items[-1].append(item)
             ids += [*item.ids, *words(2)]
         prompts.append(ids + words(3 + 2 * number))
+    return prompts, items
 
+
+def assemble(
+    tiny: TinyFamily, prompts: list[list[int]], items: list[list[Item]], rows: Rows, padding_side: str = "left"
+) -> dict[str, Tensor]:
+    """Pad prompts to a batch and lay the tensors of their items one behind the other."""
     length = max(map(len, prompts))
     ids = torch.full((len(prompts), length), PAD_ID)
     mask = torch.zeros_like(ids)
@@ -422,8 +437,9 @@ def build_inputs(
         ids[number, place] = torch.tensor(prompt)
         mask[number, place] = 1
     inputs = {"input_ids": ids, "attention_mask": mask}
-    for name in dict.fromkeys(name for item in items for name in item.tensors):
-        inputs[name] = torch.cat([item.tensors[name] for item in items if name in item.tensors])
+    tensors = [item.tensors for row in items for item in row]
+    for name in dict.fromkeys(name for item in tensors for name in item):
+        inputs[name] = torch.cat([item[name] for item in tensors if name in item])
     if tiny.is_qwen:
         inputs["mm_token_type_ids"] = (ids == IMAGE_ID).int() + 2 * (ids == VIDEO_ID).int()
     if tiny.counts_images and "pixel_values" in inputs:
