@@ -42,6 +42,13 @@ if TYPE_CHECKING:
 MATRIX_FILE = Path(__file__).with_name("feature_matrix.json")
 COLUMNS = 8  # of a table of families that a screen can hold
 CLASSES_FILE = Path(__file__).with_name("classes.json")
+EXACT = """\
+A tiny random model of each class, in float32, three left-padded rows: one image, two images, none. *Exact* is: the
+prompt and a greedy answer with everything kept are the unattached model's; compact mode gives the states that the
+unattached decoder computes of the survivors alone, row by row, in the prompt and in the answer; mask mode gives the
+same; caches are as short as scheduled; FastV's scores are the mean of the model's own eager attention weights;
+`detach()` restores the model. A class with `+` is another configuration. The same checks run on your model with
+`python -m toprl_models.check PATH_OR_HUB_ID`."""
 
 
 def feature_matrix() -> dict[str, dict[str, str]]:
@@ -244,6 +251,30 @@ def matrix_markdown() -> str:
     return "\n".join(rows)
 
 
+def classes_markdown() -> str:
+    """Make the table of all image-text classes for docs, with the reasons of limits and refusals as numbered notes."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as names
+
+    classes: dict[str, dict[str, str]] = json.loads(CLASSES_FILE.read_text())
+    counts = Counter(classes[name]["outcome"] for name in names.values())
+    notes: dict[str, int] = {}
+    rows = ["| class | outcome |", "|---|---|"]
+    for name, found in classes.items():
+        reasons = [reason if check == "why" else f"{check}: {reason}" for check, reason in found.items()][1:]
+        marks = "".join(f" ({notes.setdefault(reason, len(notes) + 1)})" for reason in reasons)
+        rows.append(f"| {name.replace('ForConditionalGeneration', '')} | {found['outcome']}{marks} |")
+    counted = ", ".join(f"{counts[kind]} {kind}" for kind in ("exact", "exact with limits", "refused", "not a case"))
+    size = f"{len(names)} model types of transformers, {len(set(names.values()))} classes."
+    return "\n".join(
+        [
+            f"{size} By model type: {counted}.\n",
+            *rows,
+            "",
+            *(f"({number}) {note.replace('|', chr(92) + '|')}  " for note, number in notes.items()),
+        ]
+    )
+
+
 def page() -> str:
     """Make the text of docs/families.md."""
     return "\n\n".join(
@@ -252,6 +283,9 @@ def page() -> str:
             "Written by `make feature-matrix` from the tests' own outcomes; do not edit by hand. All tests run on tiny "
             "random\nmodels of the real transformers classes, in float32 unless the row says otherwise, on a CPU.",
             families_markdown(),
+            "## Every image-text class of transformers",
+            EXACT,
+            classes_markdown(),
             "## What is tested for which family",
             matrix_markdown().rstrip(),
         ]

@@ -110,7 +110,8 @@ def test_tokens_per_layer(name: str, family: str) -> None:
     found = [stage.counts for stage in pruner.trace]
     rows = [pruner.policy.counts(pruner.schedule, count) for count in num_visual(inputs)]
     expected = [tuple(row[stage] for row in rows) for stage in range(len(pruner.schedule))]
-    if name == "downsample" and tiny_family(family).is_qwen:  # its counts are those of a square picture
+    # its counts are those of square pictures
+    if name == "downsample" and family not in ("llava", "video_llava", "internvl", "idefics3", "smolvlm", "llama4"):
         assert all(0 < count <= 0.5 * there for count, there in zip(found[0], num_visual(inputs), strict=True) if there)
     else:
         assert found == expected

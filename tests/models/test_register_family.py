@@ -127,12 +127,15 @@ def gemma3_inputs(images: tuple[int, ...]) -> dict[str, Tensor]:
 # --- a class that is not listed ---
 
 
-def test_an_unlisted_class_is_refused() -> None:
-    with pytest.raises(
-        TypeError, match=r"SmolVLMForConditionalGeneration, which is not supported; supported: .*Llava"
-    ) as error:
-        attached(model_of(smolvlm), SCHEDULE)
-    assert "register_family(Family(...))" in str(error.value)
+def test_an_unlisted_class_needs_no_row() -> None:
+    with attached(model_of(smolvlm), SCHEDULE) as pruner:
+        model_of(smolvlm)(**smolvlm_inputs((1,)))
+    assert pruner.trace[0].counts == (2,)
+
+
+def test_something_else_is_refused() -> None:
+    with pytest.raises(TypeError, match="model is a Linear, not a model of transformers"):
+        attached(torch.nn.Linear(2, 2), SCHEDULE)
 
 
 def test_a_peft_model_gets_a_hint() -> None:
