@@ -112,6 +112,11 @@ NOT_APPLICABLE: dict[tuple[str, str], str] = {
         for family in HYBRIDS
     },
     **{
+        (name, family): "transformers refuses assisted generation for models that keep a state"
+        for name in ("assisted decoding", "prompt lookup")
+        for family in HYBRIDS
+    },
+    **{
         ("quantised cache", name): "transformers' quantised caches hold full attention alone"
         for name in (*HYBRIDS, "gemma3", "gemma4", "llama4")
     },

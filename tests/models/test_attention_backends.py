@@ -146,6 +146,14 @@ def test_flash_without_a_cache(family: str, flash_calls: Counter[str]) -> None:
     assert flash_calls == {"flash_attn_func": NUM_LAYERS}
 
 
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("family", [family for name, family in NOT_APPLICABLE if name.endswith("stand-in")])
+def test_flash_is_not_applicable_where_it_is_another_model(family: str, flash_calls: Counter[str]) -> None:
+    inputs = build_inputs(family)
+    flash, sdpa = (build_model(family, one)(**inputs).logits for one in ("flash_attention_2", "sdpa"))
+    assert flash_calls and (flash - sdpa).abs().max() > 0.1
+
+
 # --- the package itself ---
 
 

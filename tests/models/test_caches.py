@@ -16,7 +16,7 @@ from transformers import DynamicCache, StaticCache, cache_utils
 
 from tests.models.agreement import keeps_state, lengths_of, model_of, modes_of, schedule_of
 from tests.models.conftest import HashPolicy
-from tests.models.features import feature
+from tests.models.features import NOT_APPLICABLE, feature
 from tests.models.generating import (
     BATCH,
     NEW_TOKENS,
@@ -283,6 +283,14 @@ def test_quantised_cache_of_transformers(family: str) -> None:
     assert (output.logits[1] - greedy(family, "compact").logits[1]).abs().max() > 1e-2
     full = pruned(family, "compact", inputs, schedule=keep_all(family), **options)
     assert torch.equal(full.logits, generate(model_of(family), inputs, **options).logits)
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("family", [family for name, family in NOT_APPLICABLE if name == "quantised cache"])
+def test_quantised_caches_hold_full_attention_alone(family: str) -> None:
+    options = {"cache_implementation": "quantized", "cache_config": {"backend": "fp8"}}
+    with pytest.raises(ValueError, match="only supported for models with only full attention"):
+        generate(model_of(family), inputs_of(family), **options)
 
 
 # --- offloaded ---

@@ -119,6 +119,7 @@ def filled(family: str, model: Any, inputs: dict[str, Tensor]) -> tuple[dict[str
     model(**inputs)
     handle.remove()
     prompt: dict[str, Any] = {"inputs_embeds": entered[0], "attention_mask": inputs["attention_mask"]}
+    prompt |= {name: inputs[name] for name in ("token_type_ids",) if name in inputs}
     if hasattr(model.base_model, "get_rope_index"):
         prompt["position_ids"] = model.base_model.get_rope_index(
             inputs["input_ids"],

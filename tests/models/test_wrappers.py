@@ -116,7 +116,7 @@ def with_lora(model: Any, mean: float = 0.0) -> Any:
     from peft import LoraConfig, get_peft_model
 
     torch.manual_seed(1)
-    target = r".*language_model.*\.(q_proj|v_proj|down_proj)"
+    target = r".*(language|text)_model.*\.(q_proj|v_proj|down_proj)"
     wrapped = get_peft_model(model, LoraConfig(r=4, lora_alpha=8, target_modules=target))
     with torch.no_grad():
         for name, parameter in wrapped.named_parameters():

@@ -388,6 +388,8 @@ def build_model(family: str | TinyFamily = "llava", attn_implementation: str | N
     model.set_attn_implementation({place: implementation})
     model.generation_config.eos_token_id = None  # random models must not stop early
     model.generation_config.pad_token_id = PAD_ID
+    if family in MORE_FAMILIES:  # nor answer with a placeholder, which would want an image
+        model.generation_config.suppress_tokens = [IMAGE_ID, VIDEO_ID]
     model.requires_grad_(False)
     return model
 
