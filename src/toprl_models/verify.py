@@ -81,8 +81,9 @@ def verdict(findings: list[Finding]) -> str:
     if wrong:
         return "wrong: " + "; ".join(wrong)
     refused = {finding.check: finding.detail for finding in findings if finding.outcome == "refused"}
-    if REMOVAL in refused:
-        return f"refused: {refused[REMOVAL]}"
+    for needed in (REMOVAL, KEEP_ALL):
+        if needed in refused:
+            return f"refused: {refused[needed]}"
     return "exact" + (f", but refused: {', '.join(refused)}" if refused else "")
 
 
@@ -92,8 +93,9 @@ def summary(findings: list[Finding]) -> dict[str, str]:
     if found["wrong"]:
         return {"outcome": "wrong", **found["wrong"]}
     reasons = {name: reason.partition(": ")[2] for name, reason in found["refused"].items()}
-    if REMOVAL in reasons:
-        return {"outcome": "refused", "why": reasons[REMOVAL]}
+    for needed in (REMOVAL, KEEP_ALL):
+        if needed in reasons:
+            return {"outcome": "refused", "why": reasons[needed]}
     return {"outcome": "exact with limits", **reasons} if reasons else {"outcome": "exact"}
 
 
@@ -268,7 +270,7 @@ def _answer(case: _Case) -> None:
 
     try:
         compare(None)
-    except _Wrong as error:
+    except Exception as error:
         raise _NotApplicable(f"the unattached model: {error}") from error
     with attach(case.model, _Even(), schedule=Schedule(((layer, 0.5),))) as pruner:
         compare(pruner)
@@ -324,10 +326,11 @@ def _scores(case: _Case) -> None:
         case.compare("scores", found.scores[row, : len(slots)], item[row, :, last].mean(0)[slots])
 
 
+KEEP_ALL = "keep-all = unattached"
 REMOVAL = "compact = tokens cut out by hand"
 CHECKS: dict[str, Callable[[_Case], None]] = {
     "visual slots hold image features": _slots,
-    "keep-all = unattached": _keep_all,
+    KEEP_ALL: _keep_all,
     REMOVAL: _removal,
     "answer = answer in the prompt": _answer,
     "mask mode = compact mode": _masking,

@@ -33,7 +33,7 @@ def outcome_of(name: str) -> dict[str, str]:
             attach(model, RandomPolicy(), schedule=Schedule(((1, 0.5),))).detach()
         return summary(verify(model, build_inputs(tiny, ROWS)))
     except (TypeError, ValueError) as error:
-        return {"outcome": "not a case" if tiny.not_a_case else "refused", "why": str(error).partition(": it ")[2]}
+        return {"outcome": "not a case" if tiny.not_a_case else "refused", "why": str(error).rpartition(": it ")[2]}
 
 
 def test_the_zoo_has_every_class() -> None:

@@ -187,11 +187,15 @@ def shortened(name: str, family: str) -> tuple[Any, dict[str, Any], Tensor, Tens
     policy = Spied(policy_of(name, family, schedule))
     output = pruned(family, "compact", inputs, policy=policy, schedule=schedule, model=model)
     embeddings, states = arguments["inputs_embeds"].clone(), policy.decisions[0].states
-    for row, visual in enumerate(visual_mask(inputs) if states is not None else ()):
-        embeddings[row, visual] = states[row, : int(visual.sum())]
-    if policy.decisions[0].deepstack:
-        valid = torch.cat([torch.arange(states.shape[1]) < count for count in num_visual(inputs)])
-        arguments["deepstack_visual_embeds"] = [plane.flatten(0, 1)[valid] for plane in policy.decisions[0].deepstack]
+    if (planes := arguments.get("deepstack_visual_embeds")) is not None:
+        visual = arguments["visual_pos_masks"]
+        arguments["planes"] = [
+            torch.zeros_like(embeddings).masked_scatter(visual[..., None], plane) for plane in planes
+        ]
+    parts = (states, *policy.decisions[0].deepstack) if states is not None else ()
+    for whole, part in zip((embeddings, *arguments.get("planes", ())), parts, strict=False):
+        for row, visual in enumerate(visual_mask(inputs)):
+            whole[row, visual] = part[row, : int(visual.sum())].to(whole.dtype)
     return output, arguments, embeddings, kept_slots(inputs, output.pruner.trace[0])
 
 
@@ -213,6 +217,15 @@ def test_before_the_llm_is_the_llm_on_fewer_embeddings(name: str, family: str) -
         assert torch.equal(output.tokens[row], plain.sequences[0])
 
 
+def shorter_planes(arguments: dict[str, Any], row: int, alive: Tensor) -> dict[str, Any]:
+    """The features that Qwen3-VL's decoder adds later, of the tokens that stay in a row."""
+    if "planes" not in arguments:
+        return {}
+    visual = arguments["visual_pos_masks"][row] & alive
+    planes = [plane[row, visual] for plane in arguments["planes"]]
+    return {"visual_pos_masks": visual[alive][None], "deepstack_visual_embeds": planes}
+
+
 @each_method(*METHODS_BEFORE_LLM, families=PLACES)
 def test_places_in_the_image_stay(name: str, family: str) -> None:
     """As above, with the positions that the model gave the whole prompt; of its first new token."""
@@ -221,12 +234,7 @@ def test_places_in_the_image_stay(name: str, family: str) -> None:
     for row in range(len(alive)):
         short = embeddings[row : row + 1, alive[row]]
         positions = arguments["position_ids"][:, row : row + 1, alive[row]]
-        planes = {}
-        if (visual := arguments.get("visual_pos_masks")) is not None:
-            kept = torch.zeros_like(alive)
-            kept[row] = alive[row]
-            planes["visual_pos_masks"] = visual[row : row + 1, alive[row]]
-            planes["deepstack_visual_embeds"] = [plane[kept[visual]] for plane in arguments["deepstack_visual_embeds"]]
+        planes = shorter_planes(arguments, row, alive[row])
         states = decoder_of(model)(inputs_embeds=short, position_ids=positions, **planes).last_hidden_state
         torch.testing.assert_close(
             output.logits[0, row], model.get_output_embeddings()(states)[0, -1].float(), **TOLERANCE

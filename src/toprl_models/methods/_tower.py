@@ -131,11 +131,11 @@ class Recorder:
     """Store of tensors that modules of a model make, by name, until the base model's forward pass ends."""
 
     def __init__(self, base: nn.Module) -> None:
-        self._seen: dict[str, Any] = {}
+        self.seen: dict[str, Any] = {}
         self.handles: list[Any] = [base.register_forward_hook(self._end, always_call=True)]
 
     def record(self, name: str, value: object) -> None:
-        self._seen[name] = value
+        self.seen[name] = value
 
     def output_of(self, module: nn.Module, name: str, pick: Callable = lambda output: output) -> None:
         """Record what ``module`` returns."""
@@ -152,7 +152,7 @@ class Recorder:
         Raises:
             ValueError: nothing was recorded.
         """
-        seen, self._seen = self._seen, {}
+        seen, self.seen = self.seen, {}
         if not seen:
             raise ValueError(
                 "the vision tower did not run for this forward pass: pass pixel_values (or let generate() encode them "
@@ -161,7 +161,7 @@ class Recorder:
         return seen
 
     def _end(self, module: nn.Module, args: tuple, output: object) -> None:
-        self._seen = {}
+        self.seen = {}
 
 
 class PackingWatch:

@@ -23,6 +23,7 @@ def shortened_arguments(
     decoder: PreTrainedModel, forward: ForwardPass, keys: LayerKeys, hidden_states: Tensor, kwargs: Mapping[str, Any]
 ) -> dict[str, Any]:
     """Make the arguments of a layer that differ from the model's, for the current segment of a forward pass."""
+    refuse_tables_of_cached(kwargs.get("position_embeddings"), forward, hidden_states)
     mask = _mask(decoder.config, forward, keys, hidden_states, kwargs.get("attention_mask"))
     return {"attention_mask": mask, **_positions(decoder, forward.segment, keys.earlier, hidden_states, kwargs)}
 
@@ -107,6 +108,17 @@ def _carried(segment: Segment, name: str, source: Any, gather: Callable[..., Any
     """Return the rows of ``source`` that a stage gathered along with the states, or gather them."""
     known, rows = segment.carried.get(name, (None, None))
     return rows if known is source and source is not None else gather(source, segment.slots)
+
+
+def refuse_tables_of_cached(tables: RotaryTables, forward: ForwardPass, hidden_states: Tensor) -> None:
+    """Refuse rotary tables that have rows for cached tokens, too: a pruned cache holds other tokens."""
+    length = forward.length if forward.prunes else hidden_states.shape[1]
+    for part in tables if isinstance(tables, tuple | list) else (tables,):
+        if isinstance(part, Tensor) and part.ndim == 3 and part.shape[1] not in (1, length):
+            raise ValueError(
+                f"layers of this decoder get rotary tables for {part.shape[1]} tokens in a pass over {length}: those "
+                "in the cache are included, which pruning does not support"
+            )
 
 
 def gather_tables(tables: RotaryTables, slots: Tensor | None) -> RotaryTables:
