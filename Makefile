@@ -82,8 +82,8 @@ test-vllm: $(VLLM)/.installed ## the plug-in for vLLM on a CPU, in an environmen
 test-exhaustive: $(STAMP) ## hours: every combination of sizes and dtypes, and the kernels broken on purpose
 	$(BIN)/python -m pytest -m exhaustive -rP
 
-feature-matrix: $(STAMP) ## run the tests of the model families and store what works for which
-	$(PYTEST) tests/models --ignore tests/models/test_check.py --write-features
+feature-matrix: $(STAMP) ## hours: run the tests of all model families and store what works for which
+	$(PYTEST) tests/models -m feature --write-features
 	$(BIN)/python -m toprl_models.check --markdown > docs/families.md
 
 lint: $(STAMP) ## ruff (lint and format check) and mypy

@@ -5,9 +5,11 @@ The variable has to be set before the first import of triton, and torch may impo
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Generator
 from importlib import metadata
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -24,7 +26,10 @@ if not HAS_CUDA and "TOPRL_TESTS_COMPILED" not in os.environ:  # see test_compil
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--write-features", action="store_true", help="store the family x feature matrix of this run")
+    help_ = "store the outcomes of the families of which every feature was tested"
+    parser.addoption("--write-features", action="store_true", help=help_)
+    help_ = "add the outcomes of this run to those of earlier ones in this file, test by test, for --write-features"
+    parser.addoption("--outcomes", type=Path, help=help_)
 
 
 @pytest.hookimpl(wrapper=True)
@@ -40,24 +45,31 @@ def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestR
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    """Collect the matrix in the one process that sees all reports; a complete one must be the stored one."""
+    """Collect the matrix in the one process that sees all reports; complete columns must be the stored ones."""
     terminal = session.config.pluginmanager.get_plugin("terminalreporter")
     if terminal is None:  # a worker
         return
     reports = [report for reports in terminal.stats.values() for report in reports]
-    properties = [each for report in reports for each in getattr(report, "user_properties", ())]
-    outcomes = [value for name, value in properties if name == "feature"]
+    outcomes = {
+        report.nodeid: value
+        for report in reports
+        for name, value in getattr(report, "user_properties", ())
+        if name == "feature"
+    }
+    if record := session.config.getoption("--outcomes"):
+        outcomes = (json.loads(record.read_text()) if record.exists() else {}) | outcomes
+        record.write_text(json.dumps(outcomes, indent=1))
     if not outcomes and not session.config.getoption("--write-features"):
         return
     # imports transformers, and triton after the interpreter was chosen
     from tests.models.features import Matrix
 
     matrix = session.config.stash[MATRIX] = Matrix()
-    for outcome in outcomes:
+    for outcome in outcomes.values():
         matrix.add(*outcome)
     if session.config.getoption("--write-features"):
         matrix.store()
-    elif matrix.is_complete() and matrix.table() != matrix.stored() and not HAS_CUDA:
+    elif matrix.complete() and matrix.merged() != matrix.stored() and not HAS_CUDA:
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
         matrix.is_outdated = True
 

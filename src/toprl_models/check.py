@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
 MATRIX_FILE = Path(__file__).with_name("feature_matrix.json")
+COLUMNS = 8  # of a table of families that a screen can hold
 CLASSES_FILE = Path(__file__).with_name("classes.json")
 EXACT = """\
 A tiny random model of each class, in float32, three left-padded rows: one image, two images, none. *Exact* is: the
@@ -227,19 +228,25 @@ def families_markdown() -> str:
 
 
 def matrix_markdown() -> str:
-    """Make the family x feature matrix for docs: a check mark where the tests pass, a numbered note elsewhere."""
+    """Make the family x feature matrix for docs: a check mark where the tests pass, a numbered note elsewhere.
+
+    Families come in tables of ``COLUMNS`` each.
+    """
     titles = {model_type_of(family): family.title for family in FAMILIES.values()}
     matrix = feature_matrix()
     names = [name for name in titles if any(name in row for row in matrix.values())]
     notes: dict[str, int] = {}
-    rows = [f"| feature | {' | '.join(titles[name] for name in names)} |", "|---|" + ":-:|" * len(names)]
-    for feature, row in matrix.items():
-        cells = []
-        for name in names:
-            outcome = row.get(name, "not tested")
-            cells.append("✓" if outcome == "pass" else f"({notes.setdefault(outcome, len(notes) + 1)})")
-        rows.append(f"| {feature} | {' | '.join(cells)} |")
-    rows.append("")
+    rows = []
+    for start in range(0, len(names), COLUMNS):
+        part = names[start : start + COLUMNS]
+        rows += [f"| feature | {' | '.join(titles[name] for name in part)} |", "|---|" + ":-:|" * len(part)]
+        for feature, row in matrix.items():
+            cells = []
+            for name in part:
+                outcome = row.get(name, "not tested")
+                cells.append("✓" if outcome == "pass" else f"({notes.setdefault(outcome, len(notes) + 1)})")
+            rows.append(f"| {feature} | {' | '.join(cells)} |")
+        rows.append("")
     rows += [f"({number}) {note}  " for note, number in notes.items()]
     return "\n".join(rows)
 

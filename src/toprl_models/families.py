@@ -92,6 +92,116 @@ FAMILIES: dict[str, Family] = {
             "between frames are text and always stay.",
             depths={"2B": 28, "4B": 36, "8B": 36, "32B": 64},
         ),
+        Family(
+            "Qwen2VLForConditionalGeneration",
+            "Qwen2-VL",
+            "Merged 2 x 2 patches of images and video frames, in raster order. <|vision_start|> and <|vision_end|> "
+            "are text and always stay.",
+            depths={"2B": 28, "7B": 28, "72B": 80},
+        ),
+        Family(
+            "Qwen3VLMoeForConditionalGeneration",
+            "Qwen3-VL-MoE",
+            "Merged 2 x 2 patches of images and video frames. <|vision_start|>, <|vision_end|> and the time stamps "
+            "between frames are text and always stay.",
+            depths={"30B": 48, "235B": 94},
+        ),
+        Family(
+            "Qwen3_5ForConditionalGeneration",
+            "Qwen3.5",
+            "Merged 2 x 2 patches of images and video frames, in layers of linear attention too, whose state then has "
+            "not seen what was dropped. <|vision_start|>, <|vision_end|> and time stamps are text and always stay.",
+        ),
+        Family(
+            "Qwen3_5MoeForConditionalGeneration",
+            "Qwen3.5-MoE",
+            "As in Qwen3.5.",
+        ),
+        Family(
+            "Gemma3ForConditionalGeneration",
+            "Gemma 3",
+            "All 256 pooled tokens of an image and of each crop, which see each other; marks and line breaks around "
+            "them are text and always stay.",
+            limits='Methods that renumber positions need policy.positions = "original".',
+            depths={"4B": 34, "12B": 48, "27B": 62},
+        ),
+        Family(
+            "Gemma4ForConditionalGeneration",
+            "Gemma 4",
+            "Pooled patches of images of any shape; the marks around them are text and always stay.",
+            limits='Methods that renumber positions need policy.positions = "original".',
+        ),
+        Family(
+            "PaliGemmaForConditionalGeneration",
+            "PaliGemma",
+            "Every placeholder is one patch of the image, before the prompt; all tokens of the prompt see each other.",
+            depths={"3B": 18},
+        ),
+        Family(
+            "Mistral3ForConditionalGeneration",
+            "Mistral 3",
+            "Merged 2 x 2 patches of an image of any shape; the marks at the end of each row and of the image are text "
+            "and always stay.",
+            depths={"Small 3.1": 40},
+        ),
+        Family(
+            "Llama4ForConditionalGeneration",
+            "Llama 4",
+            "Patches of all tiles, pixel-shuffled to 144 a tile, and of the overview; the marks between tiles are text "
+            "and always stay.",
+            depths={"Scout": 48, "Maverick": 48},
+        ),
+        Family(
+            "Glm4vForConditionalGeneration",
+            "GLM-4V",
+            "Merged 2 x 2 patches of images and video frames; the marks around them and time stamps are text and "
+            "always stay.",
+            depths={"9B": 40},
+        ),
+        Family(
+            "Glm46VForConditionalGeneration",
+            "GLM-4.6V",
+            "As in GLM-4V.",
+        ),
+        Family(
+            "Idefics3ForConditionalGeneration",
+            "Idefics3",
+            "Pixel-shuffled patches of all tiles and of the overview; the marks of rows and columns between tiles are "
+            "text and always stay.",
+            depths={"8B": 32},
+        ),
+        Family(
+            "SmolVLMForConditionalGeneration",
+            "SmolVLM",
+            "As in Idefics3; frames of a video are images.",
+            depths={"256M": 30, "500M": 32, "2.2B": 24},
+        ),
+        Family(
+            "Lfm2VlForConditionalGeneration",
+            "LFM2-VL",
+            "Pixel-unshuffled patches of an image of any shape, or of its tiles and thumbnail, in convolutions too, "
+            "whose state then has not seen what was dropped; the marks around them are text and always stay.",
+            depths={"450M": 16, "1.6B": 16, "3B": 30},
+        ),
+        Family(
+            "Ovis2ForConditionalGeneration",
+            "Ovis2",
+            "Mixtures of visual words, one for each merged 2 x 2 patches of a tile; the indicators around them are "
+            "text and always stay.",
+            depths={"1B": 24, "2B": 28, "4B": 36, "8B": 28, "16B": 48, "34B": 64},
+        ),
+        Family(
+            "MiniCPMV4_6ForConditionalGeneration",
+            "MiniCPM-V 4.6",
+            "Merged 4 x 4 patches of the overview and of all slices, in layers of linear attention too, whose state "
+            "then has not seen what was dropped; the marks around them are text and always stay.",
+        ),
+        Family(
+            "PaddleOCRVLForConditionalGeneration",
+            "PaddleOCR-VL",
+            "Merged 2 x 2 patches of an image of any shape; the marks around them are text and always stay.",
+            depths={"0.9B": 18},
+        ),
     )
 }
 

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
+from tests.models.by_hand import by_hand
 from tests.models.conftest import HashPolicy
-from tests.models.tiny_families import NUM_LAYERS, TINY, Rows, build_model, visual_mask
+from tests.models.tiny_families import Rows, assemble, build_model, parts_of, tiny_family, visual_mask
 from toprl_models import Pruner, Schedule, StageTrace, attach
+from toprl_models.probe import decoder_of
 
 NEW_TOKENS = 8
 # float32 rounding of the same sums in another order; the states are around 1, the logits around 2
@@ -46,13 +50,23 @@ def attached(model: Any, schedule: Schedule, mode: str = "compact") -> Pruner:
 
 
 def run(model: Any, inputs: dict[str, Tensor], schedule: Schedule | None = None, mode: str = "compact") -> Run:
-    """Unattached without a schedule."""
+    """Unattached without a schedule; "mask" is by hand where layers keep a state, from which masks cannot take."""
     if schedule is None:
         return _run(model, inputs)
+    if mode == "mask" and keeps_state(model):
+        with by_hand(model, schedule):
+            return _run(model, inputs)
     with attached(model, schedule, mode) as pruner:
         result = _run(model, inputs)
         result.trace = pruner.trace
     return result
+
+
+def states_of(model: Any, inputs: dict[str, Tensor], schedule: Schedule, mode: str) -> Tensor:
+    """Last hidden states of a pruned prompt; "mask" as in ``run``."""
+    by_a_hand = mode == "mask" and keeps_state(model)
+    with by_hand(model, schedule) if by_a_hand else attached(model, schedule, mode):
+        return model.base_model(**inputs).last_hidden_state
 
 
 def _run(model: Any, inputs: dict[str, Tensor]) -> Run:
@@ -63,13 +77,34 @@ def _run(model: Any, inputs: dict[str, Tensor]) -> Run:
 
 def schedule_of(family: str) -> Schedule:
     """Three stages, the first as early inside the decoder as the family allows, the last before the last layer."""
-    first = max(1, TINY[family].min_stage)
+    first = max(1, tiny_family(family).min_stage)
     return Schedule(((first, 0.5), (first + 1, 0.25), (5, 2)))
 
 
+def keeps_state(model: Any) -> bool:
+    """Tell whether layers keep a state of all earlier tokens: a convolution, a recurrence."""
+    kinds = getattr(model.config.get_text_config(), "layer_types", None) or ()
+    return "conv" in kinds or "linear_attention" in kinds
+
+
+def modes_of(model: Any) -> tuple[str, ...]:
+    """Name the modes that a model has; where layers keep a state, mask mode is refused by name."""
+    if not keeps_state(model):
+        return ("compact", "mask")
+    with pytest.raises(ValueError, match=r'keeps a state of all earlier tokens.*mode="mask" cannot support'):
+        attach(model, HashPolicy(), schedule=Schedule(((1, 0.5),)), mode="mask")
+    return ("compact",)
+
+
 def lengths_of(cache: Any) -> list[int]:
-    """Keys and values of every layer."""
-    return [int(cache.get_seq_length(layer)) for layer in range(NUM_LAYERS)]
+    """Keys and values of every layer that has them."""
+    return [int(cache.get_seq_length(layer)) for layer, one in enumerate(cache.layers) if hasattr(one, "keys")]
+
+
+def with_keys(model: Any, lengths: Sequence[int]) -> list[int]:
+    """Pick of a list with a number for each layer those of the layers with keys."""
+    kinds = getattr(model.config.get_text_config(), "layer_types", None) or ["full_attention"] * len(lengths)
+    return [length for length, kind in zip(lengths, kinds, strict=True) if "attention" in kind and "linear" not in kind]
 
 
 def expected_counts(inputs: dict[str, Tensor], schedule: Schedule) -> list[tuple[int, ...]]:
@@ -102,7 +137,7 @@ def assert_agreement(model: Any, inputs: dict[str, Tensor], schedule: Schedule, 
     plain, compact = run(model, inputs), run(model, inputs, schedule)
     mask = run(model if masked is None else masked, inputs, schedule, "mask")
     assert [stage.counts for stage in compact.trace] == expected_counts(inputs, schedule)
-    for one, other in zip(compact.trace, mask.trace, strict=True):
+    for one, other in zip(compact.trace, mask.trace, strict=not keeps_state(model)):  # a hand leaves no trace
         assert torch.equal(one.indices, other.indices)
     alive = kept_slots(inputs, compact.trace[-1])
     torch.testing.assert_close(compact.states[alive], mask.states[alive], atol=ATOL, rtol=1e-4)
@@ -121,7 +156,7 @@ def layer_arguments(model: Any, inputs: dict[str, Tensor]) -> dict[int, dict[str
     handles = [
         # runs behind the pruner's hook, which was there first
         layer.register_forward_pre_hook(lambda _, args, kwargs, i=i: seen.update({i: kwargs}), with_kwargs=True)
-        for i, layer in enumerate(model.get_decoder().layers)
+        for i, layer in enumerate(decoder_of(model).layers)
     ]
     try:
         model(**inputs)
@@ -134,7 +169,7 @@ def layer_arguments(model: Any, inputs: dict[str, Tensor]) -> dict[int, dict[str
 def masked_by_hand(model: Any, inputs: dict[str, Tensor], trace: list[StageTrace]) -> Tensor:
     """Last hidden states under Eqs. 6-7: an eager model whose own 4-D masks lose the keys that the stages dropped."""
     assert model.config.get_text_config()._attn_implementation == "eager"
-    decoder = model.get_decoder()
+    decoder = decoder_of(model)
 
     def close(stage: StageTrace) -> Any:
         keep = kept_slots(inputs, stage)
@@ -160,23 +195,7 @@ def masked_by_hand(model: Any, inputs: dict[str, Tensor], trace: list[StageTrace
 
 def single_row(family: str, inputs: dict[str, Tensor], rows: Rows, number: int) -> dict[str, Tensor]:
     """Row ``number`` of a batch that ``build_inputs(family, rows)`` made, alone and without padding."""
-    real = inputs["attention_mask"][number].bool()
-    # how much of each tensor an item takes, from items made anew
-    generator, items = torch.Generator().manual_seed(0), []
-    for row in rows:
-        for kind in row:
-            tiny = TINY[family]
-            alone = list(row).count("image") == 1
-            item = tiny.image(len(items), alone, generator) if kind == "image" else tiny.video(len(items), generator)
-            items.append(item.tensors)
-    first = sum(map(len, rows[:number]))
-    mine = items[first : first + len(rows[number])]
-    single = {name: inputs[name][number : number + 1, real] for name in ("input_ids", "attention_mask")}
-    if "mm_token_type_ids" in inputs:
-        single["mm_token_type_ids"] = inputs["mm_token_type_ids"][number : number + 1, real]
-    for name in dict.fromkeys(name for item in mine for name in item):
-        start = sum(len(item[name]) for item in items[:first] if name in item)
-        single[name] = inputs[name][start : start + sum(len(item[name]) for item in mine if name in item)]
-    if "batch_num_images" in inputs and "pixel_values" in single:
-        single["batch_num_images"] = torch.tensor([list(rows[number]).count("image")])
-    return single
+    prompts, items = parts_of(family, rows)
+    single = assemble(tiny_family(family), [prompts[number]], [items[number]], [rows[number]])
+    assert torch.equal(single["input_ids"][0], inputs["input_ids"][number][inputs["attention_mask"][number].bool()])
+    return {name: value.to(inputs[name].dtype) for name, value in single.items()}

@@ -22,10 +22,13 @@ class HashPolicy(Policy):
     def __init__(self) -> None:
         self.calls = 0
 
+    @staticmethod
+    def scores_of(visual_index, stage):
+        return ((visual_index.double() + 1) * 12.9898 * (stage + 1)).sin().mul(43758.5453).frac().abs().float()
+
     def score(self, context):
         self.calls += 1
-        number = context.visual_index.double() + 1
-        return (number * 12.9898 * (context.stage + 1)).sin().mul(43758.5453).frac().abs().float()
+        return self.scores_of(context.visual_index, context.stage)
 
 
 @pytest.fixture(params=["sdpa", "eager"])

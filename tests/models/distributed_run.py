@@ -17,7 +17,7 @@ from torch import Tensor
 
 from tests.models.agreement import MIXED
 from tests.models.conftest import HashPolicy
-from tests.models.tiny_families import HIDDEN_SIZE, PAD_ID, TINY, build_inputs, build_model
+from tests.models.tiny_families import HIDDEN_SIZE, PAD_ID, build_inputs, build_model, tiny_family
 from toprl_models import (
     FastV,
     Policy,
@@ -29,6 +29,7 @@ from toprl_models import (
     TopRLPolicy,
     attach,
 )
+from toprl_models.probe import decoder_of
 
 FAMILIES = ("llava", "qwen2_5_vl")
 SCHEDULE = Schedule(((2, 0.5), (4, 0.25)))
@@ -124,8 +125,8 @@ def tensor_parallel(folder: Path) -> dict[str, Any]:
         options = {"tp_plan": "auto"}
     measured: dict[str, Any] = {}
     for family in FAMILIES:
-        model = prepared(type(TINY[family].build()).from_pretrained(folder / family, **options))
-        heads = model.get_decoder().layers[0].self_attn.q_proj.weight
+        model = prepared(type(tiny_family(family).build()).from_pretrained(folder / family, **options))
+        heads = decoder_of(model).layers[0].self_attn.q_proj.weight
         measured[family] = {"local": heads.to_local().shape[0], "whole": heads.shape[0]}
         for name in TENSOR_PARALLEL:
             measured[family][name] = measure(model, family, name)
@@ -139,7 +140,7 @@ def fully_sharded(folder: Path) -> dict[str, Any]:
     dist.init_process_group("gloo")
 
     def shard(model: Any) -> None:
-        for layer in model.get_decoder().layers:
+        for layer in decoder_of(model).layers:
             fully_shard(layer)
         fully_shard(model)
 
@@ -147,7 +148,7 @@ def fully_sharded(folder: Path) -> dict[str, Any]:
     for family in FAMILIES:
         model = prepared(build_model(family))
         shard(model)
-        weight = model.get_decoder().layers[0].self_attn.q_proj.weight
+        weight = decoder_of(model).layers[0].self_attn.q_proj.weight
         measured[family] = {"local": weight.to_local().shape[0], "whole": weight.shape[0]}
         for name in POLICIES:
             measured[family][name] = measure(model, family, name)

@@ -12,15 +12,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import transformers
 
-from tests.models.tiny_families import FAMILY_NAMES, TINY
+from tests.models.tiny_families import FAMILY_NAMES, MORE_FAMILIES, tiny_family
 from toprl_models import METHODS
 from toprl_models.check import model_type_of
 from toprl_models.families import FAMILIES
 
 MATRIX_FILE = Path(__file__).resolve().parents[2] / "src/toprl_models/feature_matrix.json"
 
-# in the order of the printed table
+# in the order of the printed table; the tests of those of ``MORE_FAMILIES`` are left out unless asked for
+ALL_FAMILIES = [*FAMILY_NAMES, *MORE_FAMILIES]
 FEATURES = (
     # inputs
     "images",
@@ -78,6 +80,7 @@ FEATURES = (
     *(f"method {name}" for name in METHODS),
 )
 
+CLASSES = {model_type_of(family): getattr(transformers, family.model_class) for family in FAMILIES.values()}
 # as the families' rows say
 METHODS_NOT_APPLICABLE = {
     (name, model_type_of(family)): reason
@@ -86,21 +89,56 @@ METHODS_NOT_APPLICABLE = {
     if (reason := method.refuses(family))
 }
 
+HYBRIDS = ("qwen3_5", "qwen3_5_moe", "lfm2_vl", "minicpmv4_6")
 # why a feature does not apply, by (feature, family)
 NOT_APPLICABLE: dict[tuple[str, str], str] = {
-    **{("videos", name): "the model takes no videos" for name, tiny in TINY.items() if tiny.video is None},
+    **{("videos", name): "the model takes no videos" for name in ALL_FAMILIES if tiny_family(name).video is None},
     **{
         ("flex_attention", name): "transformers refuses flex attention for this model"
-        for name in ("qwen2_5_vl", "qwen3_vl")
+        for name in (
+            "qwen2_5_vl",
+            "qwen3_vl",
+            "qwen2_vl",
+            "qwen3_5",
+            "qwen3_5_moe",
+            "glm4v",
+            "glm46v",
+            "minicpmv4_6",
+        )
+    },
+    **{
+        (name, family): "layers that keep a state have no mask mode"
+        for name in ("compact = mask (Eqs. 6-7)", "gradient of the keep mask")
+        for family in HYBRIDS
+    },
+    **{
+        (name, family): "transformers refuses assisted generation for models that keep a state"
+        for name in ("assisted decoding", "prompt lookup")
+        for family in HYBRIDS
+    },
+    **{
+        ("quantised cache", name): "transformers' quantised caches hold full attention alone"
+        for name in (*HYBRIDS, "gemma3", "gemma4", "llama4")
+    },
+    **{
+        (f"flash_attention_2, {which}", name): "with flash attention transformers' model lets no image token see later "
+        "ones, unpruned too"
+        for name in ("gemma3", "paligemma")
+        for which in ("stand-in", "real")
     },
     **{(f"method {name}", family): reason for (name, family), reason in METHODS_NOT_APPLICABLE.items()},
 }
 
 
+def case(family: str, *values: Any, marks: Sequence[Any] = ()) -> Any:
+    """Make the parameters ``values`` and ``family`` of a test that is left out of the usual run for most families."""
+    return pytest.param(*values, family, marks=[*marks, *([pytest.mark.exhaustive] if family in MORE_FAMILIES else [])])
+
+
 def feature(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Decorator of a test with an argument ``family``: it shows that ``name`` works for that family."""
     assert name in FEATURES, f"{name!r} is not in FEATURES"
-    families = [family for family in FAMILY_NAMES if (name, family) not in NOT_APPLICABLE]
+    families = [case(family) for family in ALL_FAMILIES if (name, family) not in NOT_APPLICABLE]
 
     def mark(function: Callable[..., Any]) -> Callable[..., Any]:
         return pytest.mark.feature(name)(pytest.mark.parametrize("family", families)(function))
@@ -109,11 +147,11 @@ def feature(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
 
 
 def each_method(
-    *names: str, families: Sequence[str] = FAMILY_NAMES
+    *names: str, families: Sequence[str] = ALL_FAMILIES
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Decorator of a test with arguments ``name`` and ``family``: evidence for methods, all or ``names``, by family."""
     cells = [
-        pytest.param(name, family, marks=pytest.mark.feature(f"method {name}"))
+        case(family, name, marks=[pytest.mark.feature(f"method {name}")])
         for name in names or METHODS
         for family in families
         if (name, family) not in METHODS_NOT_APPLICABLE
@@ -140,27 +178,42 @@ class Matrix:
         """{feature: {family: "pass" | "FAIL" | "not run: why" | "n/a: why"}}; only what was seen or does not apply."""
         table: dict[str, dict[str, str]] = {}
         for name in FEATURES:
-            for family in FAMILY_NAMES:
+            for family in ALL_FAMILIES:
                 if (name, family) in NOT_APPLICABLE:
                     table.setdefault(name, {})[family] = f"n/a: {NOT_APPLICABLE[name, family]}"
                 elif (name, family) in self.outcomes:
                     table.setdefault(name, {})[family] = self.outcomes[name, family]
         return table
 
-    def is_complete(self) -> bool:
-        return all(len(self.table().get(name, {})) == len(FAMILY_NAMES) for name in FEATURES)
+    def complete(self) -> list[str]:
+        """Name the families of which this run has seen every feature."""
+        table, seen = self.table(), {family for _, family in self.outcomes}
+        return [name for name in ALL_FAMILIES if name in seen and all(name in table.get(one, {}) for one in FEATURES)]
+
+    def merged(self) -> dict[str, dict[str, str]]:
+        """Put the columns of the complete families into the stored table."""
+        table, stored, new = self.table(), self.stored(), self.complete()
+        return {
+            name: {
+                family: row[family]
+                for family in ALL_FAMILIES
+                if family in (row := table[name] if family in new else stored.get(name, {}))
+            }
+            for name in FEATURES
+        }
 
     def lines(self) -> list[str]:
         """The table as text, then the reasons."""
+        seen = [family for family in ALL_FAMILIES if any(family == other for _, other in self.outcomes)]
         table = {name: row for name, row in self.table().items() if any((name, f) in self.outcomes for f in row)}
         if not table:
             return []
         width = max(map(len, table))
-        lines = [" " * width + "  " + "  ".join(FAMILY_NAMES)]
+        lines = [" " * width + "  " + "  ".join(seen)]
         reasons: dict[str, None] = {}
         for name, row in table.items():
             cells = []
-            for family in FAMILY_NAMES:
+            for family in seen:
                 word, _, reason = row.get(family, "").partition(": ")
                 cells.append((word or "-").ljust(len(family)))
                 if reason:
@@ -172,7 +225,7 @@ class Matrix:
         return json.loads(MATRIX_FILE.read_text()) if MATRIX_FILE.exists() else {}
 
     def store(self) -> None:
-        """Raise ValueError for a run that left tests out or had failures."""
-        if not self.is_complete() or "FAIL" in self.outcomes.values():
-            raise ValueError("the matrix of this run has gaps or failures and is not stored: run make feature-matrix")
-        MATRIX_FILE.write_text(json.dumps(self.table(), indent=1, ensure_ascii=False) + "\n")
+        """Store the columns of the complete families; raise ValueError where there is none, or a failure."""
+        if not self.complete() or "FAIL" in self.outcomes.values():
+            raise ValueError("this run has failures, or gaps for every family, and is not stored: make feature-matrix")
+        MATRIX_FILE.write_text(json.dumps(self.merged(), indent=1, ensure_ascii=False) + "\n")

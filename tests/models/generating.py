@@ -8,19 +8,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tests.models.agreement import model_of, schedule_of
+from tests.models.agreement import keeps_state, model_of, schedule_of, with_keys
+from tests.models.by_hand import by_hand
 from tests.models.conftest import HashPolicy
-from tests.models.tiny_families import NUM_LAYERS, TINY, build_inputs, visual_mask
+from tests.models.tiny_families import NUM_LAYERS, TOKEN_ARGUMENTS, build_inputs, tiny_family, visual_mask
 from toprl_models import Policy, Pruner, Schedule, attach
 
 BATCH = (("image",), ("image", "image"), ())
 SINGLE = (("image", "image"),)
 NEW_TOKENS = 8
+CACHES = ("past_key_values", "cache_implementation", "disable_compile", "prefill_chunk_size", "use_cache")
 TOLERANCE = 1e-4  # of logits up to about 10, between two float32 computations
 
 
 def keep_all(family: str) -> Schedule:
-    return Schedule(((TINY[family].min_stage, 1.0), (5, 1.0)))
+    return Schedule(((tiny_family(family).min_stage, 1.0), (5, 1.0)))
 
 
 def inputs_of(family: str, rows: Any = BATCH) -> dict[str, Tensor]:
@@ -47,9 +49,17 @@ def pruned(
     model: Any = None,
     **options: Any,
 ) -> Any:
-    """Output of generate() with a Pruner attached; the pruner, detached, comes along."""
-    model = model_of(family) if model is None else model
-    with attach(model, policy or HashPolicy(), schedule=schedule or schedule_of(family), mode=mode) as pruner:
+    """Output of generate() with a Pruner attached; the pruner, detached, comes along.
+
+    Where layers keep a state, mode "mask" is pruning by hand, without a cache.
+    """
+    model, schedule = model_of(family) if model is None else model, schedule or schedule_of(family)
+    if mode == "mask" and keeps_state(model):
+        assert policy is None or isinstance(policy, HashPolicy)
+        options = {name: value for name, value in options.items() if name not in CACHES}
+        with by_hand(model, schedule):
+            return generate(model, inputs, **options)
+    with attach(model, policy or HashPolicy(), schedule=schedule, mode=mode) as pruner:
         output = generate(model, inputs, **options)
     output.pruner = pruner
     return output
@@ -82,10 +92,21 @@ def expected_lengths(pruner: Pruner, inputs: dict[str, Tensor], new: int = 0) ->
         done = [stage for stage in pruner.trace if stage.layer <= layer]
         longest = int((text + torch.tensor(done[-1].counts)).max()) if done else valid.shape[1]
         lengths.append(longest + new)
-    return lengths
+    return with_keys(pruner.model, lengths)
 
 
 def more_text(inputs: dict[str, Tensor], count: int = 5, seed: int = 7) -> Tensor:
     """Words of a second turn, one row per row of ``inputs``."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(4, 90, (len(inputs["input_ids"]), count), generator=generator)
+
+
+def with_answer(inputs: dict[str, Tensor], words: Any) -> dict[str, Tensor]:
+    """Append an answer, ``words`` [n] or [B, n], to every row."""
+    answer = torch.as_tensor(words).expand(len(inputs["input_ids"]), -1)
+    longer = dict(inputs)
+    for name, fill in TOKEN_ARGUMENTS.items():
+        if name in inputs:
+            addition = answer if name == "input_ids" else torch.tensor(fill).expand(answer.shape).to(inputs[name].dtype)
+            longer[name] = torch.cat([inputs[name], addition], 1)
+    return longer

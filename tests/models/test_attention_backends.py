@@ -13,13 +13,14 @@ import torch
 from tests.models import agreement, flash_stand_in
 from tests.models.agreement import MIXED, assert_agreement, model_of, schedule_of
 from tests.models.features import NOT_APPLICABLE, feature
-from tests.models.tiny_families import NUM_LAYERS, TINY, Rows, build_inputs, build_model
+from tests.models.tiny_families import NUM_LAYERS, Rows, build_inputs, build_model, tiny_family
+from toprl_models.probe import decoder_of
 
 BATCHES = {"single": (("image",),), "padded": MIXED}
 
 
 def rows_of(family: str, batch: str) -> Rows:
-    return (*BATCHES[batch], ("video", "image")) if batch == "padded" and TINY[family].video else BATCHES[batch]
+    return (*BATCHES[batch], ("video", "image")) if batch == "padded" and tiny_family(family).video else BATCHES[batch]
 
 
 def assert_same_as_sdpa_without_a_cache(family: str, model: Any) -> None:
@@ -63,7 +64,7 @@ def _uncompiled() -> Iterator[None]:
 def test_flex(family: str, batch: str) -> None:
     model = build_model(family, "flex_attention")
     inputs, seen = build_inputs(family, rows_of(family, batch)), Counter()
-    layer = model.get_decoder().layers[-1]
+    layer = decoder_of(model).layers[-1]
     layer.register_forward_pre_hook(
         lambda module, args, kwargs: seen.update([type(kwargs["attention_mask"]).__name__]), with_kwargs=True
     )
@@ -143,6 +144,14 @@ def test_flash_on_the_stand_in(family: str, batch: str, flash_calls: Counter[str
 def test_flash_without_a_cache(family: str, flash_calls: Counter[str]) -> None:
     assert_same_as_sdpa_without_a_cache(family, build_model(family, "flash_attention_2"))
     assert flash_calls == {"flash_attn_func": NUM_LAYERS}
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("family", [family for name, family in NOT_APPLICABLE if name.endswith("stand-in")])
+def test_flash_is_not_applicable_where_it_is_another_model(family: str, flash_calls: Counter[str]) -> None:
+    inputs = build_inputs(family)
+    flash, sdpa = (build_model(family, one)(**inputs).logits for one in ("flash_attention_2", "sdpa"))
+    assert flash_calls and (flash - sdpa).abs().max() > 0.1
 
 
 # --- the package itself ---

@@ -28,8 +28,18 @@ from tests.models.generating import (
     more_text,
     pruned,
 )
-from tests.models.tiny_families import FAMILY_NAMES, IMAGE_ID, NUM_LAYERS, TINY, VIDEO_ID, build_inputs, visual_mask
+from tests.models.tiny_families import (
+    FAMILY_NAMES,
+    IMAGE_ID,
+    NUM_LAYERS,
+    TINY,
+    VIDEO_ID,
+    build_inputs,
+    tiny_family,
+    visual_mask,
+)
 from toprl_models import FastV, Policy, Schedule, StageContext, attach
+from toprl_models.probe import decoder_of
 
 FAMILIES = [name for name in FAMILY_NAMES if TINY[name].min_stage == 0]
 ONE_DIMENSIONAL = [name for name in FAMILIES if not TINY[name].is_qwen]
@@ -79,7 +89,7 @@ def test_generation(family: str, options: dict[str, Any]) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_further_turns(family: str, static: bool) -> None:
     """Text, another image and text again, in which positions and masks go on where the whole sequence ended."""
-    is_qwen = TINY[family].is_qwen
+    is_qwen = tiny_family(family).is_qwen
     inputs, model = inputs_of(family, SINGLE if is_qwen else BATCH), model_of(family)
     rows = len(inputs["input_ids"])
     turns = [
@@ -176,7 +186,7 @@ def test_the_layer_before_has_no_attention_to_read() -> None:
 def shortened(model: Any, inputs: dict[str, Tensor], indices: Tensor, row: int) -> dict[str, Tensor]:
     """Embeddings of one row without its padding and without the visual tokens that are not among ``indices``."""
     entered: list[Tensor] = []
-    handle = model.get_decoder().register_forward_pre_hook(
+    handle = decoder_of(model).register_forward_pre_hook(
         lambda module, args, kwargs: entered.append(kwargs["inputs_embeds"]), with_kwargs=True
     )
     model(**inputs)
@@ -203,7 +213,7 @@ def generate_text(model: Any, inputs: dict[str, Tensor]) -> Tensor:
     """Logits ``[step, V]`` of a greedy answer, one forward pass over everything per token."""
     embeds, steps = inputs["inputs_embeds"], []
     for _ in range(NEW_TOKENS):
-        states = model.get_decoder()(inputs_embeds=embeds, use_cache=False).last_hidden_state
+        states = decoder_of(model)(inputs_embeds=embeds, use_cache=False).last_hidden_state
         steps.append(model.lm_head(states[:, -1])[0])
         token = steps[-1].argmax()
         embeds = torch.cat([embeds, model.get_input_embeddings()(token)[None, None]], 1)
@@ -212,7 +222,7 @@ def generate_text(model: Any, inputs: dict[str, Tensor]) -> Tensor:
 
 def by_hand(model: Any, embeds: Tensor, stages: list[tuple[int, Tensor]]) -> Tensor:
     """Last states of one row where ``stages`` (layer, slots that survive) renumber positions, layer by layer."""
-    decoder = model.get_decoder()
+    decoder = decoder_of(model)
     hidden = embeds
     for number, layer in enumerate(decoder.layers):
         for _, slots in (stage for stage in stages if stage[0] == number):

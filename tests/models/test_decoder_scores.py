@@ -21,6 +21,7 @@ from tests.models.agreement import ATOL, MIXED, generate, kept_slots, masked_by_
 from tests.models.conftest import HashPolicy
 from tests.models.tiny_families import IMAGE_ID, PAD_ID, build_inputs, clip_config, text_config, visual_mask
 from toprl_models import FastV, Policy, PyramidDrop, Schedule, attach
+from toprl_models.probe import decoder_of
 from toprl_models.runtime.guards import refuse_recurrent
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "models.md"
@@ -109,7 +110,7 @@ def outcome(model: Any, check: Callable[[], None]) -> str:
     try:
         check()
     except ValueError as error:
-        kinds = {type(module).__name__ for module in model.get_decoder().modules()}
+        kinds = {type(module).__name__ for module in decoder_of(model).modules()}
         if not any(f"{kind} " in str(error) for kind in kinds):
             raise
         return "refused"
@@ -186,7 +187,7 @@ def test_scores_are_the_models_own_attention(name: str, column: int, policy: Pol
 
 def cut_by_hand(model: Any, inputs: dict[str, Tensor], stages: list[tuple[int, Tensor]]) -> Tensor:
     """Run one prompt; before a stage's layer all slots but those in ``keep``, bool [N], are cut out: logits [m, W]."""
-    decoder = model.get_decoder()
+    decoder = decoder_of(model)
 
     def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any], index: int) -> tuple[tuple, dict[str, Any]]:
         keeps = [keep for layer, keep in stages if layer <= index]

@@ -9,7 +9,8 @@ import pytest
 import torch
 from transformers import DynamicCache, LogitsProcessor
 
-from tests.models.agreement import model_of, schedule_of
+from tests.models.agreement import keeps_state, lengths_of, model_of, modes_of, schedule_of
+from tests.models.by_hand import by_hand
 from tests.models.conftest import HashPolicy
 from tests.models.features import feature
 from tests.models.generating import (
@@ -25,9 +26,11 @@ from tests.models.generating import (
     keep_all,
     more_text,
     pruned,
+    with_answer,
 )
-from tests.models.tiny_families import IMAGE_ID, TINY, VIDEO_ID, build_inputs, build_model
+from tests.models.tiny_families import IMAGE_ID, TOKEN_ARGUMENTS, VIDEO_ID, build_inputs, build_model
 from toprl_models import Decision, FastV, Policy, PyramidDrop, RandomPolicy, Schedule, attach
+from toprl_models.probe import decoder_of
 
 MODES = ("compact", "mask")
 
@@ -103,7 +106,8 @@ def test_a_generated_placeholder_is_no_visual_token(family: str, use_cache: bool
         del forced["suppress_tokens"]
     policies = [HashPolicy(), HashPolicy()]
     with_cache = pruned(family, "compact", inputs, policy=policies[0], **forced)
-    output = pruned(family, "mask", inputs, policy=policies[1], use_cache=use_cache, **forced)
+    mode = modes_of(model_of(family))[-1]
+    output = pruned(family, mode, inputs, policy=policies[1], use_cache=use_cache, **forced)
     assert (output.tokens[:, 2] == token).all()
     assert_same(output, with_cache)
     assert [policy.calls for policy in policies] == [3, 3]
@@ -182,9 +186,10 @@ class Draws(Policy):
 def test_beams_share_the_decision_of_a_random_policy(family: str) -> None:
     """The search starts from each sample's first beam; caches change places, and the pruner's masks go with them."""
     inputs, options = inputs_of(family), {"num_beams": 3, "output_scores": True}
-    answers = [pruned(family, mode, inputs, policy=Draws(3), **options) for mode in MODES]
-    answers += [pruned(family, mode, inputs, policy=Draws(), **options) for mode in MODES]
-    counts = answers[2].pruner.trace[0].counts
+    modes = modes_of(model_of(family))
+    answers = [pruned(family, mode, inputs, policy=Draws(3), **options) for mode in modes]
+    answers += [pruned(family, mode, inputs, policy=Draws(), **options) for mode in modes]
+    counts = answers[-1].pruner.trace[0].counts
     assert len(set(counts[:3])) > 1  # the beams of a sample did differ at first
     for answer in answers[1:]:
         assert torch.equal(answer.tokens, answers[0].tokens)
@@ -226,7 +231,7 @@ class TwoWords(LogitsProcessor):
 def assistant_of(family: str) -> Any:
     """A smaller model with other weights."""
     assistant = build_model(family, seed=1)
-    decoder = assistant.get_decoder()
+    decoder = decoder_of(assistant)
     decoder.layers = decoder.layers[:2]
     decoder.config.num_hidden_layers = 2
     if hasattr(decoder.config, "layer_types"):
@@ -241,7 +246,7 @@ SPECULATIVE = {"logits_processor": [TwoWords()], "max_new_tokens": 16}
 def assert_speculation_changes_nothing(family: str, name: str, **speculation: Any) -> None:
     inputs, policy, model = inputs_of(family, SINGLE), POLICIES[name], model_of(family)
     inputs["input_ids"][:, -3:] = torch.tensor([10, 11, 10])  # so that prompt lookup finds something at once
-    for mode in MODES if name == "hash" else ("compact",):
+    for mode in modes_of(model) if name == "hash" else ("compact",):
         plain = pruned(family, mode, inputs, policy=policy(), **SPECULATIVE)
         passes, handle = count_passes(model)
         output = pruned(family, mode, inputs, policy=policy(), **SPECULATIVE, **speculation)
@@ -250,7 +255,7 @@ def assert_speculation_changes_nothing(family: str, name: str, **speculation: An
         for stage, expected in zip(output.pruner.trace, plain.pruner.trace, strict=True):
             assert torch.equal(stage.indices, expected.indices)
         caches = [answer.past_key_values for answer in (output, plain)]
-        assert [caches[0].get_seq_length(n) for n in range(6)] == [caches[1].get_seq_length(n) for n in range(6)]
+        assert lengths_of(caches[0]) == lengths_of(caches[1])
         prompt = inputs["input_ids"].shape[1]
         assert passes[0] > prompt  # it checked a draft in the prompt's own pass
         assert len(passes) < 16  # some of a draft was right
@@ -300,7 +305,7 @@ def test_chunks_behind_the_images(family: str) -> None:
     """Where all images are in the first chunk, the answer is that of one pass."""
     inputs = inputs_of(family)
     size = inputs["input_ids"].shape[1] - 3  # ends in the text behind the images, in every row
-    for mode in MODES:
+    for mode in modes_of(model_of(family)):
         policy = HashPolicy()
         assert_same(pruned(family, mode, inputs, policy=policy, prefill_chunk_size=size), greedy(family, "compact"))
         assert policy.calls == 3
@@ -314,16 +319,18 @@ def test_chunks_behind_the_images(family: str) -> None:
 def test_each_chunk_is_pruned_by_itself(family: str) -> None:
     """Images in different chunks: as if they came in different turns."""
     inputs = inputs_of(family, SINGLE)
-    fill = {"input_ids": 7, "attention_mask": 1, "mm_token_type_ids": 0}  # words in front: both chunks are of one size
-    inputs |= {n: torch.nn.functional.pad(inputs[n], (80, 0), value=v) for n, v in fill.items() if n in inputs}
+    inputs |= {  # words in front: both chunks are of one size
+        n: torch.nn.functional.pad(inputs[n], (80, 0), value=v) for n, v in TOKEN_ARGUMENTS.items() if n in inputs
+    }
     visual = (inputs["input_ids"] == IMAGE_ID)[0].tolist()
     end = visual.index(False, visual.index(True))
     size = visual.index(True, end)  # the first chunk ends before the second image
-    compact, mask = (pruned(family, mode, inputs, prefill_chunk_size=size) for mode in MODES)
-    assert_same(compact, mask)
+    compact, *masks = (pruned(family, mode, inputs, prefill_chunk_size=size) for mode in modes_of(model_of(family)))
+    for mask in masks:
+        assert_same(compact, mask)
     assert compact.pruner.trace[0].num_visual == (sum(visual[size:]),)
     # two tokens of each image reach the last layer
-    assert compact.past_key_values.get_seq_length(5) == visual.count(False) + 4 + NEW_TOKENS - 1
+    assert lengths_of(compact.past_key_values)[-1] == visual.count(False) + 4 + NEW_TOKENS - 1
     unattached = generate(model_of(family), inputs, prefill_chunk_size=size)
     assert (compact.logits[0] - unattached.logits[0]).abs().max() > 0.1
 
@@ -342,17 +349,18 @@ def test_a_chunk_that_cuts_an_image_is_refused(mode: str) -> None:
 def converse(model: Any, family: str, first: tuple, second: tuple | None) -> Any:
     """A second turn on the cache of a first one; ``second`` are the rows of its images, None for text alone."""
     inputs = inputs_of(family, first)
+    fills = {name: fill for name, fill in TOKEN_ARGUMENTS.items() if name != "input_ids"}
     if second is None:
         more = {"input_ids": more_text(inputs)}
-        more |= {"attention_mask": torch.ones_like(more["input_ids"]), "mm_token_type_ids": 0 * more["input_ids"]}
+        more |= {name: torch.full_like(more["input_ids"], fill) for name, fill in fills.items()}
     else:
         more = build_inputs(family, second, seed=5)
     cache = DynamicCache(config=model.config.get_text_config())
     answer = generate(model, inputs, past_key_values=cache, max_new_tokens=3).tokens
-    between = {"input_ids": answer, "attention_mask": torch.ones_like(answer), "mm_token_type_ids": 0 * answer}
+    between = {"input_ids": answer} | {name: torch.full_like(answer, fill) for name, fill in fills.items()}
     whole = {n: torch.cat([inputs[n], part.to(inputs[n]), more[n]], 1) for n, part in between.items() if n in inputs}
     options = {name: value for name, value in more.items() if name not in between} | whole
-    if TINY[family].is_qwen and second is not None:
+    if hasattr(model.base_model, "get_rope_index") and second is not None:
         # generate() would want the grids of all images for the positions, and those of the new ones for the features
         grids = [iter(turn.get("image_grid_thw", ())) for turn in (inputs, more)]
         order = [(turn, image) for rows in zip(first, second, strict=True) for turn in (0, 1) for image in rows[turn]]
@@ -361,6 +369,26 @@ def converse(model: Any, family: str, first: tuple, second: tuple | None) -> Any
         count = (whole["attention_mask"].cumsum(1) - 1).clamp(min=0)
         options["position_ids"] = torch.cat([count[None], place])
     return generate(model, options, past_key_values=cache)
+
+
+def assert_states_go_on(family: str, first: tuple, second: tuple | None) -> None:
+    """Check a second turn where layers keep a state: it goes on where no padding enters that, and is refused else."""
+    model, schedule, inputs = model_of(family), schedule_of(family), inputs_of(family, first)
+    if second is None:
+        with attach(model, HashPolicy(), schedule=schedule):
+            answer, found = generate(model, inputs, max_new_tokens=3).tokens, converse(model, family, first, None)
+        longer = with_answer(with_answer(inputs, answer), more_text(inputs))
+        with by_hand(model, schedule):
+            assert_same(found, generate(model, longer))
+    else:
+        with attach(model, HashPolicy(), schedule=schedule):
+            with pytest.raises(ValueError, match="keeps a state of earlier turns"):
+                converse(model, family, first, second)
+            single = converse(model, family, first[:1], second[-1:])
+        plain = converse(model, family, first[:1], second[-1:])
+        assert (single.logits[0] - plain.logits[0]).abs().max() > 0.1
+        with attach(model, HashPolicy(), schedule=keep_all(family)):
+            assert torch.equal(converse(model, family, first[:1], second[-1:]).logits, plain.logits)
 
 
 NO_IMAGE: tuple = ((), (), ())
@@ -377,6 +405,8 @@ TURNS: dict[str, tuple[tuple, tuple | None]] = {
 def test_second_turn(family: str, kind: str) -> None:
     """A later turn's images are pruned by the same schedule and by themselves; what earlier turns dropped stays so."""
     model, turns = model_of(family), TURNS[kind]
+    if keeps_state(model):
+        return assert_states_go_on(family, *turns)
     results = {}
     for mode in MODES:
         with attach(model, HashPolicy(), schedule=schedule_of(family), mode=mode) as pruner:

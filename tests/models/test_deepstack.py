@@ -29,6 +29,7 @@ from tests.models.tiny_families import (
     text_config,
 )
 from toprl_models import Family, FastV, Schedule, attach, families, register_family
+from toprl_models.probe import decoder_of
 
 BATCH = (("image",), ("image", "image"), ())
 VIDEOS = (("video",), ("image", "video"))
@@ -174,9 +175,7 @@ def model_of(name: str, attn_implementation: str = "sdpa") -> Any:
 def decoder_arguments(model: Any, inputs: dict[str, Any]) -> dict[str, Any]:
     """What the decoder of the unattached model is called with."""
     seen: dict[str, Any] = {}
-    handle = model.get_decoder().register_forward_pre_hook(
-        lambda _, args, kwargs: seen.update(kwargs), with_kwargs=True
-    )
+    handle = decoder_of(model).register_forward_pre_hook(lambda _, args, kwargs: seen.update(kwargs), with_kwargs=True)
     model.base_model(**inputs)
     handle.remove()
     return seen

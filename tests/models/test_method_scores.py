@@ -21,6 +21,7 @@ from toprl_models.methods.oneshot import OneShot
 from toprl_models.methods.pyramiddrop import PyramidDrop
 from toprl_models.methods.random import RandomPolicy
 from toprl_models.methods.sparsevlm import SparseVLM, recycled
+from toprl_models.probe import decoder_of
 
 ROWS = (("image",), ("image", "image"), ())
 # float32 sums of at most 1 in another order
@@ -31,7 +32,7 @@ families = pytest.mark.parametrize("family", FAMILY_NAMES)
 def embeddings_of(model: Any, inputs: dict[str, Tensor]) -> Tensor:
     """What enters layer 0, ``[B, N, d]``."""
     seen = []
-    handle = model.get_decoder().register_forward_pre_hook(
+    handle = decoder_of(model).register_forward_pre_hook(
         lambda _, args, kwargs: seen.append(kwargs["inputs_embeds"]), with_kwargs=True
     )
     model(**inputs)
@@ -82,7 +83,7 @@ def test_score_of_a_later_stage_is_among_the_survivors(family: str, policy: Any,
     with attach(model, policy, schedule=Schedule(((2, 0.5), (4, 0.25)))) as pruner:
         model(**inputs)
     weights = []
-    layer = model.get_decoder().layers[4 - lag]
+    layer = decoder_of(model).layers[4 - lag]
     handle = layer.self_attn.register_forward_hook(lambda _, args, output: weights.append(output[1]))
     masked_by_hand(model, inputs, pruner.trace[:1])
     handle.remove()
@@ -97,7 +98,7 @@ def test_pyramiddrop_scores_renumbered_survivors() -> None:
     with attach(model, PyramidDrop(), schedule=Schedule(((0, 0.5), (2, 0.25)))) as pruner:
         model(**inputs)
     alive = kept_slots(inputs, pruner.trace[0])[0]
-    short = model.get_decoder()(inputs_embeds=embeddings[:, alive], output_attentions=True)
+    short = decoder_of(model)(inputs_embeds=embeddings[:, alive], output_attentions=True)
     assert_scores(pruner, 1, [last_row(short.attentions[2][0], visual_mask(inputs)[0][alive])])
 
 
@@ -161,7 +162,7 @@ def sparsevlm_by_hand(
     model: Any, inputs: dict[str, Tensor], keeps: dict[int, int], recycle: bool
 ) -> tuple[Tensor, list[int]]:
     """Last logits and the tokens behind each stage, layer by layer, for one prompt with one image."""
-    decoder = model.get_decoder()
+    decoder = decoder_of(model)
     embeddings = embeddings_of(model, inputs)[0]
     visual = visual_mask(inputs)[0].nonzero().flatten()
     first, count = int(visual[0]), len(visual)

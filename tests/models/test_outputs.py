@@ -9,14 +9,16 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 from transformers import LlavaForConditionalGeneration
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from tests.models.agreement import schedule_of
+from tests.models.agreement import modes_of, schedule_of
 from tests.models.conftest import HashPolicy
 from tests.models.features import feature
-from tests.models.tiny_families import TINY, build_inputs, build_model, visual_mask
+from tests.models.tiny_families import build_inputs, build_model, tiny_family, visual_mask
 from toprl_models import Decision, Policy, Pruner, Schedule, attach
+from toprl_models.probe import decoder_of
 
 ROWS = (("image",), ("image", "image"), ())
 TOLERANCE = {"atol": 1e-4, "rtol": 1e-4}
@@ -54,6 +56,8 @@ def survivors(pruner: Pruner, inputs: dict[str, Tensor]) -> Tensor:
 @pytest.mark.parametrize("mode", MODES)
 def test_logits_to_keep_counts_and_picks_positions_of_the_prompt(family: str, mode: str) -> None:
     model, inputs = shared_model(family), build_inputs(family, ROWS)
+    if mode not in modes_of(model):
+        return
     plain = model(**inputs).logits
     picked = torch.tensor([0, 7, plain.shape[1] - 1])
     with attach(model, HashPolicy(), schedule=schedule_of(family), mode=mode):
@@ -81,8 +85,8 @@ def test_the_loss_leaves_out_what_concerns_dropped_tokens(family: str, labelled:
     labels = ids.masked_fill(~wanted.get(labelled, valid), -100)
     plain = model(**inputs, labels=labels).loss
     shifted = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
-    loss = {}
-    for mode in MODES:
+    loss, modes = {}, modes_of(model)
+    for mode in modes:
         with attach(model, HashPolicy(), schedule=schedule_of(family), mode=mode) as pruner:
             output = model(**inputs, labels=labels)
             alive = survivors(pruner, inputs)
@@ -96,7 +100,7 @@ def test_the_loss_leaves_out_what_concerns_dropped_tokens(family: str, labelled:
             summed = model(**inputs, labels=labels, num_items_in_batch=int(counted.sum())).loss
             torch.testing.assert_close(summed, output.loss, **TOLERANCE)
             loss[mode] = output.loss
-    torch.testing.assert_close(loss["compact"], loss["mask"], **TOLERANCE)
+    torch.testing.assert_close(loss["compact"], loss[modes[-1]], **TOLERANCE)
     assert (loss["compact"] - plain).abs() > 0.01
     torch.testing.assert_close(model(**inputs, labels=labels).loss, plain)
 
@@ -139,8 +143,8 @@ def test_labels_that_are_not_one_per_token_are_refused() -> None:
 def test_hidden_states_lie_at_the_places_of_the_prompt(family: str) -> None:
     model, inputs = shared_model(family), build_inputs(family, ROWS)
     plain = model(**inputs, output_hidden_states=True).hidden_states
-    found, valid = {}, inputs["attention_mask"].bool()
-    for mode in MODES:
+    found, valid, modes = {}, inputs["attention_mask"].bool(), modes_of(model)
+    for mode in modes:
         with attach(model, HashPolicy(), schedule=schedule_of(family), mode=mode) as pruner:
             found[mode] = model(**inputs, output_hidden_states=True).hidden_states
             last = model.base_model(**inputs).last_hidden_state
@@ -154,7 +158,7 @@ def test_hidden_states_lie_at_the_places_of_the_prompt(family: str) -> None:
     for number, states in enumerate(found["compact"]):
         assert states.shape == plain[number].shape
         alive = alive_at(pruner, inputs, number - 1)
-        torch.testing.assert_close(states[alive], found["mask"][number][alive], **TOLERANCE)
+        torch.testing.assert_close(states[alive], found[modes[-1]][number][alive], **TOLERANCE)
         assert number == 0 or not states[valid & ~alive].any()  # zeros in place of dropped tokens
     assert (valid & ~alive).any()
     assert (found["compact"][-1] - plain[-1])[alive].abs().max() > 0.1
@@ -192,7 +196,7 @@ def test_attention_weights_are_those_among_the_survivors(family: str) -> None:
     model, inputs = shared_model(family, "eager"), build_inputs(family, ROWS)
     with attach(model, HashPolicy(), schedule=schedule_of(family)) as pruner:
         found = model(**inputs, output_attentions=True).attentions
-    layers = model.get_decoder().layers
+    layers = decoder_of(model).layers
     handles = [
         layer.register_forward_pre_hook(MaskedColumns(alive_at(pruner, inputs, index)), with_kwargs=True)
         for index, layer in enumerate(layers)
@@ -216,6 +220,8 @@ def test_attention_weights_are_those_among_the_survivors(family: str) -> None:
 @feature("output_attentions")
 def test_mask_mode_has_no_attention_weights_to_give(family: str) -> None:
     model, inputs = shared_model(family, "eager"), build_inputs(family)
+    if "mask" not in modes_of(model):
+        return
     with (
         attach(model, HashPolicy(), schedule=schedule_of(family), mode="mask"),
         pytest.raises(ValueError, match=r'output_attentions=True.*mode="compact"'),
@@ -243,29 +249,30 @@ class Soft(Policy):
         return Decision(mask.detach(), mask)
 
 
-def in_float64(model: Any) -> Any:
-    """The model in float64 throughout: transformers' RMSNorm casts to float32, too coarse for finite differences."""
+class InFloat64(TorchFunctionMode):
+    """Computes in float64 what models cast to float32, as in RMSNorm: too coarse for finite differences."""
 
-    def forward(norm: Any, states: Tensor) -> Tensor:
-        return norm.weight * states * torch.rsqrt(states.square().mean(-1, keepdim=True) + norm.variance_epsilon)
-
-    for module in model.double().get_decoder().modules():
-        if type(module).__name__.endswith("RMSNorm"):
-            module.forward = functools.partial(forward, module)
-    return model
+    def __torch_function__(
+        self, function: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if function is Tensor.float:
+            function = Tensor.double
+        args = tuple(torch.float64 if arg is torch.float32 else arg for arg in args)
+        kwargs = {name: torch.float64 if arg is torch.float32 else arg for name, arg in (kwargs or {}).items()}
+        return function(*args, **kwargs)
 
 
 @feature("gradient of the keep mask")
 def test_the_mask_gradient_is_that_of_finite_differences(family: str) -> None:
-    model, inputs = in_float64(build_model(family)), build_inputs(family)
+    model, inputs = build_model(family).double(), build_inputs(family)
     inputs = {name: value.double() if value.is_floating_point() else value for name, value in inputs.items()}
     count = int(visual_mask(inputs).sum())
     first = torch.tensor([1.0, 0.0, 0.3, 0.8], dtype=torch.float64).repeat(count)[:count]
     second = torch.tensor([0.4, 0.0, 0.0, 1.0], dtype=torch.float64).repeat(count)[:count]
-    schedule = Schedule(((TINY[family].min_stage, 1.0), (4, 1.0)))
+    schedule = Schedule(((tiny_family(family).min_stage, 1.0), (4, 1.0)))
 
     def value(masks: list[Tensor]) -> Tensor:
-        with attach(model, Soft([mask[None] for mask in masks]), schedule=schedule, mode="mask"):
+        with InFloat64(), attach(model, Soft([mask[None] for mask in masks]), schedule=schedule, mode="mask"):
             return model(**inputs).logits[0, -1].log_softmax(-1)[5]
 
     leaves = [first.requires_grad_(), second.requires_grad_()]
@@ -306,6 +313,8 @@ def trained(
 @pytest.mark.parametrize(("mode", "use_reentrant"), [("compact", False), ("compact", True), ("mask", False)])
 def test_checkpointing_changes_no_gradient(family: str, mode: str, use_reentrant: bool) -> None:
     inputs = build_inputs(family, (("image",), ("image", "image")))
+    if mode not in modes_of(shared_model(family)):
+        return
     outcome = []
     for checkpointing in (False, True):
         model = build_model(family).train().requires_grad_(True)
@@ -329,11 +338,13 @@ def test_checkpointing_changes_no_gradient(family: str, mode: str, use_reentrant
 @feature("gradient checkpointing")
 def test_checkpointing_carries_the_gradient_of_the_keep_mask(family: str) -> None:
     inputs, gradients = build_inputs(family), []
+    if "mask" not in modes_of(shared_model(family)):
+        return
     count = int(visual_mask(inputs).sum())
     for checkpointing in (False, not REPEATS_HOOKS):
         model = build_model(family).train().requires_grad_(True)
         mask = torch.tensor([1.0, 0.0, 0.3]).repeat(count)[:count][None].requires_grad_()
-        schedule = Schedule(((TINY[family].min_stage, 1.0),))
+        schedule = Schedule(((tiny_family(family).min_stage, 1.0),))
         with attach(model, Soft([mask]), schedule=schedule, mode="mask"):
             trained(model, inputs, checkpointing)
         gradients.append(mask.grad)
@@ -354,6 +365,8 @@ def encode(model: Any, inputs: dict[str, Tensor]) -> tuple[Any, dict[str, Tensor
 @pytest.mark.parametrize("mode", MODES)
 def test_vision_features_serve_several_generations(family: str, mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model, inputs = shared_model(family), build_inputs(family, ROWS)
+    if mode not in modes_of(model):
+        return
     calls, original = [], type(model.base_model).get_image_features
     monkeypatch.setattr(
         type(model.base_model),

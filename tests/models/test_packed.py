@@ -14,7 +14,8 @@ from tests.models.agreement import model_of
 from tests.models.conftest import HashPolicy
 from tests.models.features import feature
 from tests.models.test_prompt_end import READERS, conditioned
-from tests.models.tiny_families import PAD_ID, TINY, build_inputs, build_model, visual_mask
+from tests.models.tiny_families import PAD_ID, TOKEN_ARGUMENTS, build_inputs, build_model, tiny_family, visual_mask
+from tests.models.zoo.idefics import by_row
 from toprl_models import FastV, Policy, PyramidDrop, Schedule, attach
 
 ROWS = (("image",), ("image", "image"), (), ("image",))
@@ -37,19 +38,26 @@ def alone(family: str) -> list[dict[str, Tensor]]:
     return [build_inputs(family, (row,), seed=number) for number, row in enumerate(ROWS)]
 
 
+def takes_rows(family: str) -> bool:
+    """Tell whether images come row by row, padded with empty ones, as in SmolVLM."""
+    return tiny_family(family).finish is by_row
+
+
 def packed(family: str, model: Any, told_by: str) -> dict[str, Any]:
     """The same prompts in one row."""
     prompts = alone(family)
     lengths = [prompt["input_ids"].shape[1] for prompt in prompts]
     inputs: dict[str, Any] = {"input_ids": torch.cat([prompt["input_ids"] for prompt in prompts], 1)}
     for name in dict.fromkeys(name for prompt in prompts for name in prompt if name not in ("input_ids",)):
-        if name in ("attention_mask", "mm_token_type_ids"):
+        if name in TOKEN_ARGUMENTS:
             inputs[name] = torch.cat([prompt[name] for prompt in prompts], 1)
         else:
-            inputs[name] = torch.cat([prompt[name] for prompt in prompts if name in prompt])
+            parts = [prompt[name] for prompt in prompts if name in prompt]
+            # [images, channels, height, width], or with an axis of rows in front
+            inputs[name] = torch.cat(parts, 1 if name == "pixel_values" and takes_rows(family) else 0)
     del inputs["attention_mask"]
     positions = torch.cat([torch.arange(length) for length in lengths])[None]
-    if TINY[family].is_qwen:  # planes of M-RoPE, and the text's in front of them
+    if hasattr(model.base_model, "get_rope_index"):  # planes of M-RoPE, and the text's in front of them
         planes = [
             model.base_model.get_rope_index(
                 prompt["input_ids"],

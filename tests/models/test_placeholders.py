@@ -7,7 +7,7 @@ import torch
 
 from tests.models.agreement import model_of, schedule_of
 from tests.models.conftest import HashPolicy
-from tests.models.tiny_families import FAMILY_NAMES, IMAGE_ID, TINY, VIDEO_ID, build_inputs, visual_mask
+from tests.models.tiny_families import FAMILY_NAMES, IMAGE_ID, VIDEO_ID, build_inputs, tiny_family, visual_mask
 from toprl_models import attach
 from toprl_models.runtime.prompt import find_placeholders
 
@@ -30,7 +30,7 @@ def test_a_prompt_of_embeddings_is_pruned_as_its_ids_are(family):
 
 @pytest.mark.parametrize("family", FAMILY_NAMES)
 def test_placeholders_among_embeddings_are_told_apart_by_id(family):
-    model, kinds = model_of(family), ("image", "video") if TINY[family].video else ("image",)
+    model, kinds = model_of(family), ("image", "video") if tiny_family(family).video else ("image",)
     ids = build_inputs(family, (kinds, ("image",)))["input_ids"]
     embed = model.get_input_embeddings()
     for wanted in ((IMAGE_ID,), (VIDEO_ID,), (IMAGE_ID, VIDEO_ID)):

@@ -12,7 +12,7 @@ from transformers import DynamicCache
 from tests.models.agreement import model_of
 from tests.models.conftest import HashPolicy
 from tests.models.features import feature
-from tests.models.generating import BATCH, generate, inputs_of
+from tests.models.generating import BATCH, generate, inputs_of, with_answer
 from tests.models.tiny_families import HIDDEN_SIZE, IMAGE_ID, VIDEO_ID, build_inputs, build_model
 from toprl_models import FastV, OneShot, PyramidDrop, RandomPolicy, Schedule, SparseVLM, TopRLPolicy, attach
 
@@ -31,17 +31,6 @@ readers = pytest.mark.parametrize("reader", READERS)
 
 def schedule(keep: int = 4) -> Schedule:
     return Schedule(((3, keep),))
-
-
-def with_answer(inputs: dict[str, Tensor], words: Any) -> dict[str, Tensor]:
-    """Append an answer, ``words`` [n] or [B, n], to every row."""
-    answer = torch.as_tensor(words).expand(len(inputs["input_ids"]), -1)
-    longer = dict(inputs)
-    for name, fill in (("input_ids", answer), ("attention_mask", 1), ("mm_token_type_ids", 0)):
-        if name in inputs:
-            addition = torch.as_tensor(fill).expand(answer.shape).to(inputs[name].dtype)
-            longer[name] = torch.cat([inputs[name], addition], 1)
-    return longer
 
 
 def labels_of(inputs: dict[str, Tensor], length: int) -> Tensor:

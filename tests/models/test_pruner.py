@@ -10,6 +10,7 @@ import torch
 from tests.models.conftest import BATCHES, HashPolicy
 from tests.models.tiny_families import IMAGE_ID, build_inputs, build_model
 from toprl_models import FastV, Policy, PyramidDrop, RandomPolicy, Schedule, TopRLPolicy, attach
+from toprl_models.probe import decoder_of
 
 SCHEDULE = Schedule(((1, 0.5), (3, 0.25), (4, 2)))
 KEEP_ALL = Schedule(((1, 1.0), (4, 1.0)))
@@ -161,11 +162,11 @@ def test_pyramiddrop_scores_use_the_layer_that_comes_next(model):
     with attach(model, PyramidDrop(), schedule=Schedule(((3, 0.5),))) as pruner:
         model(**inputs)
     output = model(**inputs, output_hidden_states=True).hidden_states[3]
-    layer = model.get_decoder().layers[3]
+    layer = decoder_of(model).layers[3]
     normed = layer.input_layernorm(output)
     query = layer.self_attn.q_proj(normed).view(1, -1, 4, 16).transpose(1, 2)
     key = layer.self_attn.k_proj(normed).view(1, -1, 2, 16).transpose(1, 2)
-    rotary = model.get_decoder().rotary_emb(normed, torch.arange(normed.shape[1])[None])
+    rotary = decoder_of(model).rotary_emb(normed, torch.arange(normed.shape[1])[None])
     query, key = (
         apply_rotary_pos_emb(query, repeat_kv(key, 2), *rotary)[0],
         apply_rotary_pos_emb(key, key, *rotary)[1],

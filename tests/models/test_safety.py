@@ -16,6 +16,7 @@ from tests.models.conftest import HashPolicy
 from tests.models.test_outputs import MODES, ROWS, Soft, shared_model
 from tests.models.tiny_families import FAMILY_NAMES, build_inputs, build_model, visual_mask
 from toprl_models import FastV, Schedule, attach
+from toprl_models.probe import decoder_of
 
 
 def answer(model: Any, inputs: dict[str, Tensor], **options: Any) -> Tensor:
@@ -217,8 +218,8 @@ def break_once(module: torch.nn.Module, error: BaseException, at_call: int = 1) 
 
 PLACES = {
     "vision tower": lambda model: (model.model.vision_tower, 1),
-    "last layer of the prompt": lambda model: (model.get_decoder().layers[-1], 1),
-    "decoding": lambda model: (model.get_decoder().layers[3], 4),
+    "last layer of the prompt": lambda model: (decoder_of(model).layers[-1], 1),
+    "decoding": lambda model: (decoder_of(model).layers[3], 4),
     "head": lambda model: (model.lm_head, 2),
 }
 
@@ -289,7 +290,7 @@ def test_a_wrapper_that_runs_layers_again_is_refused() -> None:
     from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
     model, inputs = build_model().train().requires_grad_(True), build_inputs()
-    layers = model.get_decoder().layers
+    layers = decoder_of(model).layers
     with attach(model, HashPolicy(), schedule=schedule_of("llava")):
         layers[3] = checkpoint_wrapper(layers[3])
         loss = model(**inputs, labels=inputs["input_ids"], use_cache=False).loss
@@ -301,7 +302,7 @@ def test_a_layer_that_is_called_alone_is_refused() -> None:
     model = shared_model("llava")
     states, tables = torch.randn(1, 4, 64), (torch.ones(1, 4, 16), torch.zeros(1, 4, 16))
     call = {"position_embeddings": tables, "attention_mask": None}
-    layer = model.get_decoder().layers[2]
+    layer = decoder_of(model).layers[2]
     with attach(model, HashPolicy(), schedule=schedule_of("llava")) as pruner:
         with pytest.raises(RuntimeError, match=r"ran outside of the model's forward pass.*detach\(\)"):
             layer(states, **call)
@@ -311,7 +312,7 @@ def test_a_layer_that_is_called_alone_is_refused() -> None:
 
 def test_dropout_is_refused_in_mask_mode() -> None:
     model, inputs = build_model(), build_inputs()
-    for layer in model.get_decoder().layers:
+    for layer in decoder_of(model).layers:
         layer.self_attn.attention_dropout = 0.1
     with attach(model, HashPolicy(), schedule=schedule_of("llava"), mode="mask"):
         model(**inputs)

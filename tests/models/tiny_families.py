@@ -21,6 +21,8 @@ NUM_LAYERS = 6
 HIDDEN_SIZE = 64
 
 Rows = Sequence[Sequence[str]]
+# arguments with a number for each token, and what text that comes later has there
+TOKEN_ARGUMENTS = {"input_ids": FIRST_WORD, "attention_mask": 1, "mm_token_type_ids": 0, "token_type_ids": 0}
 
 
 @dataclass
@@ -341,11 +343,37 @@ TINY = {
     "internvl": TinyFamily(internvl, internvl_image, internvl_video),
 }
 FAMILY_NAMES = list(TINY)
+# further families of the matrix, by transformers' model type: classes whose tiny models are in tests.models.zoo
+MORE_FAMILIES = {
+    "qwen2_vl": "Qwen2VLForConditionalGeneration",
+    "qwen3_vl_moe": "Qwen3VLMoeForConditionalGeneration",
+    "qwen3_5": "Qwen3_5ForConditionalGeneration",
+    "qwen3_5_moe": "Qwen3_5MoeForConditionalGeneration",
+    "gemma3": "Gemma3ForConditionalGeneration",
+    "gemma4": "Gemma4ForConditionalGeneration",
+    "paligemma": "PaliGemmaForConditionalGeneration",
+    "mistral3": "Mistral3ForConditionalGeneration",
+    "llama4": "Llama4ForConditionalGeneration",
+    "glm4v": "Glm4vForConditionalGeneration",
+    "glm46v": "Glm46VForConditionalGeneration",
+    "idefics3": "Idefics3ForConditionalGeneration",
+    "smolvlm": "SmolVLMForConditionalGeneration",
+    "lfm2_vl": "Lfm2VlForConditionalGeneration",
+    "ovis2": "Ovis2ForConditionalGeneration",
+    "minicpmv4_6": "MiniCPMV4_6ForConditionalGeneration",
+    "paddleocr_vl": "PaddleOCRVLForConditionalGeneration",
+}
 
 
 def tiny_family(family: str | TinyFamily) -> TinyFamily:
-    """Look a supported family up; any other one is passed as a TinyFamily."""
-    return family if isinstance(family, TinyFamily) else TINY[family]
+    """Look a family of the matrix up; any other one is passed as a TinyFamily."""
+    if isinstance(family, TinyFamily):
+        return family
+    if family in TINY:
+        return TINY[family]
+    from tests.models.zoo import ZOO  # which takes its parts from here
+
+    return ZOO[MORE_FAMILIES[family]]
 
 
 def build_model(family: str | TinyFamily = "llava", attn_implementation: str | None = None, seed: int = 0) -> Any:
@@ -360,6 +388,8 @@ def build_model(family: str | TinyFamily = "llava", attn_implementation: str | N
     model.set_attn_implementation({place: implementation})
     model.generation_config.eos_token_id = None  # random models must not stop early
     model.generation_config.pad_token_id = PAD_ID
+    if family in MORE_FAMILIES:  # nor answer with a placeholder, which would want an image
+        model.generation_config.suppress_tokens = [IMAGE_ID, VIDEO_ID]
     model.requires_grad_(False)
     return model
 
@@ -368,6 +398,11 @@ def build_inputs(
     family: str | TinyFamily = "llava", rows: Rows = (("image",),), seed: int = 0, padding_side: str = "left"
 ) -> dict[str, Tensor]:
     """Arguments of forward() and generate(): one prompt per row; lengths differ, shorter prompts are padded."""
+    return assemble(tiny_family(family), *parts_of(family, rows, seed), rows, padding_side)
+
+
+def parts_of(family: str | TinyFamily, rows: Rows, seed: int = 0) -> tuple[list[list[int]], list[list[Item]]]:
+    """Ids and items of each row."""
     tiny = tiny_family(family)
     generator = torch.Generator().manual_seed(seed)
 
@@ -375,19 +410,27 @@ def build_inputs(
         return torch.randint(FIRST_WORD, LAST_WORD + 1, (n,), generator=generator).tolist()
 
     prompts: list[list[int]] = []
-    items: list[Item] = []
+    items: list[list[Item]] = []
     for number, row in enumerate(rows):
         ids = [BOS_ID, *words(2 + number)]
+        items.append([])
         for kind in row:
+            count = sum(map(len, items))
             if kind == "image":
-                item = tiny.image(len(items), list(row).count("image") == 1, generator)
+                item = tiny.image(count, list(row).count("image") == 1, generator)
             else:
                 assert tiny.video is not None, f"{family} has no video"
-                item = tiny.video(len(items), generator)
-            items.append(item)
+                item = tiny.video(count, generator)
+            items[-1].append(item)
             ids += [*item.ids, *words(2)]
         prompts.append(ids + words(3 + 2 * number))
+    return prompts, items
 
+
+def assemble(
+    tiny: TinyFamily, prompts: list[list[int]], items: list[list[Item]], rows: Rows, padding_side: str = "left"
+) -> dict[str, Tensor]:
+    """Pad prompts to a batch and lay the tensors of their items one behind the other."""
     length = max(map(len, prompts))
     ids = torch.full((len(prompts), length), PAD_ID)
     mask = torch.zeros_like(ids)
@@ -396,8 +439,9 @@ def build_inputs(
         ids[number, place] = torch.tensor(prompt)
         mask[number, place] = 1
     inputs = {"input_ids": ids, "attention_mask": mask}
-    for name in dict.fromkeys(name for item in items for name in item.tensors):
-        inputs[name] = torch.cat([item.tensors[name] for item in items if name in item.tensors])
+    tensors = [item.tensors for row in items for item in row]
+    for name in dict.fromkeys(name for item in tensors for name in item):
+        inputs[name] = torch.cat([item[name] for item in tensors if name in item])
     if tiny.is_qwen:
         inputs["mm_token_type_ids"] = (ids == IMAGE_ID).int() + 2 * (ids == VIDEO_ID).int()
     if tiny.counts_images and "pixel_values" in inputs:

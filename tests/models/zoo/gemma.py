@@ -38,8 +38,8 @@ def gemma3():
 
     config = Gemma3Config(
         text_config=Gemma3TextConfig(**gemma_text()),
-        vision_config=SiglipVisionConfig(**vision_config(), vision_use_head=False),
-        mm_tokens_per_image=4,
+        vision_config=SiglipVisionConfig(**vision_config(patch_size=4), vision_use_head=False),
+        mm_tokens_per_image=16,
         image_token_index=IMAGE_ID,
         boi_token_index=VISION_START_ID,
         eoi_token_index=VISION_END_ID,
@@ -198,7 +198,7 @@ def gemma4_unified_image(number: int, alone: bool, generator: torch.Generator) -
 
 
 ZOO = {
-    "Gemma3ForConditionalGeneration": TinyFamily(gemma3, image_of(4), finish=with_token_types),
+    "Gemma3ForConditionalGeneration": TinyFamily(gemma3, image_of(16), finish=with_token_types),
     "Gemma3nForConditionalGeneration": TinyFamily(gemma3n, image_of(16)),
     "Gemma4ForConditionalGeneration": TinyFamily(gemma4, gemma4_image, is_qwen=True),
     "Gemma4ForConditionalGeneration+per_layer_inputs": TinyFamily(

@@ -67,7 +67,7 @@ def idefics3():
 
     config = Idefics3Config(
         text_config=LlamaConfig(**text_config()),
-        vision_config=vision_config(),
+        vision_config=vision_config(patch_size=4),
         image_token_id=IMAGE_ID,
         scale_factor=2,
         pad_token_id=PAD_ID,
@@ -181,5 +181,5 @@ ZOO = {
         granite_docling, image_of(4), min_stage=2, finish=with_real_tiles
     ),
     "Idefics2ForConditionalGeneration": TinyFamily(idefics2, image_of(8), finish=by_row),
-    "Idefics3ForConditionalGeneration": TinyFamily(idefics3, image_of(4), finish=by_row),
+    "Idefics3ForConditionalGeneration": TinyFamily(idefics3, image_of(16), finish=by_row),
 }

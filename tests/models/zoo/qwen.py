@@ -167,9 +167,7 @@ ZOO = {
     "Qwen2VLForConditionalGeneration": TinyFamily(qwen2_vl, qwen_image, qwen2_5_vl_video, is_qwen=True),
     "Qwen2_5_VLForConditionalGeneration": TINY["qwen2_5_vl"],
     "Qwen3VLForConditionalGeneration": TINY["qwen3_vl"],
-    "Qwen3VLMoeForConditionalGeneration": TinyFamily(
-        qwen3_vl_moe, qwen_image, qwen3_vl_video, min_stage=2, is_qwen=True
-    ),
+    "Qwen3VLMoeForConditionalGeneration": TinyFamily(qwen3_vl_moe, qwen_image, qwen3_vl_video, is_qwen=True),
     "Qwen3_5ForConditionalGeneration": TinyFamily(qwen3_5, qwen_image, qwen3_vl_video, is_qwen=True),
     "Qwen3_5MoeForConditionalGeneration": TinyFamily(qwen3_5_moe, qwen_image, qwen3_vl_video, is_qwen=True),
     "Qwen4ExpForConditionalGeneration": TinyFamily(qwen4_exp, qwen_image, qwen3_vl_video, is_qwen=True),

@@ -214,7 +214,7 @@ def unlimited_ocr(sliding_window: int = 500) -> Any:
 def smolvlm() -> Any:
     config = transformers.SmolVLMConfig(
         text_config=transformers.LlamaConfig(**text_config()),
-        vision_config=vision_config(),
+        vision_config=vision_config(patch_size=4),
         image_token_id=IMAGE_ID,
         scale_factor=2,
         pad_token_id=PAD_ID,
@@ -257,7 +257,7 @@ ZOO = {
     "Step3p7ForConditionalGeneration": TinyFamily(step3p7, step3p7_image),
     "UnlimitedOcrForConditionalGeneration": TinyFamily(unlimited_ocr, image_of(21, 1, 3, 64, 64)),
     "UnlimitedOcrForConditionalGeneration+window": TinyFamily(lambda: unlimited_ocr(2), image_of(21, 1, 3, 64, 64)),
-    "SmolVLMForConditionalGeneration": TinyFamily(smolvlm, image_of(4), finish=by_row),
+    "SmolVLMForConditionalGeneration": TinyFamily(smolvlm, image_of(16), finish=by_row),
     "PaliGemmaForConditionalGeneration+gemma2": TinyFamily(
         paligemma_2, tiles(16), finish=paligemma_finish, attn_implementation="eager"
     ),
