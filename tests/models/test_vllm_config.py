@@ -148,8 +148,12 @@ def test_a_method_that_reads_the_question():
 
 def test_models_that_do_not_fit(tmp_path):
     config = build_model("qwen2_5_vl").config
-    with pytest.raises(ValueError, match=r"method='visionzip', keep=0.5: .*has no class token"):
+    with pytest.raises(ValueError, match=r"method='visionzip' .*a CLIP tower only, not in qwen2_5_vl"):
         PruningOptions("visionzip", 0.5).prepare(config)
+    siglip = build_model("llava").config
+    siglip.vision_config.model_type = "siglip_vision_model"
+    with pytest.raises(ValueError, match="not in llava with siglip_vision_model: choose another method"):
+        PruningOptions("fastervlm", 0.5).prepare(siglip)
     folder = policy_folder(tmp_path, tiny.load()[0], [0])
     with pytest.raises(ValueError, match="policy: trained for"):
         PruningOptions("toprl", 0.5, folder).prepare(config)

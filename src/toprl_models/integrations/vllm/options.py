@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from toprl_models.integrations.lmms_eval import load_policy, skeleton
-from toprl_models.methods._tower import ClassTokenPolicy
+from toprl_models.methods._tower import TowerPolicy
 from toprl_models.methods.toprl import TopRLPolicy
 from toprl_models.plugins import files_of
 from toprl_models.policy import Policy
@@ -137,6 +137,14 @@ class PruningOptions:
             )
         if reason := why_not(policy):
             raise ValueError(f"{KEY}: method={self.method!r} {reason}; methods that can: {', '.join(possible())}")
+        tower = getattr(getattr(config, "vision_config", None), "model_type", None)
+        is_readable = config.model_type in ("llava", "llava_next") and tower == "clip_vision_model"
+        if isinstance(getattr(policy, "policy", policy), TowerPolicy) and not is_readable:
+            raise ValueError(
+                f"{KEY}: method={self.method!r} reads attention inside the vision tower, which the plug-in finds in "
+                f"LLaVA-1.5 and LLaVA-NeXT with a CLIP tower only, not in {config.model_type} with {tower}: choose "
+                "another method, such as divprune"
+            )
         model = skeleton(config)
         try:
             attach(model, policy, schedule=self.schedule).detach()
@@ -154,7 +162,7 @@ def why_not(policy: Policy) -> str:
             "reads the question, but vLLM encodes images apart (an own class says uses_text = False where it is blind)"
         )
     inner = getattr(policy, "policy", policy)
-    if type(inner).hooks is not Policy.hooks and not isinstance(inner, ClassTokenPolicy | TopRLPolicy):
+    if type(inner).hooks is not Policy.hooks and not isinstance(inner, TopRLPolicy | TowerPolicy):
         return "hooks modules of transformers, which vLLM does not have"
     return ""
 

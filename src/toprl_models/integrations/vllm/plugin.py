@@ -20,7 +20,7 @@ from toprl_models.integrations.vllm.options import (
     is_tested,
     options_of,
 )
-from toprl_models.methods._tower import ClassTokenPolicy
+from toprl_models.methods._tower import TowerPolicy
 from toprl_models.policy import Policy
 
 logger = init_logger("vllm.toprl")
@@ -88,7 +88,7 @@ def refuse(vllm_config: VllmConfig, policy: Policy, original: bool) -> None:
     model, parallel = vllm_config.model_config, vllm_config.parallel_config
     multimodal, lora = model.multimodal_config, vllm_config.lora_config
     inner = getattr(policy, "policy", policy)
-    by_class_token = isinstance(inner, ClassTokenPolicy)
+    reads_tower = isinstance(inner, TowerPolicy)
     shards_tower = parallel.tensor_parallel_size > 1
     wrong: dict[str, Any] = {
         "--runner pooling": model.runner_type != "generate",
@@ -96,7 +96,7 @@ def refuse(vllm_config: VllmConfig, policy: Policy, original: bool) -> None:
         "--video-pruning-rate": multimodal.video_pruning_rate,
         "cudagraph_mm_encoder": vllm_config.compilation_config.cudagraph_mm_encoder,
         "enable_tower_connector_lora": lora is not None and lora.enable_tower_connector_lora,
-        "--tensor-parallel-size above 1 (the class token's attention is split)": by_class_token and shards_tower,
+        "--tensor-parallel-size above 1 (the class token's attention is split)": reads_tower and shards_tower,
         "--pipeline-parallel-size above 1 (positions)": original and parallel.pipeline_parallel_size > 1,
         "--speculative-config (positions)": original and vllm_config.speculative_config is not None,
     }

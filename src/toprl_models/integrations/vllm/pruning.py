@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from toprl_models.integrations.vllm.options import PruningOptions
-from toprl_models.methods._tower import ClassTokenPolicy
+from toprl_models.methods._tower import TowerPolicy
 from toprl_models.methods.toprl import TopRLPolicy
 from toprl_models.policy import Policy, StageContext
 from toprl_models.runtime.compact import top_mask
@@ -43,7 +43,7 @@ class ImagePruning:
             inner.to(device).eval()
         if isinstance(inner, TopRLPolicy):
             inner.fold(dtype, 0)
-        if isinstance(inner, ClassTokenPolicy):
+        if isinstance(inner, TowerPolicy):
             from toprl_models.integrations.vllm.tower import TowerReader
 
             inner._reader = TowerReader(model)
