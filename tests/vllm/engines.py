@@ -46,7 +46,7 @@ def engine(folder: Path, options: dict[str, Any] | None = None, **settings: Any)
         model=str(folder),
         dtype="float32",
         max_logprobs=-1,
-        limit_mm_per_prompt={"image": 2, "video": 0},
+        limit_mm_per_prompt={"image": 2},
         additional_config={} if options is None else {"toprl": options},
         **settings,
     )
