@@ -227,15 +227,15 @@ def test_nothing_stays_behind(policy, family):
     with attach(model, chosen, schedule=schedule(0.5)) as pruner:
         recorder = chosen._recorder if policy is Downsample else chosen._reader._recorder
         model(**inputs)
-        assert recorder._seen == {}
+        assert recorder.seen == {}
         model.generate(**inputs, max_new_tokens=2)
-        assert recorder._seen == {}
+        assert recorder.seen == {}
         with pruner.disabled():
             model(**inputs)
-        assert recorder._seen == {}
+        assert recorder.seen == {}
         until_image = cut(inputs, int(visual_mask(inputs).any(0).nonzero().max()) + 1)
         model(**until_image)  # the question does not matter
-        assert recorder._seen == {} and sum(pruner.trace[0].counts) < sum(pruner.trace[0].num_visual)
+        assert recorder.seen == {} and sum(pruner.trace[0].counts) < sum(pruner.trace[0].num_visual)
     assert "pack_image_features" not in vars(model.base_model)
     hooks_after = [(len(module._forward_hooks), len(module._forward_pre_hooks)) for module in model.modules()]
     # transformers installs hooks of its own at the first call, and leaves them

@@ -46,7 +46,7 @@ def engine(folder: Path, options: dict[str, Any] | None = None, **settings: Any)
         model=str(folder),
         dtype="float32",
         max_logprobs=-1,
-        limit_mm_per_prompt={"image": 2, "video": 0},
+        limit_mm_per_prompt={"image": 2},
         additional_config={} if options is None else {"toprl": options},
         **settings,
     )
@@ -114,7 +114,10 @@ def by_attach(model: Any, processor: Any, request: Request, options: dict[str, A
 def _inputs(processor: Any, request: Request) -> dict[str, Tensor]:
     if not request.images:
         return processor.tokenizer(request.text, return_tensors="pt", return_token_type_ids=False)
-    return processor(images=list(request.images), text=request.text, return_tensors="pt")
+    inputs = processor(images=list(request.images), text=request.text, return_tensors="pt")
+    if "token_type_ids" in inputs:  # Gemma 3: vLLM's attention for the CPU is causal within an image, too
+        inputs["token_type_ids"] = torch.zeros_like(inputs["token_type_ids"])
+    return inputs
 
 
 @torch.no_grad()

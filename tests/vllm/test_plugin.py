@@ -84,8 +84,9 @@ def requests_of(kind: str, image: str) -> list[Request]:
 
 
 CASES = [(kind, method) for kind in folders.KINDS for method in ("divprune", "random", "toprl")]
-CASES += [("llava", "mine")] + [
-    (kind, method) for kind in ("llava", "llava_next") for method in ("visionzip", "fastervlm")
+CASES += [
+    ("llava", "mine"),
+    *[(kind, method) for kind in ("llava", "llava_next") for method in ("visionzip", "fastervlm")],
 ]
 
 

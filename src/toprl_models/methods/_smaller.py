@@ -294,7 +294,7 @@ def why_not(model: PreTrainedModel) -> str:
     try:
         tower = image_tower(model)
         layout_of(model)
-        projector_of(model)
+        projector = projector_of(model)
     except ValueError as error:
         return str(error).removeprefix("model: ")
     if issubclass(source_of(model), (Patches, AnySize)):
@@ -303,4 +303,6 @@ def why_not(model: PreTrainedModel) -> str:
     takes_any = "patch_attention_mask" in inspect.signature(tower.forward).parameters  # finds positions for any size
     if not takes_any and not hasattr(embeddings, "interpolate_pos_encoding"):
         return f"the vision tower ({type(tower).__name__}) cannot interpolate its position embeddings"
+    if hasattr(projector, "patches_per_image"):
+        return f"{type(projector).__name__} pools a picture of one size alone"
     return ""

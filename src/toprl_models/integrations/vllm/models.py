@@ -33,7 +33,8 @@ class PrunedInfo:
     """Mixin of the processing info: images alone, and as many tokens as stay."""
 
     def get_supported_mm_limits(self) -> dict[str, int | None]:
-        return {"image": super().get_supported_mm_limits()["image"]}  # type: ignore[misc]
+        limits = super().get_supported_mm_limits()  # type: ignore[misc]
+        return {kind: limit if kind == "image" else 0 for kind, limit in limits.items()}
 
     def get_mm_max_tokens_per_item(self, seq_len: int, mm_counts: Any) -> dict[str, int] | None:
         most = super().get_mm_max_tokens_per_item(seq_len, mm_counts)  # type: ignore[misc]

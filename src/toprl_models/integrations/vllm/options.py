@@ -20,6 +20,7 @@ from toprl_models.methods._tower import TowerPolicy
 from toprl_models.methods.toprl import TopRLPolicy
 from toprl_models.plugins import files_of
 from toprl_models.policy import Policy
+from toprl_models.probe import decoder_of, has_kinds_of_positions
 from toprl_models.pruner import attach
 from toprl_models.registry import METHODS, method_of
 from toprl_models.schedule import Schedule
@@ -146,6 +147,8 @@ class PruningOptions:
                 "another method, such as divprune"
             )
         model = skeleton(config)
+        if has_kinds_of_positions(decoder_of(model)):  # Gemma 3, which attach does not renumber
+            policy.positions = "original"
         try:
             attach(model, policy, schedule=self.schedule).detach()
         except (TypeError, ValueError, RuntimeError) as error:
