@@ -318,7 +318,7 @@ def read(kernel: Kernel, compiled: Any, options: dict[str, Any]) -> None:
     kernel.shared = compiled.metadata.shared
     kernel.loops = loops_of_ttgir(compiled.asm["ttgir"])
     kernel.half = any(re.search("bf16|f16", tile) for loop in kernel.loops for tile in loop.tiles)
-    if kernel.half and options.get("BLOCK_D", 0) <= 128 and kernel.architecture in ("sm_90", "sm_100"):
+    if kernel.half and getattr(options.get("S"), "BLOCK_D", 0) <= 128 and kernel.architecture in ("sm_90", "sm_100"):
         kernel.in_flight = IN_FLIGHT.get(kernel.kernel, 0)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])

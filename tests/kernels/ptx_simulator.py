@@ -50,6 +50,13 @@ class Driver:
         return 0
 
 
+def flat(value: Any, kind: Any) -> list[tuple[Any, str]]:
+    """The parameters of the code that an argument becomes: those of its parts for a tuple, none for a constant."""
+    if isinstance(kind, tuple):
+        return [each for part in zip(value, kind, strict=True) for each in flat(*part)]
+    return [] if kind == "constexpr" else [(value, kind)]
+
+
 launched_kernels: set[str] = set()
 parsed = functools.cache(Kernel)
 
@@ -95,7 +102,7 @@ def simulated(capability: int = 80, *, seed: int = 0) -> Iterator[None]:
             if getattr(metadata, scratch, 0):
                 raise NotImplementedError(f"{metadata.name}: {scratch}")
         values = dict(zip(self.arg_names, args, strict=False)) | kwargs
-        arguments = [(values[name], kind) for name, kind in compiled.src.signature.items() if kind != "constexpr"]
+        arguments = [each for name, kind in compiled.src.signature.items() for each in flat(values[name], kind)]
         launched_kernels.add(metadata.name)
         shape = (*grid, 1, 1)[:3]
         ptx = compiled.asm["ptx"]

@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from toprl_kernels import masked_attention
 from toprl_kernels.attention import eager
+from toprl_kernels.attention.reference import AttentionCall
 from toprl_kernels.testing import AttentionInputs, assert_within_budget, make_attention_inputs
 
 CPU_BACKENDS = ["reference", "eager"]
@@ -269,9 +270,9 @@ def test_no_tensor_of_n_by_n(mask: str, monkeypatch: pytest.MonkeyPatch) -> None
     for length in (1024, 2048):
         x = make_attention_inputs(1, 2, 1, length, length, 16, mask=mask)
         with Largest() as recorder:
-            eager.masked_attention_forward_eager(*x[:5], None, True, 0.25, False)
-            needs = [True, True, True, mask == "mixed"]
-            eager.masked_attention_backward_eager(x.grad_output, *x[:5], None, True, 0.25, False, needs)
+            call = AttentionCall(*x[:5], None, None, True, 0.25)
+            eager.masked_attention_forward_eager(call, False)
+            eager.masked_attention_backward_eager(x.grad_output, call, False, [True, True, True, mask == "mixed"])
         largest.append(recorder.size)
     assert largest[1] < 2048 * 2048
     assert largest[1] <= 2.3 * largest[0]

@@ -14,7 +14,7 @@ from toprl_kernels.attention.eager import (
     masked_attention_backward_eager,
     masked_attention_forward_eager,
 )
-from toprl_kernels.attention.reference import masked_attention_reference
+from toprl_kernels.attention.reference import AttentionCall, masked_attention_reference
 from toprl_kernels.dispatch import Choice, choose, register
 
 OP = "masked_attention"
@@ -220,23 +220,12 @@ def masked_attention(
     if query.numel() == 0 or value.numel() == 0:  # without keys too, since Nq <= N
         output = empty_output(query, value).zero_() + 0 * query.sum()  # connected to the graph
         lse = query.new_full(query.shape[:3], torch.inf, dtype=torch.promote_types(query.dtype, torch.float32))
-    elif choice.name == "reference":
-        output, lse = masked_attention_reference(
-            query,
-            key,
-            value,
-            plan.keep_mask,
-            key_padding_mask=plan.key_padding_mask,
-            ranges=plan.ranges,
-            is_causal=plan.is_causal,
-            scale=scale,
-            bounded_mask_grad=bounded_mask_grad,
-        )
     else:
-        output, lse = _forward_op(
-            query, key, value, plan.keep_mask, plan.key_padding_mask, plan.ranges, plan.lists, plan.is_causal, scale,
-            bounded_mask_grad, return_lse, choice.name,
-        )  # fmt: skip
+        call = AttentionCall(query, key, value, **vars(plan), scale=scale)
+        if choice.name == "reference":
+            output, lse = masked_attention_reference(call, bounded_mask_grad)
+        else:
+            output, lse = _forward_op(*call, bounded_mask_grad, return_lse, choice.name)
     return (output, lse) if return_lse else output
 
 
@@ -305,17 +294,16 @@ def _lists_fake(keep_mask: Tensor, key_padding_mask: Tensor | None, ranges: Tens
     return keep_mask.new_empty(lists_shape(*keep_mask.shape), dtype=torch.int32)
 
 
-def _forward(
-    query: Tensor, key: Tensor, value: Tensor, keep_mask: Tensor, key_padding_mask: Tensor | None,
-    ranges: Tensor | None, lists: Tensor | None, is_causal: bool, scale: float, bounded_mask_grad: bool,
-    return_lse: bool, backend: str,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    tensors = (query, key, value, keep_mask, key_padding_mask, ranges)
+NUMBER = len(AttentionCall._fields)
+
+
+def _forward(*arguments: Any) -> tuple[Tensor, Tensor]:
+    call, (_, return_lse, backend) = AttentionCall(*arguments[:NUMBER]), arguments[NUMBER:]
     if backend == "triton":
         from toprl_kernels.attention.triton import masked_attention_forward_triton
 
-        return masked_attention_forward_triton(*tensors, lists, is_causal, scale)
-    return masked_attention_forward_eager(*tensors, is_causal, scale, return_lse)
+        return masked_attention_forward_triton(call)
+    return masked_attention_forward_eager(call, return_lse)
 
 
 def _forward_fake(query: Tensor, key: Tensor, value: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
@@ -324,34 +312,27 @@ def _forward_fake(query: Tensor, key: Tensor, value: Tensor, *arguments: Any) ->
     return empty_output(query, value), query.new_empty(shape, dtype=torch.promote_types(query.dtype, torch.float32))
 
 
-def _backward(
-    grad_output: Tensor, query: Tensor, key: Tensor, value: Tensor, keep_mask: Tensor,
-    key_padding_mask: Tensor | None, ranges: Tensor | None, lists: Tensor | None, output: Tensor, lse: Tensor,
-    is_causal: bool, scale: float, bounded_mask_grad: bool, needs: list[bool], backend: str,
-) -> tuple[Tensor, ...]:  # fmt: skip
-    tensors = (grad_output, query, key, value, keep_mask, key_padding_mask, ranges)
+def _backward(grad_output: Tensor, output: Tensor, lse: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    call, (bounded_mask_grad, needs, backend) = AttentionCall(*arguments[:NUMBER]), arguments[NUMBER:]
     if backend == "triton":
         from toprl_kernels.attention.triton import masked_attention_backward_triton
 
-        triton_options = (lists, output, lse, is_causal, scale, bounded_mask_grad, needs)
-        gradients = list(masked_attention_backward_triton(*tensors, *triton_options))
+        gradients = masked_attention_backward_triton(grad_output, output, lse, call, bounded_mask_grad, needs)
     else:
-        gradients = masked_attention_backward_eager(*tensors, is_causal, scale, bounded_mask_grad, needs)
-    return tuple(query.new_empty(0) if gradient is None else gradient for gradient in gradients)
+        gradients = masked_attention_backward_eager(grad_output, call, bounded_mask_grad, needs)
+    return tuple(grad_output.new_empty(0) if gradient is None else gradient for gradient in gradients)
 
 
-def _backward_fake(
-    grad_output: Tensor, query: Tensor, key: Tensor, value: Tensor, keep_mask: Tensor, *arguments: Any
-) -> tuple[Tensor, ...]:
-    wanted = zip((query, key, value, keep_mask), arguments[-2], strict=True)
-    return tuple(tensor.new_empty(tensor.shape) if needed else query.new_empty(0) for tensor, needed in wanted)
+def _backward_fake(grad_output: Tensor, output: Tensor, lse: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    wanted = zip(arguments[:4], arguments[-2], strict=True)
+    return tuple(tensor.new_empty(tensor.shape) if needed else grad_output.new_empty(0) for tensor, needed in wanted)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    ctx.options = (*inputs[7:10], inputs[11])
+    ctx.options = (*inputs[7:10], inputs[-1])
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(output[1])
-    ctx.save_for_backward(*inputs[:7], *output)
+    ctx.save_for_backward(*output, *inputs[:7])
 
 
 def _autograd(ctx: Any, grad_output: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -367,7 +348,7 @@ _MASKS = "Tensor keep_mask, Tensor? key_padding_mask, Tensor? ranges"
 _INPUTS = f"Tensor query, Tensor key, Tensor value, {_MASKS}, Tensor? lists"
 _lists_op = register(f"attention_lists({_MASKS}) -> Tensor", _lists, _lists_fake)
 _backward_op = register(
-    f"masked_attention_backward(Tensor grad_output, {_INPUTS}, Tensor output, Tensor lse, bool is_causal, float scale, "
+    f"masked_attention_backward(Tensor grad_output, Tensor output, Tensor lse, {_INPUTS}, bool is_causal, float scale, "
     "bool bounded_mask_grad, bool[] needs, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
     _backward,
     _backward_fake,
