@@ -81,30 +81,26 @@ def actor_score(
         folded = tuple(parts)
     packed = cu_seqlens is not None
     if cu_seqlens is not None:
-        check.require_ndim(OP, "hidden_states", hidden_states, 2, "[N, d1] with cu_seqlens")
-        check.require_ndim(OP, "cu_seqlens", cu_seqlens, 1, "[S + 1]")
-        check.require_dtype(OP, "cu_seqlens", cu_seqlens, check.INTEGERS, "use cu_seqlens.int()")
-        check.require_device(OP, "cu_seqlens", cu_seqlens, hidden_states.device)
+        check.require(OP, "hidden_states", hidden_states, "[N, d1] with cu_seqlens", 2)
+        fix = "use cu_seqlens.int()"
+        check.require(OP, "cu_seqlens", cu_seqlens, "[S + 1]", 1, check.INTEGERS, hidden_states.device, fix)
         if indices is not None or len(cu_seqlens) < 2:
             raise ValueError(f"{OP}: cu_seqlens needs at least one sequence, and no indices")
         hidden_states, valid_mask = hidden_states[None], None if valid_mask is None else valid_mask[None]
-    else:
-        check.require_ndim(OP, "hidden_states", hidden_states, 3, "[B, N, d1]")
-    check.require_dtype(OP, "hidden_states", hidden_states, check.FLOATS)
+    check.require(OP, "hidden_states", hidden_states, "[B, N, d1]", 3, check.FLOATS)
     _check_weights(hidden_states, stage, weights)
     shape, device = tuple(hidden_states.shape[:2]), hidden_states.device
     if indices is not None:
-        check.require_ndim(OP, "indices", indices, 2, "[B, V]")
+        check.require(OP, "indices", indices, "[B, V]", 2, check.LONG, device, "use indices.long()")
         shape = (shape[0], indices.shape[1])
-        check.require(OP, "indices", indices, shape, "[B, V]", (torch.int64,), device, "use indices.long()")
-    if valid_mask is not None:
-        fix = "use valid_mask.bool(), True = counts"
-        check.require(OP, "valid_mask", valid_mask, shape, "[B, N]", (torch.bool,), device, fix)
+        check.require(OP, "indices", indices, "[B, V]", shape)
+    fix = "use valid_mask.bool(), True = counts"
+    check.require_given(OP, "valid_mask", valid_mask, "[B, N]", shape, check.BOOL, device, fix)
     dtype = weights.fc1_weight.dtype
     obstacle = None
     for name, tensor in (("hidden_states", hidden_states), ("weights", weights.fc1_weight)):
         if tensor.dtype not in check.HALF_AND_SINGLE:
-            obstacle = f"{name} has dtype {str(tensor.dtype).removeprefix('torch.')}, the kernels take 16 and 32 bit"
+            obstacle = f"{name} has dtype {check.dtype_name(tensor.dtype)}, the kernels take 16 and 32 bit"
     if weights.fc1_weight.shape[0] > MAX_WIDTH:
         obstacle = f"width d2={weights.fc1_weight.shape[0]}, the kernels take d2 <= {MAX_WIDTH}"
     choice = choose(OP, backend, device, obstacle, dtype=dtype)
@@ -124,17 +120,16 @@ def actor_score(
 def _check_weights(hidden_states: Tensor, stage: int, weights: ActorWeights) -> None:
     if not isinstance(weights, ActorWeights):
         raise TypeError(f"{OP}: weights must be an ActorWeights or FoldedActorWeights, got {type(weights).__name__}")
-    check.require_ndim(OP, "weights.fc1_weight", weights.fc1_weight, 2, "[d2, d1]")
-    check.require_ndim(OP, "weights.stage_bias", weights.stage_bias, 2, "[T, d2]")
+    check.require(OP, "weights.fc1_weight", weights.fc1_weight, "[d2, d1]", 2, check.FLOATS)
+    check.require(OP, "weights.stage_bias", weights.stage_bias, "[T, d2]", 2)
     d1, d2, num_stages = hidden_states.shape[2], weights.fc1_weight.shape[0], weights.stage_bias.shape[0]
     if d2 < 2 or d2 % 2:
         raise ValueError(f"{OP}: weights.fc1_weight has d2={d2} rows; d2 must be even (one half local, one half mean)")
     shapes = (d1,), (d1,), (num_stages, d2), (d2, d1), (d2,), (d2, d2), (d2,), (d2, d2), (d2,), (2, d2), (2,)
     dtype, layout = weights.fc1_weight.dtype, f"for d1={d1}, d2={d2}, T={num_stages}"
-    check.require_dtype(OP, "weights.fc1_weight", weights.fc1_weight, check.FLOATS)
     for name, tensor, shape in zip(ActorWeights._fields, weights, shapes, strict=True):
         fix = "all weights must share one dtype"
-        check.require(OP, f"weights.{name}", tensor, shape, layout, (dtype,), hidden_states.device, fix)
+        check.require(OP, f"weights.{name}", tensor, layout, shape, (dtype,), hidden_states.device, fix)
     if isinstance(stage, bool) or not isinstance(stage, int):
         raise TypeError(f"{OP}: stage must be an int, got {stage!r} of type {type(stage).__name__}")
     if not 0 <= stage < num_stages:

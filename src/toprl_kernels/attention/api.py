@@ -20,6 +20,7 @@ from toprl_kernels.dispatch import Choice, choose, register
 OP = "masked_attention"
 PLAN = "attention_plan"
 MASKS = (torch.bool, *check.FLOATS)
+FIX = "use keep_mask.bool() for an integer mask"
 MAX_HEAD_DIM = 512  # of the kernels; the other implementations take any
 
 
@@ -68,24 +69,16 @@ def attention_plan(
         >>> for layer in range(2):
         ...     q = masked_attention(q, k, v, plan=plan)
     """
-    check.require_ndim(PLAN, "keep_mask", keep_mask, 2, "[B, N]")
-    check.require_dtype(PLAN, "keep_mask", keep_mask, MASKS, "use keep_mask.bool() for an integer mask")
+    check.require(PLAN, "keep_mask", keep_mask, "[B, N]", 2, MASKS, None, FIX)
     shape, device = tuple(keep_mask.shape), keep_mask.device
-    if key_padding_mask is not None:
-        check.require(
-            PLAN, "key_padding_mask", key_padding_mask, shape, "[B, N]", (torch.bool,), device,
-            "use .bool(), True = real token",
-        )  # fmt: skip
+    fix = "use .bool(), True = real token"
+    check.require_given(PLAN, "key_padding_mask", key_padding_mask, "[B, N]", shape, check.BOOL, device, fix)
     if window is not None and (isinstance(window, bool) or not isinstance(window, int) or window < 1):
         raise ValueError(f"{PLAN}: window={window!r} must be an int >= 1, or None")
-    if block_ids is not None:
-        check.require(PLAN, "block_ids", block_ids, shape, "[B, N]", check.INTEGERS, device, "use .long()")
-    if cu_seqlens is not None:
-        check.require_ndim(PLAN, "cu_seqlens", cu_seqlens, 1, "[S + 1]")
-        check.require_dtype(PLAN, "cu_seqlens", cu_seqlens, check.INTEGERS, "use .int()")
-        check.require_device(PLAN, "cu_seqlens", cu_seqlens, device)
-        if shape[0] != 1:
-            raise ValueError(f"{PLAN}: cu_seqlens needs one row that holds all sequences, got B={shape[0]}")
+    check.require_given(PLAN, "block_ids", block_ids, "[B, N]", shape, check.INTEGERS, device, "use .long()")
+    check.require_given(PLAN, "cu_seqlens", cu_seqlens, "[S + 1]", 1, check.INTEGERS, device, "use .int()")
+    if cu_seqlens is not None and shape[0] != 1:
+        raise ValueError(f"{PLAN}: cu_seqlens needs one row that holds all sequences, got B={shape[0]}")
     ranges = None
     if window is not None or block_ids is not None or cu_seqlens is not None:
         ranges = _ranges(keep_mask, is_causal, window, block_ids, cu_seqlens)
@@ -244,25 +237,17 @@ def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
 
 def _examine(query: Tensor, key: Tensor, value: Tensor, keep_mask: Tensor | None, backend: str | None) -> Choice:
     """Raise for arguments that do not fit together; choose the implementation."""
-    check.require_ndim(OP, "query", query, 4, "[B, H, Nq, D]")
-    check.require_ndim(OP, "key", key, 4, "[B, Hkv, N, D]")
-    check.require_ndim(OP, "value", value, 4, "[B, Hkv, N, Dv]")
+    check.require(OP, "query", query, "[B, H, Nq, D]", 4, check.FLOATS)
+    check.require(OP, "key", key, "[B, Hkv, N, D]", 4)
+    check.require(OP, "value", value, "[B, Hkv, N, Dv]", 4)
     batch, num_heads, num_queries, head_dim = query.shape
     num_kv_heads, num_keys = key.shape[1], key.shape[2]
-    check.require_shape(OP, "key", key, (batch, num_kv_heads, num_keys, head_dim), "[B, Hkv, N, D]")
-    check.require_shape(OP, "value", value, (*key.shape[:3], value.shape[3]), "[B, Hkv, N, Dv]")
+    like = ((query.dtype,), query.device, "query, key and value must agree: use .to(query.dtype)")
+    check.require(OP, "key", key, "[B, Hkv, N, D]", (batch, num_kv_heads, num_keys, head_dim), *like)
+    check.require(OP, "value", value, "[B, Hkv, N, Dv]", (*key.shape[:3], value.shape[3]), *like)
     if keep_mask is None:
         raise ValueError(f"{OP}: keep_mask is missing; give it, or plan=attention_plan(keep_mask, ...)")
-    check.require_dtype(OP, "query", query, check.FLOATS)
-    fix = "query, key and value must agree: use .to(query.dtype)"
-    check.require_dtype(OP, "key", key, (query.dtype,), fix)
-    check.require_dtype(OP, "value", value, (query.dtype,), fix)
-    check.require_device(OP, "key", key, query.device)
-    check.require_device(OP, "value", value, query.device)
-    check.require(
-        OP, "keep_mask", keep_mask, (batch, num_keys), "[B, N]", MASKS, query.device,
-        "use keep_mask.bool() for an integer mask",
-    )  # fmt: skip
+    check.require(OP, "keep_mask", keep_mask, "[B, N]", (batch, num_keys), MASKS, query.device, FIX)
     if head_dim == 0 or value.shape[3] == 0:
         raise ValueError(f"{OP}: head dims must be at least 1, got D={head_dim} and Dv={value.shape[3]}")
     if num_kv_heads == 0 or num_heads % num_kv_heads != 0:
@@ -276,7 +261,7 @@ def _examine(query: Tensor, key: Tensor, value: Tensor, keep_mask: Tensor | None
         )
     obstacle = None
     if query.dtype not in check.HALF_AND_SINGLE:
-        obstacle = f"query has dtype {str(query.dtype).removeprefix('torch.')}, the kernels take 16 and 32 bit floats"
+        obstacle = f"query has dtype {check.dtype_name(query.dtype)}, the kernels take 16 and 32 bit floats"
     elif max(head_dim, value.shape[3]) > MAX_HEAD_DIM:
         obstacle = f"head dims D={head_dim} and Dv={value.shape[3]}, the kernels take at most {MAX_HEAD_DIM}"
     return choose(OP, backend, query.device, obstacle, dtype=query.dtype)

@@ -17,7 +17,6 @@ OP = "sample_keep_mask"
 OP_LOG_PROB = "keep_mask_log_prob"
 MAX_SEED = 2**63 - 1
 NUMBERS = (int, float)
-ONE = (1,)
 
 
 class KeepMaskSample(NamedTuple):
@@ -73,9 +72,7 @@ def sample_keep_mask(
         >>> sample_keep_mask(logits, uniform=torch.full((1, 2), 0.5)).keep_mask
         tensor([[1., 0.]])
     """
-    choice = _examine(OP, logits, backend)
-    if previous_mask is not None:
-        _validate_previous(OP, logits, previous_mask)
+    choice, shape = _examine(OP, logits, previous_mask, backend), tuple(logits.shape[:2])
     if not (isinstance(tau, NUMBERS) and 0 < tau < math.inf):
         raise ValueError(f"{OP}: tau={tau!r} must be a number > 0; use a small one such as 0.05 for a sharp gradient")
     sources = (("seed", seed), ("generator", generator), ("uniform", uniform))
@@ -83,24 +80,15 @@ def sample_keep_mask(
     if len(given) > 1:
         raise ValueError(f"{OP}: {' and '.join(given)} are given together; pass one of them")
     if uniform is not None:
-        check.require(OP, "uniform", uniform, tuple(logits.shape[:-1]), "[B, N]", check.FLOATS, logits.device)
+        check.require(OP, "uniform", uniform, "[B, N]", shape, check.FLOATS, logits.device)
         uniform = uniform.detach().to(torch.promote_types(logits.dtype, torch.float32))
         if token_ids is not None:
             raise ValueError(f"{OP}: token_ids has no use with uniform; leave one of them out")
         drawn = None
     else:
         drawn = _seed(seed, generator, logits.device)
-    if token_ids is not None:
-        check.require(
-            OP,
-            "token_ids",
-            token_ids,
-            tuple(logits.shape[:-1]),
-            "[B, N]",
-            (torch.int64,),
-            logits.device,
-            "use token_ids.long()",
-        )
+    fix = "use token_ids.long()"
+    check.require_given(OP, "token_ids", token_ids, "[B, N]", shape, check.LONG, logits.device, fix)
     if choice.name == "reference":
         return KeepMaskSample(*_reference(logits, uniform, None, drawn, token_ids, float(tau), previous_mask))
     arguments = (logits, uniform, None, drawn, token_ids, previous_mask, float(tau), choice.name)
@@ -110,7 +98,7 @@ def sample_keep_mask(
 def _seed(seed: int | Tensor | None, generator: torch.Generator | None, device: torch.device) -> Tensor:
     """int64 [1] on the device, without waiting for it."""
     if isinstance(seed, Tensor):
-        check.require(OP, "seed", seed, ONE, "[1]", (torch.int64,), device, "use seed.long()")
+        check.require(OP, "seed", seed, "[1]", (1,), check.LONG, device, "use seed.long()")
         return seed
     if seed is None:
         return torch.randint(0, MAX_SEED, (1,), generator=generator, dtype=torch.int64, device=device)
@@ -144,19 +132,9 @@ def keep_mask_log_prob(
     Raises:
         TypeError, ValueError, RuntimeError: as :func:`sample_keep_mask`.
     """
-    choice = _examine(OP_LOG_PROB, logits, backend)
-    if previous_mask is not None:
-        _validate_previous(OP_LOG_PROB, logits, previous_mask)
-    check.require(
-        OP_LOG_PROB,
-        "keep_mask",
-        keep_mask,
-        tuple(logits.shape[:-1]),
-        "[B, N]",
-        (torch.bool, *check.FLOATS),
-        logits.device,
-        "use keep_mask.bool()",
-    )
+    choice = _examine(OP_LOG_PROB, logits, previous_mask, backend)
+    shape, dtypes, fix = tuple(logits.shape[:2]), (torch.bool, *check.FLOATS), "use keep_mask.bool()"
+    check.require(OP_LOG_PROB, "keep_mask", keep_mask, "[B, N]", shape, dtypes, logits.device, fix)
     given = keep_mask.detach() > 0.5 if keep_mask.dtype != torch.bool else keep_mask
     if choice.name == "reference":
         _, log_prob, entropy = _reference(logits, None, given, None, None, 1.0, previous_mask)
@@ -180,23 +158,11 @@ def _reference(
     return keep_mask_reference(logits, uniform=uniform, given=given, tau=tau, previous_mask=previous_mask)
 
 
-def _validate_previous(op: str, logits: Tensor, previous_mask: Tensor) -> None:
-    check.require(
-        op,
-        "previous_mask",
-        previous_mask,
-        tuple(logits.shape[:2]),
-        "[B, N]",
-        (torch.bool,),
-        logits.device,
-        "use previous_mask.bool()",
-    )
-
-
-def _examine(op: str, logits: Tensor, backend: str | None) -> Choice:
-    check.require_ndim(op, "logits", logits, 3, "[B, N, 2]")
-    check.require_shape(op, "logits", logits, (*logits.shape[:2], 2), "[B, N, 2] with (keep, drop) last")
-    check.require_dtype(op, "logits", logits, check.FLOATS)
+def _examine(op: str, logits: Tensor, previous_mask: Tensor | None, backend: str | None) -> Choice:
+    check.require(op, "logits", logits, "[B, N, 2]", 3, check.FLOATS)
+    check.require(op, "logits", logits, "[B, N, 2] with (keep, drop) last", (*logits.shape[:2], 2))
+    shape, fix = tuple(logits.shape[:2]), "use previous_mask.bool()"
+    check.require_given(op, "previous_mask", previous_mask, "[B, N]", shape, check.BOOL, logits.device, fix)
     obstacle = None
     if logits.dtype == torch.float64:
         obstacle = "logits has dtype float64, the kernels take float16, bfloat16, float32"

@@ -76,37 +76,33 @@ def prune_stage(
         >>> out.hidden_states.flatten().tolist(), out.columns.tolist(), out.slots.tolist()
         ([0.0, 2.0, 3.0, 4.0], [[-1, 0, 1, -1]], [[1, 2]])
     """
-    check.require_ndim(OP, "hidden_states", hidden_states, 3, "[B, N, d]")
+    check.require(OP, "hidden_states", hidden_states, "[B, N, d]", 3)
     batch, num_tokens, device = hidden_states.shape[0], hidden_states.shape[1], hidden_states.device
-    check.require_tensor(OP, "scores", scores)
-    num_scores = scores.shape[1] if scores.ndim > 1 else -1
-    layout = (batch, num_scores, 2) if scores.ndim == 3 else (batch, num_scores)
-    check.require(OP, "scores", scores, layout, "[B, V] or [B, V, 2]", check.FLOATS, device, "use scores.float()")
-    shape, long = (batch, num_tokens), (torch.int64,)
-    check.require(OP, "columns", columns, shape, "[B, N]", long, device, "use columns.long()")
-    if valid_mask is not None:
-        check.require(OP, "valid_mask", valid_mask, shape, "[B, N]", (torch.bool,), device, "use valid_mask.bool()")
-    if origins is not None:
-        check.require(OP, "origins", origins, shape, "[B, N]", long, device, "use origins.long()")
+    num_scores = scores.shape[1] if isinstance(scores, Tensor) and scores.ndim > 1 else -1
+    shape = (batch, num_scores, 2) if isinstance(scores, Tensor) and scores.ndim == 3 else (batch, num_scores)
+    check.require(OP, "scores", scores, "[B, V] or [B, V, 2]", shape, check.FLOATS, device, "use scores.float()")
+    shape = (batch, num_tokens)
+    check.require(OP, "columns", columns, "[B, N]", shape, check.LONG, device, "use columns.long()")
+    check.require_given(OP, "valid_mask", valid_mask, "[B, N]", shape, check.BOOL, device, "use valid_mask.bool()")
+    check.require_given(OP, "origins", origins, "[B, N]", shape, check.LONG, device, "use origins.long()")
     if raster is None:
         raster = torch.arange(num_scores, device=device).expand(batch, -1)
-    check.require(OP, "raster", raster, (batch, num_scores), "[B, V]", long, device, "use raster.long()")
+    check.require(OP, "raster", raster, "[B, V]", (batch, num_scores), check.LONG, device, "use raster.long()")
     if position_ids is not None:
-        check.require_dtype(OP, "position_ids", position_ids, check.INTEGERS, "use position_ids.long()")
-        check.require_device(OP, "position_ids", position_ids, device)
+        layout = "[..., B or 1, N0]"
         if position_ids.ndim not in (2, 3) or position_ids.shape[-2] not in (1, batch):
-            raise ValueError(f"{OP}: position_ids must be [..., B or 1, N0], got shape {tuple(position_ids.shape)}")
+            raise ValueError(f"{OP}: position_ids must be {layout}, got shape {tuple(position_ids.shape)}")
+        fix = "use position_ids.long()"
+        check.require(OP, "position_ids", position_ids, layout, position_ids.ndim, check.INTEGERS, device, fix)
     if len(tables) > MAX_TABLES:
         raise ValueError(f"{OP}: tables has {len(tables)} tensors, at most {MAX_TABLES}; gather others by out.origins")
     for number, table in enumerate(tables):
-        check.require_ndim(OP, f"tables[{number}]", table, 3, "[B or 1, N0, w]")
-        check.require_device(OP, f"tables[{number}]", table, device)
+        check.require(OP, f"tables[{number}]", table, "[B or 1, N0, w]", 3, (), device)
     if padding_side not in ("right", "left"):
         raise ValueError(f"{OP}: padding_side={padding_side!r} is unknown; use 'right' or 'left'")
     counts = None
     if isinstance(k, Tensor):
-        check.require_shape(OP, "k", k, (batch,), "[B] (or pass an int)")
-        check.require_dtype(OP, "k", k, check.INTEGERS, "use k.long()")
+        check.require(OP, "k", k, "[B] (or pass an int)", (batch,), check.INTEGERS, None, "use k.long()")
         if length is None or width is None:
             raise ValueError(f"{OP}: a tensor k needs length= and width=, so that nothing waits for the device")
         counts = k.to(device=device, dtype=torch.int64).clamp(0, width)

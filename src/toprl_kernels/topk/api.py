@@ -91,29 +91,24 @@ def topk_compact(
     """
     packed = cu_seqlens is not None
     if cu_seqlens is not None:
-        check.require_ndim(OP, "hidden_states", hidden_states, 2, "[N, d] with cu_seqlens")
-        check.require_ndim(OP, "cu_seqlens", cu_seqlens, 1, "[S + 1]")
-        check.require_dtype(OP, "cu_seqlens", cu_seqlens, check.INTEGERS, "use cu_seqlens.int()")
-        check.require_device(OP, "cu_seqlens", cu_seqlens, hidden_states.device)
+        check.require(OP, "hidden_states", hidden_states, "[N, d] with cu_seqlens", 2)
+        fix = "use cu_seqlens.int()"
+        check.require(OP, "cu_seqlens", cu_seqlens, "[S + 1]", 1, check.INTEGERS, hidden_states.device, fix)
         if segments is not None or padding_side == "left" or not len(cu_seqlens):
             raise ValueError(f"{OP}: cu_seqlens [S + 1] goes with neither segments nor padding_side='left'")
         hidden_states, scores = hidden_states[None], scores[None]
         valid_mask = None if valid_mask is None else valid_mask[None]
         position_ids = None if position_ids is None else position_ids.unsqueeze(-2)
-    else:
-        check.require_ndim(OP, "hidden_states", hidden_states, 3, "[B, N, d]")
+    check.require(OP, "hidden_states", hidden_states, "[B, N, d]", 3)
     shape, device = tuple(hidden_states.shape[:2]), hidden_states.device
-    check.require(OP, "scores", scores, shape, "[B, N]", check.FLOATS, device, "use scores.float()")
+    check.require(OP, "scores", scores, "[B, N]", shape, check.FLOATS, device, "use scores.float()")
     if position_ids is not None:
-        layout = (3, *shape) if position_ids.ndim == 3 else shape
-        check.require_shape(OP, "position_ids", position_ids, layout, "[B, N] or [3, B, N]")
-        check.require_dtype(OP, "position_ids", position_ids, check.INTEGERS, "use position_ids.long()")
-        check.require_device(OP, "position_ids", position_ids, device)
-    if valid_mask is not None:
-        fix = "use valid_mask.bool(), True = eligible"
-        check.require(OP, "valid_mask", valid_mask, shape, "[B, N]", (torch.bool,), device, fix)
-    if segments is not None:
-        check.require(OP, "segments", segments, shape, "[B, N]", check.INTEGERS, device, "use segments.long()")
+        planes, layout = (3, *shape) if position_ids.ndim == 3 else shape, "[B, N] or [3, B, N]"
+        fix = "use position_ids.long()"
+        check.require(OP, "position_ids", position_ids, layout, planes, check.INTEGERS, device, fix)
+    fix = "use valid_mask.bool(), True = eligible"
+    check.require_given(OP, "valid_mask", valid_mask, "[B, N]", shape, check.BOOL, device, fix)
+    check.require_given(OP, "segments", segments, "[B, N]", shape, check.INTEGERS, device, "use segments.long()")
     if padding_side not in ("right", "left"):
         raise ValueError(f"{OP}: padding_side={padding_side!r} is unknown; use 'right' or 'left'")
     number = len(cu_seqlens) - 1 if cu_seqlens is not None else None
@@ -129,7 +124,7 @@ def topk_compact(
 
     obstacle = None
     if hidden_states.dtype.is_complex:
-        obstacle = f"hidden_states has dtype {str(hidden_states.dtype).removeprefix('torch.')}, the kernels take real"
+        obstacle = f"hidden_states has dtype {check.dtype_name(hidden_states.dtype)}, the kernels take real"
     elif scores.dtype == torch.float64:
         obstacle = "scores has dtype float64, the kernels take float16, bfloat16, float32"
     elif shape[1] > MAX_TRITON_TOKENS:
@@ -193,14 +188,11 @@ def _check_k(
     """Check k and return the output length K."""
     batch, num_tokens = shape
     if isinstance(k, Tensor):
+        wanted: tuple[int, ...] = (batch,) if sequences is None else (sequences,)
+        layout = "[B] (or pass an int)" if sequences is None else "[S] with cu_seqlens (or pass an int)"
         if segmented:
-            check.require_ndim(OP, "k", k, 2, "[B, S] with segments")
-            check.require_shape(OP, "k", k, (batch, k.shape[1]), "[B, S] with segments")
-        elif sequences is not None:
-            check.require_shape(OP, "k", k, (sequences,), "[S] with cu_seqlens (or pass an int)")
-        else:
-            check.require_shape(OP, "k", k, (batch,), "[B] (or pass an int)")
-        check.require_dtype(OP, "k", k, check.INTEGERS, "use k.long()")
+            wanted, layout = (batch, k.shape[1] if k.ndim == 2 else -1), "[B, S] with segments"
+        check.require(OP, "k", k, layout, wanted, check.INTEGERS, None, "use k.long()")
         if max_length is None:  # the one synchronisation of a ragged call
             totals = k.clamp(min=0).sum(-1) if segmented or sequences is not None else k
             return min(max(int(totals.max()), 0), num_tokens) if totals.numel() else 0
