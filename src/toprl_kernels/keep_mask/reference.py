@@ -2,8 +2,21 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
+
+
+class Draw(NamedTuple):
+    """Logits and where the decision comes from, checked: one of ``uniform``, ``given``, ``seed`` is set."""
+
+    logits: Tensor  # [B, N, 2], any floating dtype
+    uniform: Tensor | None  # [B, N], the noise
+    given: Tensor | None  # [B, N] bool, the decision itself
+    seed: Tensor | None  # int64 [1]
+    token_ids: Tensor | None  # int64 [B, N]
+    previous_mask: Tensor | None  # [B, N] bool
 
 
 def keep_mask_reference(

@@ -11,7 +11,7 @@ from torch import Tensor
 from toprl_kernels import dispatch as check
 from toprl_kernels.dispatch import choose, register
 from toprl_kernels.stage.eager import Outputs, prune_stage_eager
-from toprl_kernels.stage.reference import PruneStageOutput, prune_stage_reference
+from toprl_kernels.stage.reference import PruneStageOutput, StageCall, prune_stage_reference
 from toprl_kernels.topk.api import MAX_TRITON_TOKENS, gather_backward
 
 OP = "prune_stage"
@@ -122,11 +122,13 @@ def prune_stage(
         obstacle = f"N={num_tokens} tokens, the kernels take N <= {MAX_TRITON_TOKENS}"
     choice = choose(OP, backend, device, obstacle)
     left, limit = padding_side == "left", width if isinstance(k, Tensor) else k
-    options = length, width, valid_mask, origins, raster, position_ids, list(tables), left
+    call = StageCall(
+        hidden_states, scores.detach(), columns, counts, limit, length, width, valid_mask, origins, raster,
+        position_ids, list(tables), left,
+    )  # fmt: skip
     if choice.name == "reference":
-        taken = [limit] * batch if counts is None else counts.tolist()
-        return prune_stage_reference(hidden_states, scores, columns, taken, *options)
-    *results, positions, gathered = _op(hidden_states, scores.detach(), columns, counts, limit, *options, choice.name)
+        return prune_stage_reference(call)
+    *results, positions, gathered = _op(*call, choice.name)
     return PruneStageOutput._make([*results, None if position_ids is None else positions, tuple(gathered)])
 
 
@@ -134,19 +136,19 @@ def _forward(*arguments: Any) -> Outputs:
     if arguments[-1] == "triton":
         from toprl_kernels.stage.triton import prune_stage_triton
 
-        return prune_stage_triton(*arguments[:-1])
-    return prune_stage_eager(*arguments[:-1])
+        return prune_stage_triton(StageCall(*arguments[:-1]))
+    return prune_stage_eager(StageCall(*arguments[:-1]))
 
 
-def _fake(hidden_states: Tensor, scores: Tensor, columns: Tensor, *arguments: Any) -> Outputs:
-    _, _, length, width, _, _, _, position_ids, tables, _, _ = arguments
-    samples = columns.shape[0]
-    indices, slots = columns.new_empty(samples, length), columns.new_empty(samples, width)
-    positions = columns.new_empty(0)
-    if position_ids is not None:
-        positions = position_ids.new_empty(*position_ids.shape[:-2], samples, length)
+def _fake(*arguments: Any) -> Outputs:
+    x = StageCall(*arguments[:-1])
+    samples = x.columns.shape[0]
+    indices, slots = x.columns.new_empty(samples, x.length), x.columns.new_empty(samples, x.width)
+    positions = x.columns.new_empty(0)
+    if x.position_ids is not None:
+        positions = x.position_ids.new_empty(*x.position_ids.shape[:-2], samples, x.length)
     return (
-        hidden_states.new_empty(samples, length, hidden_states.shape[2]),
+        x.hidden_states.new_empty(samples, x.length, x.hidden_states.shape[2]),
         indices,
         torch.empty_like(indices, dtype=torch.bool),
         torch.empty_like(indices),
@@ -155,7 +157,7 @@ def _fake(hidden_states: Tensor, scores: Tensor, columns: Tensor, *arguments: An
         torch.empty_like(slots),
         torch.empty_like(slots, dtype=torch.bool),
         positions,
-        [table.new_empty(samples, length, table.shape[2]) for table in tables],
+        [table.new_empty(samples, x.length, table.shape[2]) for table in x.tables],
     )
 
 

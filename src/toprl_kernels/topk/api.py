@@ -10,7 +10,7 @@ from torch import Tensor
 from toprl_kernels import dispatch as check
 from toprl_kernels.dispatch import choose, register
 from toprl_kernels.topk.eager import scatter_heads, topk_compact_eager
-from toprl_kernels.topk.reference import TopkCompactOutput, reaching, topk_compact_reference
+from toprl_kernels.topk.reference import Selection, TopkCompactOutput, topk_compact_reference
 
 OP = "topk_compact"
 MAX_TRITON_TOKENS = 1 << 20
@@ -132,13 +132,14 @@ def topk_compact(
     choice = choose(OP, backend, device, obstacle)
     bounds = cu_seqlens.long() if cu_seqlens is not None else segments if segments is None else segments.long()
     longest = shape[1] if max_seqlen is None else min(max_seqlen, shape[1])
-    left = padding_side == "left"
-    arguments = (counts, limit, length, valid_mask, position_ids, bounds, packed, longest, threshold, left)
+    selection = Selection(
+        hidden_states, scores.detach(), counts, limit, length, valid_mask, position_ids, bounds, packed, longest,
+        threshold, padding_side == "left", return_inverse,
+    )  # fmt: skip
     if choice.name == "reference":
-        out = _reference(hidden_states, scores, *arguments)
+        out = topk_compact_reference(selection)
     else:
-        results = _forward_op(hidden_states, scores.detach(), *arguments, return_inverse, choice.name)
-        out = TopkCompactOutput._make(results)
+        out = TopkCompactOutput._make(_forward_op(*selection, choice.name))
     out = out._replace(
         position_ids=None if position_ids is None else out.position_ids,
         inverse=out.inverse if return_inverse else None,
@@ -149,37 +150,6 @@ def topk_compact(
     parts = [part if part is None else part.squeeze(-2) for part in out[3:5]]
     first = out.hidden_states[0], out.indices[0], out.valid_mask[0]
     return TopkCompactOutput._make([*first, *parts, out.cu_seqlens])
-
-
-def _reference(
-    hidden_states: Tensor,
-    scores: Tensor,
-    k: Tensor | None,
-    limit: int,
-    length: int,
-    valid_mask: Tensor | None,
-    position_ids: Tensor | None,
-    segments: Tensor | None,
-    packed: bool,
-    longest: int,
-    threshold: float | None,
-    left: bool,
-) -> TopkCompactOutput:
-    samples, num_tokens = scores.shape
-    valid_mask = reaching(scores, valid_mask, threshold)
-    ends: list[int] = []
-    if packed and segments is not None:
-        ends = segments.tolist()
-        segments = torch.tensor([[sum(end <= token for end in ends[1:]) for token in range(num_tokens)]])
-    per_sample = max(len(ends) - 1, 1)
-    counts = [[limit] * per_sample] * samples if k is None else k.reshape(samples, -1).tolist()
-    out = topk_compact_reference(
-        hidden_states, scores, counts, length,
-        valid_mask=valid_mask, position_ids=position_ids, segments=segments, left=left,
-    )  # fmt: skip
-    kept = [index for index in out.indices.flatten().tolist() if index >= 0]
-    bounds = torch.tensor([sum(index < end for index in kept) for end in ends], device=scores.device)
-    return out._replace(cu_seqlens=bounds)
 
 
 def _check_k(
@@ -240,21 +210,22 @@ def _forward(*arguments: Any) -> Outputs:
     if arguments[-1] == "triton":
         from toprl_kernels.topk.triton import topk_compact_triton
 
-        return topk_compact_triton(*arguments[:-1])
-    return topk_compact_eager(*arguments[:-1])
+        return topk_compact_triton(Selection(*arguments[:-1]))
+    return topk_compact_eager(Selection(*arguments[:-1]))
 
 
-def _forward_fake(hidden_states: Tensor, scores: Tensor, *arguments: Any) -> Outputs:
-    _, _, length, _, position_ids, segments, packed, _, _, _, inverse, _ = arguments
-    samples, num_tokens = scores.shape
-    indices = scores.new_empty(samples, length, dtype=torch.int64)
+def _forward_fake(*arguments: Any) -> Outputs:
+    x = Selection(*arguments[:-1])
+    samples, num_tokens = x.scores.shape
+    indices = x.scores.new_empty(samples, x.length, dtype=torch.int64)
+    positions = x.position_ids
     return (
-        hidden_states.new_empty(samples, length, hidden_states.shape[2]),
+        x.hidden_states.new_empty(samples, x.length, x.hidden_states.shape[2]),
         indices,
         torch.empty_like(indices, dtype=torch.bool),
-        indices.new_empty(0) if position_ids is None else position_ids.new_empty(*position_ids.shape[:-1], length),
-        indices.new_empty((samples, num_tokens) if inverse else 0),
-        indices.new_empty(segments.shape if packed else 0),
+        indices.new_empty(0) if positions is None else positions.new_empty(*positions.shape[:-1], x.length),
+        indices.new_empty((samples, num_tokens) if x.inverse else 0),
+        indices.new_empty(x.segments.shape if x.packed and x.segments is not None else 0),
     )
 
 

@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from toprl_kernels.configs import select
-from toprl_kernels.topk.reference import by_bytes
+from toprl_kernels.topk.reference import Selection, by_bytes
 from toprl_kernels.triton_common import ceil_div, host_int, next_power_of_2
 
 MAX_REGISTER_TOKENS = 4096  # above, the keys would spill
@@ -365,8 +365,8 @@ def topk_scatter_kernel(
 def select_tokens(
     scores: Tensor,  # [B, V], or [B, V, 2] for keep and drop logits
     num_tokens: int,
-    length: int,
     *,
+    length: int,
     k: Tensor | None,
     limit: int,
     valid_mask: Tensor | None = None,
@@ -517,26 +517,11 @@ def scatter_heads(gradient: Tensor, indices: Tensor, num_tokens: int) -> Tensor:
     return output
 
 
-def topk_compact_triton(
-    hidden_states: Tensor,
-    scores: Tensor,
-    k: Tensor | None,
-    limit: int,
-    length: int,
-    valid_mask: Tensor | None,
-    position_ids: Tensor | None,
-    segments: Tensor | None,
-    packed: bool,
-    longest: int,
-    threshold: float | None,
-    left: bool,
-    inverse: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+def topk_compact_triton(x: Selection) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Same contract as :func:`topk_compact_eager`."""
-    out = select_tokens(
-        scores, scores.shape[1], length, k=k, limit=limit, valid_mask=valid_mask, position_ids=position_ids,
-        segments=segments, packed=packed, longest=longest, threshold=threshold, left=left, inverse=inverse,
-    )  # fmt: skip
-    indices, bounds = out["indices"], out["bounds"] if packed else out["indices"].new_empty(0)
+    options = x._asdict()
+    hidden_states = options.pop("hidden_states")
+    out = select_tokens(num_tokens=x.scores.shape[1], **options)
+    indices, bounds = out["indices"], out["bounds"] if x.packed else out["indices"].new_empty(0)
     (hidden,) = gather_heads([hidden_states[:, None]], indices)
     return hidden[:, 0], indices, out["valid"], out["positions"], out["inverse"], bounds
