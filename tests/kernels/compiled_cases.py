@@ -5,9 +5,7 @@ TOPRL_TESTS_COMPILED=80 python -m pytest tests/kernels/compiled_cases.py
 
 from __future__ import annotations
 
-import importlib
 import os
-import pkgutil
 import re
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -19,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-import toprl_kernels
+from bench.compile_report import kernel_modules
 from tests.kernels.ptx_machine import AddressError, RaceError
 from tests.kernels.ptx_simulator import Launched, launched_kernels, parsed
 from toprl_kernels import (
@@ -272,9 +270,8 @@ def test_every_kernel_ran() -> None:
     """Last: the cases above launch all kernels of all ops."""
     defined = {
         name
-        for module in pkgutil.walk_packages(toprl_kernels.__path__, "toprl_kernels.")
-        if module.name.endswith(".triton")
-        for name, value in vars(importlib.import_module(module.name)).items()
+        for module in kernel_modules()
+        for name, value in vars(module).items()
         if isinstance(value, triton.JITFunction) and name.endswith("_kernel")
     }
     assert len(defined) > 10 and defined - launched_kernels == set()

@@ -18,36 +18,17 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import importlib
 import os
-import pkgutil
 import random
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
 import triton
-from triton.backends.compiler import GPUTarget
 
-import toprl_kernels
+from bench.compile_report import Driver, kernel_modules
 from tests.kernels.ptx_code import Kernel
 from tests.kernels.ptx_machine import Launch
-
-
-class Driver:
-    """What triton asks of a GPU's driver when it compiles: the target, and some device and stream."""
-
-    def __init__(self, capability: int) -> None:
-        self.target = GPUTarget("cuda", capability, 32)
-
-    def get_current_target(self) -> GPUTarget:
-        return self.target
-
-    def get_current_device(self) -> int:
-        return self.target.arch  # a key of the kernels' caches
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
 
 
 def flat(value: Any, kind: Any) -> list[tuple[Any, str]]:
@@ -89,9 +70,7 @@ def simulated(capability: int = 80, *, seed: int = 0) -> Iterator[None]:
     """
     if os.environ.get("TRITON_INTERPRET"):
         raise RuntimeError("simulated: TRITON_INTERPRET is set; kernels are compiled only in a process without it")
-    for module in pkgutil.walk_packages(toprl_kernels.__path__, "toprl_kernels."):
-        if module.name.endswith(".triton"):
-            importlib.import_module(module.name)
+    kernel_modules()
     compile_launch = triton.JITFunction.run
 
     @functools.wraps(compile_launch)

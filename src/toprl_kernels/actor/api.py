@@ -10,7 +10,7 @@ from torch import Tensor
 from toprl_kernels import configs
 from toprl_kernels import dispatch as check
 from toprl_kernels.actor.eager import actor_score_eager
-from toprl_kernels.actor.reference import ActorWeights, FoldedActorWeights, actor_score_reference
+from toprl_kernels.actor.reference import ActorCall, ActorWeights, FoldedActorWeights, actor_score_reference
 from toprl_kernels.dispatch import choose, register
 
 OP = "actor_score"
@@ -107,13 +107,14 @@ def actor_score(
     bounds = cu_seqlens if cu_seqlens is None else cu_seqlens.long()
     needs_gradient = torch.is_grad_enabled() and any(t.requires_grad for t in (hidden_states, *weights))
     named_triton = choice.name == "triton" and not choice.is_automatic
+    call = ActorCall(hidden_states, weights, folded, valid_mask, indices, bounds, stage)
     if choice.name == "reference" or (needs_gradient and not named_triton):
         run = actor_score_reference if choice.name == "reference" else actor_score_eager
         with torch.autocast(device.type, enabled=False):
-            logits = run(hidden_states, weights, valid_mask, indices, bounds, stage, folded[0] is not None)
+            logits = run(call)
     else:
         backend = MEASURED if choice.name == "triton" and choice.is_automatic else choice.name
-        logits = _op(hidden_states, *weights, *folded, valid_mask, indices, bounds, stage, backend)
+        logits = _op(hidden_states, *weights, *folded, *call[3:], backend)
     return logits[0] if packed else logits
 
 
@@ -142,34 +143,31 @@ _NUM_WEIGHTS = len(ActorWeights._fields)
 _WEIGHTS = ", ".join(f"Tensor {name}" for name in ActorWeights._fields)
 
 
-def _split(arguments: tuple[Any, ...]) -> tuple[ActorWeights, tuple[Any, ...], tuple[Any, ...]]:
-    """The weights, their folded form and what follows them in the schema."""
-    return (
-        ActorWeights(*arguments[:_NUM_WEIGHTS]),
-        arguments[_NUM_WEIGHTS : _NUM_WEIGHTS + 3],
-        arguments[_NUM_WEIGHTS + 3 :],
-    )
+def _split(*arguments: Any) -> ActorCall:
+    """The call out of the tensors of the schema, in its order; ``stage`` is the last."""
+    last = 1 + _NUM_WEIGHTS
+    return ActorCall(arguments[0], ActorWeights(*arguments[1:last]), arguments[last : last + 3], *arguments[last + 3 :])
 
 
-def _forward(hidden_states: Tensor, *arguments: Any) -> Tensor:
-    weights, folded, (valid_mask, indices, bounds, stage, backend) = _split(arguments)
+def _forward(*arguments: Any) -> Tensor:
+    x, backend = _split(*arguments[:-1]), arguments[-1]
     if backend == MEASURED:
-        tokens = hidden_states.shape[0] * (hidden_states if indices is None else indices).shape[1]
-        like = weights.fc1_weight
+        tokens = x.hidden_states.shape[0] * (x.hidden_states if x.indices is None else x.indices).shape[1]
+        like = x.weights.fc1_weight
         backend = configs.faster(OP, (tokens, like.shape[1], like.shape[0]), like.dtype, like.device)
         backend = backend or ("triton" if tokens <= FUSED_TOKENS else "eager")
     if backend == "triton":
         from toprl_kernels.actor.triton import actor_score_triton
 
-        return actor_score_triton(hidden_states, weights, folded, valid_mask, indices, bounds, stage)
-    return actor_score_eager(hidden_states, weights, valid_mask, indices, bounds, stage, folded[0] is not None)
+        return actor_score_triton(x)
+    return actor_score_eager(x)
 
 
-def _fake(hidden_states: Tensor, *arguments: Any) -> Tensor:
-    weights, folded, (_, indices, _, _, _) = _split(arguments)
-    tokens = hidden_states if indices is None else indices
-    dtype = weights.fc1_weight.dtype if folded[0] is None else torch.float32
-    return weights.fc1_weight.new_empty(hidden_states.shape[0], tokens.shape[1], 2, dtype=dtype)
+def _fake(*arguments: Any) -> Tensor:
+    x = _split(*arguments[:-1])
+    tokens = x.hidden_states if x.indices is None else x.indices
+    dtype = x.weights.fc1_weight.dtype if x.folded[0] is None else torch.float32
+    return x.weights.fc1_weight.new_empty(x.hidden_states.shape[0], tokens.shape[1], 2, dtype=dtype)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -186,12 +184,9 @@ def _backward(ctx: Any, grad_logits: Tensor | None) -> tuple[Tensor | None, ...]
     if grad_logits is None or not any(needs):
         return tuple(gradients)
     saved = ctx.saved_tensors  # once: checkpointing recomputes a tensor for one reading
-    inputs, (folded, _, _, *options) = saved[:number], saved[number:]
-    leaves = [tensor.detach().requires_grad_(needed) for tensor, needed in zip(inputs, needs, strict=True)]
+    leaves = [tensor.detach().requires_grad_(needed) for tensor, needed in zip(saved[:number], needs, strict=True)]
     with torch.enable_grad(), torch.autocast(grad_logits.device.type, enabled=False):
-        valid, indices, bounds = options
-        weights = ActorWeights(*leaves[1:])
-        logits = actor_score_eager(leaves[0], weights, valid, indices, bounds, ctx.stage, folded is not None)
+        logits = actor_score_eager(_split(*leaves, *saved[number:], ctx.stage))
         wanted = [place for place, needed in enumerate(needs) if needed]
         results = torch.autograd.grad(logits, [leaves[place] for place in wanted], grad_logits)
     for place, result in zip(wanted, results, strict=True):

@@ -144,7 +144,7 @@ def _run(x: Draw, tau: float, backend: str) -> tuple[Tensor, Tensor, Tensor]:
     logits, uniform = x.logits.to(torch.promote_types(x.logits.dtype, torch.float32)), x.uniform
     if x.seed is not None:
         uniform = draw_uniform(logits.shape[:-1], x.seed, x.token_ids).to(logits.dtype)
-    return keep_mask_reference(logits, uniform=uniform, given=x.given, tau=tau, previous_mask=x.previous_mask)
+    return keep_mask_reference(x._replace(logits=logits, uniform=uniform), tau)
 
 
 def _examine(op: str, logits: Tensor, previous_mask: Tensor | None, backend: str | None) -> Choice:
