@@ -1,34 +1,53 @@
-"""What the pruner supports, and what it would do with a given model.
+"""What a model is made of, what pruning can do with it, and whether it does so exactly.
 
-    python -m toprl_models.check                                     # all families
-    python -m toprl_models.check --model_name_or_path PATH_OR_HUB_ID # one model, from its config alone
+    python -m toprl_models.check PATH_OR_HUB_ID                      # structure, then the pruned model against itself
+    python -m toprl_models.check PATH_OR_HUB_ID --structure_only     # from its config alone; no weights are loaded
+    python -m toprl_models.check PATH_OR_HUB_ID --method my_file.py:MyMethod
     python -m toprl_models.check --method divprune+fastv             # which families a method applies to
-    python -m toprl_models.check --model_name_or_path PATH_OR_HUB_ID --method my_file.py:MyMethod
+    python -m toprl_models.check                                     # the families with rows of their own
     python -m toprl_models.check --markdown                          # docs/families.md
 
-The features come from ``feature_matrix.json``, which the tests write (``make feature-matrix``).
+What is tested of the families comes from ``feature_matrix.json``, what of all classes from ``classes.json``; the tests
+write both (``make feature-matrix``).
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
+import torch
 import transformers
+from PIL import Image
 
-from toprl_models.families import FAMILIES, Family, min_stage_of
+from toprl_models.families import FAMILIES, Family, family_of, min_stage_of, visual_token_ids
 from toprl_models.integrations.lmms_eval import skeleton
+from toprl_models.methods import FastV, RandomPolicy
+from toprl_models.policy import Policy
+from toprl_models.probe import blocked_stages, decoder_of, has_plain_positions, has_state, keyless_layers
+from toprl_models.processors import load_processor
 from toprl_models.pruner import attach
 from toprl_models.registry import method_of
 from toprl_models.schedule import PAPER_LAYERS, Schedule, stage_layers_for
+from toprl_models.verify import verdict, verify
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 MATRIX_FILE = Path(__file__).with_name("feature_matrix.json")
+CLASSES_FILE = Path(__file__).with_name("classes.json")
+EXACT = """\
+A tiny random model of each class, in float32, three left-padded rows: one image, two images, none. *Exact* is: the
+prompt and a greedy answer with everything kept are the unattached model's; compact mode gives the states that the
+unattached decoder computes of the survivors alone, row by row, in the prompt and in the answer; mask mode gives the
+same; caches are as short as scheduled; FastV's scores are the mean of the model's own eager attention weights;
+`detach()` restores the model. A class with `+` is another configuration. The same checks run on your model with
+`python -m toprl_models.check PATH_OR_HUB_ID`."""
 
 
 def feature_matrix() -> dict[str, dict[str, str]]:
@@ -80,7 +99,7 @@ def describe_method(name: str) -> str:
 
 
 def describe_model(name_or_path: str, method_name: str | None = None) -> str:
-    """Describe what the pruner would do with a model, from the model's config; no weights are loaded.
+    """Describe the structure of a model and what follows for pruning, from its config; no weights are loaded.
 
     Args:
         name_or_path: folder or Hub id of the model.
@@ -88,33 +107,99 @@ def describe_model(name_or_path: str, method_name: str | None = None) -> str:
 
     Raises:
         ValueError: ``method_name`` is nothing that ``method_of`` takes.
-        TypeError: the config belongs to no supported class; the message lists the supported ones.
+        TypeError: the model cannot be pruned; the message says why.
         OSError: transformers finds no config there.
     """
     config = transformers.AutoConfig.from_pretrained(name_or_path)
-    by_type = {model_type_of(family): family for family in FAMILIES.values()}
-    if config.model_type not in by_type:
+    if type(config) not in transformers.AutoModelForImageTextToText._model_mapping:
         raise TypeError(
-            f"model_name_or_path={name_or_path} has model_type={config.model_type!r}, which is not supported; "
-            f"supported: {', '.join(sorted(by_type))}"
+            f"{name_or_path}: model_type={config.model_type!r} is no image-text-to-text model of transformers"
         )
-    family = by_type[config.model_type]
-    holder = argparse.Namespace(config=config)  # all that a family's functions read
-    first = min_stage_of(holder, family)
-    layers = config.get_text_config().num_hidden_layers
-    ids = {name: getattr(config, name) for name in family.visual_ids if getattr(config, name, None) is not None}
-    stages = stage_layers_for(layers, max(1, first))
-    keeps = ", ".join(f"({layer}, {keep})" for layer, keep in zip(stages, (0.5, 0.25, 0.125), strict=True))
+    model = skeleton(config)
+    family, name = family_of(model), type(model).__name__
+    decoder = decoder_of(model)
+    layers: Any = decoder.layers
+    first, blocked = min_stage_of(model, family), blocked_stages(decoder)
+    possible = [layer for layer in range(first, len(layers)) if layer not in blocked]
+    stages = [layer for layer in stage_layers_for(len(layers), max(1, first)) if layer in possible] or possible[:1]
+    keeps = ", ".join(f"({layer}, {keep})" for layer, keep in zip(stages, (0.5, 0.25, 0.125), strict=False))
+    ids = ", ".join(f"{key} {number}" for key, number in visual_token_ids(model, family).items())
+    known = json.loads(CLASSES_FILE.read_text()).get(name, {})
     return "\n".join(
         [
-            f"{name_or_path}: {family.title} ({family.model_class})",
+            f"{name_or_path}: {family.title} ({name})",
             f"  visual tokens: {family.visual_rule} Ids: {ids}",
-            f"  decoder layers: {layers}; stages may lie before layers {first} to {layers - 1}",
-            f"  a first schedule: Schedule(stages=({keeps}))",
+            f"  decoder: {type(decoder).__name__}, {len(layers)} layers: {_kinds(decoder)}; "
+            f"{'plain' if has_plain_positions(decoder) else 'M-RoPE'} positions",
+            f"  stages may lie before layers {_ranges(possible)}",
+            f"  a first schedule: Schedule(stages=({keeps}{',' if len(stages) == 1 else ''}))",
+            *(f"  mode {mode}: {_attaches(model, RandomPolicy(), stages, mode)}" for mode in ("compact", "mask")),
+            f"  attention scores: {_attaches(model, FastV(), [max(stages[-1], 1)], 'compact')}",
+            *([f"  a tiny model of this class in the tests: {known['outcome']}"] if known else []),
             *([f"  limits: {family.limits}"] if family.limits else []),
             *([_fit(method_name, family, config, first)] if method_name else []),
         ]
     )
+
+
+def _kinds(decoder: Any) -> str:
+    """Count the kinds of layers."""
+    named = getattr(decoder.config, "layer_types", None) or []
+    kinds = list(named) if len(named) == len(decoder.layers) else ["attention"] * len(decoder.layers)
+    for index in keyless_layers(decoder.layers):
+        kinds[index] += " (keeps a state)" if has_state(decoder.layers[index]) else " (no attention)"
+    return ", ".join(f"{count} {kind}" for kind, count in Counter(kinds).items())
+
+
+def _ranges(layers: list[int]) -> str:
+    """Write [0, 1, 2, 5] as "0 to 2, 5"."""
+    runs: list[list[int]] = []
+    for layer in layers:
+        if runs and runs[-1][-1] == layer - 1:
+            runs[-1].append(layer)
+        else:
+            runs.append([layer])
+    return ", ".join(f"{run[0]} to {run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
+
+
+def _attaches(model: PreTrainedModel, policy: Policy, stages: Sequence[int], mode: Any) -> str:
+    """Tell whether a policy can be attached, or why not."""
+    try:
+        attach(model, policy, schedule=Schedule(tuple((layer, 1.0) for layer in stages)), mode=mode).detach()
+    except ValueError as error:
+        return f"no: {error}"
+    return "yes"
+
+
+def compare(name_or_path: str) -> str:
+    """Load a model and compare it, pruned, with itself, on a picture of its own: findings and verdict as text.
+
+    Raises:
+        TypeError, ValueError: the model cannot be pruned, or its processor makes no placeholder ids.
+        ImportError: the processor needs a library that is missing.
+    """
+    processor = load_processor(name_or_path)
+    model = transformers.AutoModelForImageTextToText.from_pretrained(name_or_path, dtype="auto", device_map=None).eval()
+    if torch.cuda.is_available():
+        model = model.to("cuda")
+    ramp = np.linspace(0, 255, 336, dtype=np.uint8)
+    picture = Image.fromarray(np.stack(np.broadcast_arrays(ramp[:, None], ramp, ramp[::-1]), -1))
+    content = [{"type": "image"}, {"type": "text", "text": "What is in the picture? Answer in one sentence."}]
+    text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+    bos = getattr(processor.tokenizer, "bos_token", None)
+    inputs = processor(
+        text=[text],
+        images=[picture],
+        return_tensors="pt",
+        **({"add_special_tokens": False} if bos and text.startswith(bos) else {}),
+    ).to(model.device)
+    half = next(model.parameters()).dtype != torch.float32
+    inputs = {
+        key: value.to(model.dtype) if half and value.is_floating_point() else value for key, value in inputs.items()
+    }
+    findings = verify(model, inputs, tolerance=3e-2 if half else 1e-3)
+    lines = [f"  {found.outcome:8} {found.check}" + (f": {found.detail}" if found.detail else "") for found in findings]
+    return "\n".join([*lines, f"  verdict: {verdict(findings)}"])
 
 
 def _fit(name: str, family: Family, config: PreTrainedConfig, first: int) -> str:
@@ -159,6 +244,30 @@ def matrix_markdown() -> str:
     return "\n".join(rows)
 
 
+def classes_markdown() -> str:
+    """Make the table of all image-text classes for docs, with the reasons of limits and refusals as numbered notes."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as names
+
+    classes: dict[str, dict[str, str]] = json.loads(CLASSES_FILE.read_text())
+    counts = Counter(classes[name]["outcome"] for name in names.values())
+    notes: dict[str, int] = {}
+    rows = ["| class | outcome |", "|---|---|"]
+    for name, found in classes.items():
+        reasons = [reason if check == "why" else f"{check}: {reason}" for check, reason in found.items()][1:]
+        marks = "".join(f" ({notes.setdefault(reason, len(notes) + 1)})" for reason in reasons)
+        rows.append(f"| {name.replace('ForConditionalGeneration', '')} | {found['outcome']}{marks} |")
+    counted = ", ".join(f"{counts[kind]} {kind}" for kind in ("exact", "exact with limits", "refused", "not a case"))
+    size = f"{len(names)} model types of transformers, {len(set(names.values()))} classes."
+    return "\n".join(
+        [
+            f"{size} By model type: {counted}.\n",
+            *rows,
+            "",
+            *(f"({number}) {note.replace('|', chr(92) + '|')}  " for note, number in notes.items()),
+        ]
+    )
+
+
 def page() -> str:
     """Make the text of docs/families.md."""
     return "\n\n".join(
@@ -167,6 +276,9 @@ def page() -> str:
             "Written by `make feature-matrix` from the tests' own outcomes; do not edit by hand. All tests run on tiny "
             "random\nmodels of the real transformers classes, in float32 unless the row says otherwise, on a CPU.",
             families_markdown(),
+            "## Every image-text class of transformers",
+            EXACT,
+            classes_markdown(),
             "## What is tested for which family",
             matrix_markdown().rstrip(),
         ]
@@ -182,12 +294,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
         epilog=rest,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--model_name_or_path", help="folder or Hub id of one model")
+    parser.add_argument("model", nargs="?", help="folder or Hub id of one model")
+    parser.add_argument("--structure_only", action="store_true", help="load no weights and compare nothing")
     parser.add_argument("--markdown", action="store_true", help="print docs/families.md")
     parser.add_argument("--method", help="a name, my_file.py:MyMethod, or several joined by +")
     options = parser.parse_args(arguments)
-    if options.model_name_or_path:
-        print(describe_model(options.model_name_or_path, options.method))
+    if options.model:
+        print(describe_model(options.model, options.method))
+        if not options.structure_only:
+            print(compare(options.model))
     elif options.method:
         print(describe_method(options.method))
     elif options.markdown:

@@ -101,11 +101,14 @@ class Decision(NamedTuple):
         keep_mask: ``[B, V]`` for policies that do not take the top-k of ``scores``.
         states: ``[B, V, d]``, new states of the visual slots, for policies that merge tokens. A stage that drops
             nothing changes nothing.
+        deepstack: planes ``[B, V, d]`` that are added to the visual slots between later layers, in place of the model's
+            own features (Qwen3-VL and its kin), as many as the model adds after the first stage; () leaves those.
     """
 
     scores: Tensor
     keep_mask: Tensor | None = None
     states: Tensor | None = None
+    deepstack: tuple[Tensor, ...] = ()
 
     @property
     def differences(self) -> Tensor:

@@ -15,14 +15,15 @@ from typing import TYPE_CHECKING, Any, Literal, NoReturn, SupportsIndex
 
 from torch import Tensor, nn
 
-from toprl_models.families import family_of, has_kinds_of_positions, has_plain_positions, min_stage_of
+from toprl_models.families import family_of, min_stage_of
 from toprl_models.policy import Policy
+from toprl_models.probe import blocked_stages, decoder_of, has_kinds_of_positions, has_plain_positions
 from toprl_models.runtime.compact import Compact
-from toprl_models.runtime.guards import refuse_recurrent
+from toprl_models.runtime.guards import refuse_key_selection, refuse_recurrent
 from toprl_models.runtime.hooks import Runtime
 from toprl_models.runtime.mask import Mask
 from toprl_models.runtime.prompt import FixedPrompt, VisualIds
-from toprl_models.runtime.scores import attention_of
+from toprl_models.runtime.scores import attention_of, source_of
 from toprl_models.runtime.state import StageTrace
 from toprl_models.schedule import Schedule
 
@@ -40,7 +41,7 @@ class Pruner:
 
     def __init__(self, model: PreTrainedModel, policy: Policy, schedule: Schedule, mode: Mode) -> None:
         self.model, self.policy, self.schedule, self.mode = model, policy, schedule, mode
-        decoder = model.get_decoder()
+        decoder = decoder_of(model)
         plain = has_plain_positions(decoder)
         renumbers = tuple(
             plain and policy.at_stage(stage).positions == "renumbered" for stage in range(len(schedule.layers))
@@ -82,7 +83,7 @@ class Pruner:
         self._handles, self._wrapped = [], {}
         self._runtime.enabled = False  # a wrapper that others have wrapped stays, and does nothing
         self._mode.uninstall(self.model)
-        _ATTACHED.discard(self.model.get_decoder())
+        _ATTACHED.discard(decoder_of(self.model))
         self._runtime.forget()
         self._runtime.thread.survivors = None
 
@@ -196,7 +197,7 @@ def attach(model: PreTrainedModel, policy: Policy, *, schedule: Schedule, mode: 
         raise TypeError(f"schedule is a {type(schedule).__name__}; pass Schedule(stages=((layer, keep), ...))")
     if mode not in ("compact", "mask"):
         raise ValueError(f'mode={mode!r} must be "compact" or "mask"')
-    decoder = model.get_decoder()
+    decoder = decoder_of(model)
     if decoder in _ATTACHED:
         raise RuntimeError("model is attached already; call .detach() on its Pruner (or leave its with block) first")
     schedule.check_layers(len(decoder.layers))
@@ -206,22 +207,41 @@ def attach(model: PreTrainedModel, policy: Policy, *, schedule: Schedule, mode: 
             f"schedule: first stage at layer {schedule.layers[0]}, but {type(model).__name__} can prune before layer "
             f"{first} at the earliest"
         )
-    refuse_recurrent(decoder.layers, decoder.config, schedule.layers[0], mode)
+    blocked = blocked_stages(decoder)
+    for layer in schedule.layers:
+        if layer in blocked:
+            raise ValueError(
+                f"schedule: a stage at layer {layer}, but from there on {type(decoder).__name__} uses the keys and "
+                f"values, or the selected keys, of layer {blocked[layer]} again, and must see the same tokens: choose "
+                "one of "
+                f"{sorted(set(range(len(decoder.layers))) - set(blocked))}"
+            )
+    refuse_recurrent(decoder.layers, schedule.layers[0], mode)
+    if mode == "mask":
+        refuse_key_selection(decoder.layers, schedule.layers[0])
     policy.check(model, schedule)
     for stage, layer in enumerate(schedule.layers):
-        _check_stage(policy.at_stage(stage), layer, decoder, mode)
+        _check_stage(policy.at_stage(stage), layer, schedule.layers[stage - 1] if stage else 0, decoder, mode)
     return Pruner(model, policy, schedule, mode)
 
 
-def _check_stage(policy: Policy, layer: int, decoder: PreTrainedModel, mode: Mode) -> None:
-    """Refuse a policy that does not fit the decoder or the mode at the stage before ``layer``."""
+def _check_stage(policy: Policy, layer: int, earlier: int, decoder: PreTrainedModel, mode: Mode) -> None:
+    """Refuse a policy that does not fit the decoder or the mode at the stage before ``layer``, ``earlier`` the last."""
     name = type(policy).__name__
     if policy.attention_from not in ("none", "previous", "current"):
         raise ValueError(f'policy.attention_from={policy.attention_from!r} must be "none", "previous" or "current"')
     if policy.attention_from == "previous" and not layer:
         raise ValueError(f"schedule: a stage at layer 0, but {name} reads the attention of the layer before")
-    if policy.attention_from != "none":
-        attention_of(decoder.layers[layer - (policy.attention_from == "previous")])
+    if policy.attention_from == "current":
+        attention_of(decoder.layers[layer])
+    elif policy.attention_from == "previous":
+        source = source_of(decoder.layers, layer)
+        attention_of(decoder.layers[source])
+        if source < earlier:
+            raise ValueError(
+                f"schedule: {name} at layer {layer} reads the attention of layer {source}, the last before it that has "
+                f"attention, but the stage before layer {earlier} lies between: choose another layer"
+            )
     if policy.positions not in ("original", "renumbered"):
         raise ValueError(f'policy.positions={policy.positions!r} must be "original" or "renumbered"')
     if policy.positions == "renumbered" and mode == "mask":

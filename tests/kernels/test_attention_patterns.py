@@ -170,9 +170,23 @@ def test_a_plan_is_a_mask(backend: str) -> None:
         assert torch.equal(masked_attention(*x[:3], plan=plan, backend=backend), direct)
 
 
+def test_ranges_are_a_pattern(backend: str) -> None:
+    """Chunks of five tokens, causal, which no other argument says."""
+    x, tokens = make_attention_inputs(2, 2, 1, N, N, 16), torch.arange(N)
+    ranges = torch.stack([tokens // 5 * 5, tokens + 1], 1).int().expand(2, -1, -1)
+    plan = attention_plan(x.keep_mask > 0, ranges=ranges, backend=backend)
+    got = masked_attention(*x[:3], plan=plan, backend=backend)
+    seen = (tokens[:, None] // 5 == tokens // 5) & (tokens <= tokens[:, None]) & (x.keep_mask > 0)[:, None]
+    seen = (seen | torch.eye(N, dtype=torch.bool))[:, None]
+    expected = F.scaled_dot_product_attention(*x[:3], attn_mask=seen, enable_gqa=True)
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (dict(ranges=torch.zeros(2, N, 2)), "ranges has dtype float32"),
+        (dict(ranges=torch.zeros(2, N, 2, dtype=torch.int32), window=3), "window given beside ranges"),
         (dict(window=0), "window=0 must be an int >= 1"),
         (dict(block_ids=torch.zeros(1, 4)), r"block_ids must be \[B, N\] = \(2, 24\)"),
         (dict(block_ids=torch.zeros(2, N)), "block_ids has dtype float32"),

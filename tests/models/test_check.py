@@ -9,6 +9,7 @@ import transformers
 
 from tests.models.features import FEATURES
 from tests.models.tiny_families import FAMILY_NAMES, build_model
+from tests.models.zoo import ZOO
 from toprl_models import check
 from toprl_models.families import FAMILIES
 from toprl_models.tiny import CHECKPOINT
@@ -37,20 +38,60 @@ def test_every_family_is_described(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_pages_repeat_the_generated_tables() -> None:
     assert (ROOT / "docs/families.md").read_text() == check.page() + "\n", "run make feature-matrix"
-    assert check.families_markdown() in (ROOT / "README.md").read_text(), "paste the table of docs/families.md"
 
 
 def test_one_model_by_its_config(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    check.main(["--model_name_or_path", str(CHECKPOINT)])
-    assert "before layers 0 to 5" in capsys.readouterr().out
-    build_model("qwen3_vl").config.save_pretrained(tmp_path)
-    check.main(["--model_name_or_path", str(tmp_path)])
-    assert "before layers 2 to 5" in capsys.readouterr().out  # behind two deepstack layers
+    check.main([str(CHECKPOINT)])
+    printed = capsys.readouterr().out
+    assert "before layers 0 to 5" in printed and "6 attention; plain positions" in printed
+    assert "mode mask: yes" in printed and printed.endswith("verdict: exact\n")
+
+
+@pytest.mark.parametrize(
+    ("name", "lines"),
+    [
+        ("Qwen3VLForConditionalGeneration", ("before layers 0 to 5", "M-RoPE positions", "outcome: exact")),
+        (
+            "Qwen3_5ForConditionalGeneration",
+            (
+                "4 linear_attention (keeps a state), 2 full_attention",
+                "mode compact: yes",
+                "mode mask: no: Qwen3_5",
+            ),
+        ),
+        ("Gemma4ForConditionalGeneration+shared_kv", ("stages may lie before layers 0 to 2", "mode mask: yes")),
+        ("NemotronH_Omni_Reasoning_V3", ("(no attention)", "mode compact: yes")),
+    ],
+)
+def test_structure_by_the_config(
+    name: str, lines: tuple[str, ...], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    build_model(ZOO[name]).config.save_pretrained(tmp_path)
+    check.main([str(tmp_path), "--structure_only"])
+    printed = capsys.readouterr().out
+    for line in lines:
+        assert line.replace("outcome: ", "") in printed
+    assert "verdict" not in printed
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("MllamaForConditionalGeneration", "reads its images by cross-attention"),
+        ("T5Gemma2ForConditionalGeneration", "is an encoder-decoder"),
+        ("InstructBlipForConditionalGeneration", "has a generate\\(\\) of its own"),
+        ("GitForCausalLM", "has no text decoder with a list of 6 `layers`"),
+    ],
+)
+def test_why_a_model_cannot_be_pruned(name: str, reason: str, tmp_path: Path) -> None:
+    build_model(ZOO[name]).config.save_pretrained(tmp_path)
+    with pytest.raises(TypeError, match=f"{name}, which is not supported: it {reason}"):
+        check.describe_model(str(tmp_path))
 
 
 def test_an_unsupported_model_is_an_error(tmp_path: Path) -> None:
     transformers.BertConfig().save_pretrained(tmp_path)
-    with pytest.raises(TypeError, match=r"model_type='bert'.*supported: .*llava"):
+    with pytest.raises(TypeError, match=r"model_type='bert' is no image-text-to-text model"):
         check.describe_model(str(tmp_path))
 
 
@@ -58,9 +99,9 @@ def test_a_method_by_its_name(capsys: pytest.CaptureFixture[str], tmp_path: Path
     check.main(["--method", "visionzip+fastv"])
     printed = capsys.readouterr().out
     assert "stages before layers 0, 2 of 32" in printed
-    assert "LLaVA-1.5: applies" in printed and "InternVL3: InternVL merges 4 patches" in printed
+    assert "LLaVA-1.5: applies" in printed and "InternVL3: applies" in printed
     (tmp_path / "mine.py").write_text("from toprl_models import DivPrune\n")
-    arguments = ["--model_name_or_path", str(CHECKPOINT), "--method"]
+    arguments = [str(CHECKPOINT), "--structure_only", "--method"]
     check.main([*arguments, f"{tmp_path}/mine.py:DivPrune"])
     assert "mine.py:DivPrune: stages before layers 0" in capsys.readouterr().out
     check.main([*arguments, "random"])

@@ -111,7 +111,7 @@ def test_counts_go_on_from_what_was_merged() -> None:
         ((FastV(), RandomPolicy()), (0, 2), "a stage at layer 0, but FastV reads the attention of the layer before"),
         ((DivPrune(), OneShot(FastV(), 2)), (0, 3), r"OneShot\(layer=2\) prunes once"),
         ((DivPrune(), TopRLPolicy(HIDDEN_SIZE // 2, [2], 8)), (0, 2), "trained for hidden_size=32"),
-        ((VisionZip(), FastV()), (0, 2), "merges 4 patches into a token"),
+        ((FastV(), VisionZip()), (2, 3), "VisionZip chooses tokens before the language"),
     ],
 )
 def test_what_does_not_fit_is_refused(policies: tuple[Policy, ...], layers: tuple[int, ...], message: str) -> None:

@@ -200,7 +200,7 @@ def test_masks_and_rotary_tables_are_made_once_per_stage(
 
         monkeypatch.setattr(shortened, name, wrapper)
 
-    for name in ("gather_tables", "prefill_mask", "rebuild_mask"):
+    for name in ("gather_tables", "picked_mask", "rebuild_mask"):
         counting(name)
     model, schedule = model_of(family), schedule_of(family)
     # more layers behind a stage than stages, or per layer and per stage would be the same
@@ -208,7 +208,7 @@ def test_masks_and_rotary_tables_are_made_once_per_stage(
     with attached(model, schedule):
         seen = layer_arguments(model, build_inputs(family, rows))
     # the stage gathers the tables with the states
-    assert made == ({"prefill_mask": len(schedule)} if rows == MIXED else {})
+    assert made == ({"picked_mask": len(schedule)} if rows == MIXED else {})
     for stage, layer in enumerate(schedule.layers):
         end = (*schedule.layers, NUM_LAYERS)[stage + 1]
         for other in range(layer, end):

@@ -146,9 +146,8 @@ def assert_scores(model: Any, policy: Policy, layer: int, source: int) -> None:
     source = sum(kind != "conv" for kind in kinds[:source])  # transformers lists the weights of attention layers alone
     for inputs, more, first_turn in prompts(model):
         arguments, visual = inputs | more, visual_mask(inputs)
-        past = arguments["attention_mask"].shape[1] - visual.shape[1]
         attention = model(**arguments, **first_turn(), output_attentions=True).attentions[source]
-        expected = attention.mean(1)[:, -1, past:]
+        expected = attention.mean(1)[:, -1, -visual.shape[1] :]
         kept = []
         # sdpa has no soft cap: recent releases of transformers refuse it, older ones leave it out
         caps = getattr(model.get_decoder().config, "attn_logit_softcapping", None) is not None
@@ -168,7 +167,7 @@ def assert_scores(model: Any, policy: Policy, layer: int, source: int) -> None:
                 torch.testing.assert_close(scores, expected[row][seen], atol=TOLERANCE, rtol=0)
         assert torch.equal(kept[0], kept[-1])
         for row, seen, indices in zip(expected, visual, kept[0], strict=True):
-            best = row[seen].topk(int(seen.sum()) // 2).indices
+            best = row[seen].sort(descending=True, stable=True).indices[: int(seen.sum()) // 2]
             assert indices[indices >= 0].tolist() == sorted(best.tolist())
 
 
@@ -308,15 +307,6 @@ def test_temperature_of_slots_is_refused() -> None:
         model(**inputs)
     assert_masked_by_hand(model, "mask")
     assert_scores(model, FastV(), 4, 3)  # the sequence is not shortened in layer 3
-
-
-def test_chunks_shorter_than_the_prompt_are_refused() -> None:
-    model = llava_of("Llama4TextConfig", LLAMA4 | {"attention_chunk_size": 16})
-    with (
-        attach(model, HashPolicy(), schedule=SCHEDULE),
-        pytest.raises(RuntimeError, match=r"sliding_window=16 is shorter"),
-    ):
-        model(**build_inputs("llava"))
 
 
 def test_padding_of_an_earlier_turn_with_a_stage_at_layer_0() -> None:

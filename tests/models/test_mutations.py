@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -65,13 +66,18 @@ def gapped_positions_reach_the_layers(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(compact.Compact, "before_layer", leaves_positions)
 
 
-def gapped_positions_reach_the_mask_maker(patch: pytest.MonkeyPatch) -> None:
-    def rebuild_mask(config: Any, states: Tensor, valid: Tensor | None, view: Any) -> Any:
-        from transformers.masking_utils import create_causal_mask
+def change_keys(patch: pytest.MonkeyPatch, **changes: Any) -> None:
+    """Change what the mask of a shortened sequence is picked by."""
+    picked_mask = shortened.picked_mask
+    patch.setattr(
+        shortened,
+        "picked_mask",
+        lambda original, slots, keys, states: picked_mask(original, slots, replace(keys, **changes), states),
+    )
 
-        return create_causal_mask(config, states, valid, view, 2 * torch.arange(states.shape[1])[None])
 
-    patch.setattr(shortened, "rebuild_mask", rebuild_mask)
+def columns_are_counted_in_the_short_sequence(patch: pytest.MonkeyPatch) -> None:
+    change_keys(patch, origins=None)
 
 
 def no_modality_gate(patch: pytest.MonkeyPatch) -> None:
@@ -79,8 +85,7 @@ def no_modality_gate(patch: pytest.MonkeyPatch) -> None:
 
 
 def fillers_of_short_rows_are_keys(patch: pytest.MonkeyPatch) -> None:
-    prefill_mask = shortened.prefill_mask
-    patch.setattr(shortened, "prefill_mask", lambda mask, indices, valid: prefill_mask(mask, indices, None))
+    change_keys(patch, valid=None)
 
 
 def decoding_forgets_the_fillers(patch: pytest.MonkeyPatch) -> None:
@@ -129,7 +134,7 @@ def numbers_are_copied_in_time(patch: pytest.MonkeyPatch) -> None:
         (renumbered_positions, test_families.test_survivors_keep_their_positions),
         (gapped_positions_reach_the_layers, flash),
         (gapped_positions_reach_the_layers, test_families.test_survivors_keep_their_positions),
-        (gapped_positions_reach_the_mask_maker, flex),
+        (columns_are_counted_in_the_short_sequence, flex),
         (no_modality_gate, test_families.test_a_generated_image_id_prunes_nothing),
         (fillers_of_short_rows_are_keys, overtaken),
         (decoding_forgets_the_fillers, overtaken),

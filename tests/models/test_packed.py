@@ -18,8 +18,8 @@ from tests.models.tiny_families import PAD_ID, TINY, build_inputs, build_model, 
 from toprl_models import FastV, Policy, PyramidDrop, Schedule, attach
 
 ROWS = (("image",), ("image", "image"), (), ("image",))
-# three stages, after Qwen3-VL's deepstack layers; the readers among the policies have one
-STAGES = Schedule(((2, 0.5), (3, 0.25), (5, 2)))
+# three stages, the first between Qwen3-VL's deepstack layers; the readers among the policies have one
+STAGES = Schedule(((1, 0.5), (3, 0.25), (5, 2)))
 ONE_STAGE = Schedule(((3, 4),))
 
 

@@ -30,7 +30,7 @@ readers = pytest.mark.parametrize("reader", READERS)
 
 
 def schedule(keep: int = 4) -> Schedule:
-    return Schedule(((3, keep),))  # after Qwen3-VL's deepstack layers
+    return Schedule(((3, keep),))
 
 
 def with_answer(inputs: dict[str, Tensor], words: Any) -> dict[str, Tensor]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import itertools
 import threading
 from collections.abc import Callable
@@ -14,8 +13,8 @@ from torch import Tensor
 
 from tests.models.agreement import schedule_of
 from tests.models.conftest import HashPolicy
-from tests.models.test_outputs import MODES, ROWS, Soft, shared_model, survivors
-from tests.models.tiny_families import FAMILY_NAMES, build_inputs, build_model, text_config, visual_mask
+from tests.models.test_outputs import MODES, ROWS, Soft, shared_model
+from tests.models.tiny_families import FAMILY_NAMES, build_inputs, build_model, visual_mask
 from toprl_models import FastV, Schedule, attach
 
 
@@ -318,61 +317,6 @@ def test_dropout_is_refused_in_mask_mode() -> None:
         model(**inputs)
         with pytest.raises(ValueError, match=r"dropout=0\.1"):
             model.train()(**inputs)
-
-
-def build_windowed(kind: str, window: int) -> Any:
-    """LLaVA on a decoder with a sliding window: in all layers, or in the upper ones."""
-    from transformers import LlavaForConditionalGeneration, MistralConfig, Qwen2Config
-
-    if kind == "mistral":
-        text = MistralConfig(**text_config(), sliding_window=window)
-    else:
-        text = Qwen2Config(**text_config(), use_sliding_window=True, sliding_window=window, max_window_layers=3)
-    config = copy.deepcopy(shared_model("llava").config)
-    config.text_config = text
-    torch.manual_seed(0)
-    model = LlavaForConditionalGeneration(config).eval().requires_grad_(False)
-    model.generation_config.eos_token_id = None
-    model.generation_config.pad_token_id = 0
-    return model
-
-
-@pytest.mark.parametrize("kind", ["mistral", "qwen2"])
-def test_a_sliding_window_shorter_than_the_sequence_is_refused(kind: str) -> None:
-    inputs = build_inputs("llava", ROWS)
-    length = inputs["input_ids"].shape[1]
-    text = {"input_ids": torch.full((1, length), 5)}
-    for mode in MODES:
-        model = build_windowed(kind, length - 1)
-        plain = model(**text).logits
-        with attach(model, HashPolicy(), schedule=schedule_of("llava"), mode=mode):
-            with pytest.raises(RuntimeError, match=f"sliding_window={length - 1} is shorter than .* {length} tokens"):
-                model(**inputs)
-            if mode == "compact":  # nothing is pruned here, so the model's own masks are used
-                assert torch.equal(model(**text).logits, plain)
-            else:
-                with pytest.raises(RuntimeError, match="sliding_window"):
-                    model(**text)
-        # crossed by the answer
-        model = build_windowed(kind, length + 2)
-        with attach(model, HashPolicy(), schedule=schedule_of("llava"), mode=mode):
-            model.generate(**inputs, max_new_tokens=3, do_sample=False)
-            with pytest.raises(RuntimeError, match=f"sliding_window={length + 2} is shorter"):
-                answer(model, inputs)
-
-
-@pytest.mark.parametrize("kind", ["mistral", "qwen2"])
-def test_a_sliding_window_that_is_long_enough_changes_nothing(kind: str) -> None:
-    model, inputs, states = build_windowed(kind, 64), build_inputs("llava", ROWS), {}
-    plain, tokens = model.base_model(**inputs).last_hidden_state, []
-    for mode in MODES:
-        with attach(model, HashPolicy(), schedule=schedule_of("llava"), mode=mode) as pruner:
-            states[mode] = model.base_model(**inputs).last_hidden_state
-            tokens.append(answer(model, inputs))
-    alive = survivors(pruner, inputs)
-    torch.testing.assert_close(states["compact"][alive], states["mask"][alive], atol=1e-4, rtol=1e-4)
-    assert torch.equal(*tokens)
-    assert (states["compact"] - plain)[alive].abs().max() > 0.1
 
 
 def test_a_mask_gradient_reaches_the_policy_through_disabled_and_back() -> None:

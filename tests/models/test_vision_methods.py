@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import gc
 import math
@@ -12,12 +11,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import transformers
 from PIL import Image
 from torch import Tensor
 
 from tests.models.agreement import single_row
 from tests.models.tiny_families import (
+    FAMILY_NAMES,
     GRIDS,
     IMAGE_ID,
     TINY,
@@ -26,25 +25,22 @@ from tests.models.tiny_families import (
     build_model,
     visual_mask,
 )
-from toprl_models import Policy, Schedule, StageContext, attach, families
-from toprl_models.methods._tower import ClassTokenReader, TileReading, split_rows, tile_shares
-from toprl_models.methods.downsample import Downsample, from_patches, resized, smaller_grid, spread, to_patches
+from toprl_models import Policy, Schedule, StageContext, attach
+from toprl_models.methods._smaller import from_patches, resized, smaller_grid, spread, to_patches
+from toprl_models.methods._tower import TowerReader, TowerReading, split_rows, tile_shares
+from toprl_models.methods.downsample import Downsample
 from toprl_models.methods.fastervlm import FasterVLM
 from toprl_models.methods.visionzip import VisionZip, zip_tiles
 
 CLASS_TOKEN_FAMILIES = ["llava", "llava_next", "video_llava"]
-SMALLER = ["llava", "video_llava", "internvl", "qwen2_5_vl"]
+FAMILIES = [name for name in FAMILY_NAMES if TINY[name].min_stage == 0]
 POLICIES = [VisionZip, FasterVLM, Downsample]
 ONE, MIXED = (("image",),), (("image",), ("image", "image"), (), ("image", "image", "image"))
 # float32 rounding of the same sums in another order; the logits are around 2
 ATOL = 1e-4
 
 
-def supported(policy: type[Policy]) -> list[str]:
-    return SMALLER if policy is Downsample else CLASS_TOKEN_FAMILIES
-
-
-PAIRS = [(policy, family) for policy in POLICIES for family in supported(policy)]
+PAIRS = [(policy, family) for policy in POLICIES for family in FAMILIES]
 
 
 @functools.cache
@@ -53,15 +49,21 @@ def model_of(family: str, feature_layer: int = -1) -> Any:
     model = build_model(family)
     if family in CLASS_TOKEN_FAMILIES:
         model.config.vision_feature_layer = feature_layer
-        for layer in tower_of(model).encoder.layers:
-            for module in (layer.self_attn.q_proj, layer.self_attn.k_proj):
-                module.weight.mul_(8)
+    sharpen(tower_of(model))
     return model
 
 
+def sharpen(tower: Any, factor: float = 8) -> None:
+    """Make queries and keys larger."""
+    for name, weight in tower.named_parameters():
+        if name.endswith(("q_proj.weight", "k_proj.weight")):
+            weight.mul_(factor)
+        elif name.endswith("qkv.weight"):
+            weight[: len(weight) * 2 // 3].mul_(factor)
+
+
 def tower_of(model: Any) -> Any:
-    base = model.base_model
-    return getattr(base, "image_tower", None) or getattr(base, "vision_tower", None) or base.visual
+    return model.base_model.get_encoder(modality="image")
 
 
 def schedule(keep: float | int) -> Schedule:
@@ -105,7 +107,7 @@ class Probe(Policy):
     """Keeps what was read."""
 
     def hooks(self, model):
-        self.reader = ClassTokenReader(model)
+        self.reader = TowerReader(model)
         return self.reader.handles
 
     def score(self, context: StageContext) -> Tensor:
@@ -175,21 +177,29 @@ def kept(pruner: Any) -> list[list[int]]:
 @pytest.mark.parametrize("family", CLASS_TOKEN_FAMILIES)
 def test_what_is_read_is_what_the_tower_computed(family, feature_layer):
     model, inputs = model_of(family, feature_layer), build_inputs(family, MIXED)
-    reading = probe(model, inputs).reading
+    policy = probe(model, inputs)
+    reading, valid = policy.reading, policy.context.valid_mask
     attention, keys, states = tower_outputs(family, inputs, feature_layer)
     assert attention.std(-1).min() > 1e-3  # or any order would do
-    torch.testing.assert_close(reading.attention, attention, atol=1e-6, rtol=1e-5)
-    torch.testing.assert_close(reading.keys, keys, atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(reading.states, states, atol=1e-5, rtol=1e-5)
+    patches = torch.cat(packed(model, inputs))  # of the slots; -1 for newlines
+    is_patch = patches >= 0
+    scores = reading.scores[valid]
+    torch.testing.assert_close(scores[is_patch], attention.mean(1).flatten()[patches[is_patch]], atol=1e-6, rtol=1e-5)
+    assert (scores[~is_patch] == -1).all() and (reading.scores[~valid] == -1).all()
+    for read, expected in ((reading.keys, keys.mean(2)), (reading.states, states[:, 1:])):
+        torch.testing.assert_close(
+            read[valid][is_patch], expected.flatten(0, 1)[patches[is_patch]], atol=1e-5, rtol=1e-5
+        )
+    torch.testing.assert_close(reading.class_states, states[:, 0], atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("family", CLASS_TOKEN_FAMILIES)
-def test_slots_are_mapped_to_the_patches_that_the_model_put_there(family):
-    """Features that carry their own number, 1 and up, and newlines of 0, are read off where the model put them."""
+def test_slots_are_mapped_to_the_tiles_that_the_model_put_there(family):
+    """Features that carry the number of their tile, 1 and up, and newlines of 0, are read off where they were put."""
     model, inputs = build_model(family), build_inputs(family, MIXED)
 
     def number(module, args, output):
-        return torch.arange(1, output.shape[0] * 16 + 1.0).view(-1, 16, 1).expand_as(output)
+        return torch.arange(1, output.shape[0] + 1.0).view(-1, 1, 1).expand_as(output)
 
     model.base_model.multi_modal_projector.register_forward_hook(number)
     if family == "llava_next":
@@ -197,18 +207,16 @@ def test_slots_are_mapped_to_the_patches_that_the_model_put_there(family):
     policy = probe(model, inputs)
     reading, context = policy.reading, policy.context
     numbers = context.hidden_states[..., 0].long() - 1
-    assert torch.equal(reading.slot_patch[context.valid_mask], numbers[context.valid_mask])
-    assert (reading.slot_patch[~context.valid_mask] == -1).all()
+    assert torch.equal(reading.tile[context.valid_mask], numbers[context.valid_mask])
+    assert (reading.tile[~context.valid_mask] == -1).all()
     if family == "llava_next":
         assert (numbers[context.valid_mask] == -1).sum() == 2 * (4 + 8 + 2)
         assert sorted(set(reading.capacities)) == [8, 16]  # patches that unpadding left
-    width = reading.slot_patch.shape[1]
-    for tile, slots in enumerate(reading.patch_slot.tolist()):
-        for patch, slot in enumerate(slots):
-            assert slot == -1 or reading.slot_patch[slot // width, slot % width] == tile * 16 + patch
-        assert reading.capacities[tile] == sum(slot >= 0 for slot in slots)
+    for tile, (slots, capacity) in enumerate(zip(reading.slots_of_tiles(), reading.capacities, strict=True)):
+        assert capacity == len(slots) and (reading.tile.flatten()[slots] == tile).all() and (slots.diff() > 0).all()
     per_image = 3 if family == "llava_next" else 1
     assert [len(tiles) for tiles in reading.tiles] == [per_image * len(row) for row in MIXED]
+    assert set(reading.sizes) == {16}
 
 
 @pytest.mark.parametrize(("policy", "family"), PAIRS)
@@ -251,6 +259,8 @@ def test_tile_shares_are_even_and_exact():
     assert tile_shares(2, [5, 5, 5]) == [0, 1, 1]
     assert tile_shares(0, [5]) == [0]
     assert tile_shares(7, []) == []
+    assert tile_shares(9, [4, 16, 16], [4, 16, 16]) == [1, 4, 4]
+    assert tile_shares(30, [4, 2, 16], [4, 16, 16]) == [4, 2, 16]
     generator = torch.Generator().manual_seed(0)
     for _ in range(200):
         capacities = torch.randint(0, 9, (int(torch.randint(1, 7, (), generator=generator)),), generator=generator)
@@ -273,27 +283,27 @@ def test_split_rows():
 
 def test_zip_tiles_by_hand():
     """Six patches of two numbers; dominant are 1 and 4, targets are the others 0 and 3, which 2 and 5 join."""
-    states = torch.tensor([[9.0, 9], [0, 1], [2, 3], [4, 5], [6, 7], [8, 9], [10, 11]])[None]
+    states = torch.tensor([[0.0, 1], [2, 3], [4, 5], [6, 7], [8, 9], [10, 11]])[None]
     attention = torch.tensor([[0.1, 0.9, 0.2, 0.1, 0.8, 0.3]])
     keys = torch.tensor([[1.0, 0], [0, 0], [30, 1], [0, 2], [0, 0], [2, 1]])[None]
-    tokens, chosen = zip_tiles(states, keys, attention, num_dominant=3, num_contextual=2)
+    tokens, chosen = zip_tiles(states, keys, attention, num_dominant=2, num_contextual=2)
     assert chosen.tolist() == [[1, 4, 0, 3]]
     # patches 2 and 5 both point to patch 0: (0, 1) + ((4, 5) + (10, 11)) / 2; nobody points to patch 3
-    assert tokens.tolist() == [[[9, 9], [2, 3], [8, 9], [7, 9], [6, 7]]]
+    assert tokens.tolist() == [[[2, 3], [8, 9], [7, 9], [6, 7]]]
     # keys of length 0 apart, the length of a key must not matter
-    again, _ = zip_tiles(states, keys * torch.tensor([1, 1, 0.01, 50, 1, 7])[:, None], attention, 3, 2)
+    again, _ = zip_tiles(states, keys * torch.tensor([1, 1, 0.01, 50, 1, 7])[:, None], attention, 2, 2)
     assert torch.equal(again, tokens)
-    dominant, chosen = zip_tiles(states, keys, attention, 3, 0)
-    assert dominant.tolist() == [[[9, 9], [2, 3], [8, 9]]] and chosen.tolist() == [[1, 4]]
-    assert zip_tiles(states, keys, attention, 1, 0)[0].tolist() == [[[9, 9]]]
-    assert zip_tiles(states, keys, attention, 1, 6)[0].tolist() == [[[9, 9], *states[0, 1:].tolist()]]  # no rest
+    dominant, chosen = zip_tiles(states, keys, attention, 2, 0)
+    assert dominant.tolist() == [[[2, 3], [8, 9]]] and chosen.tolist() == [[1, 4]]
+    assert zip_tiles(states, keys, attention, 0, 0)[0].tolist() == [[]]
+    assert zip_tiles(states, keys, attention, 0, 6)[0].tolist() == states.tolist()  # no rest
 
 
 def zipped_by_loops(states: Tensor, keys: Tensor, attention: Tensor, dominant: int, contextual: int) -> Tensor:
     """One tile: tokens [dominant + contextual, D], as the authors describe them, without any tensor algebra."""
     order = sorted(range(len(attention)), key=lambda patch: -float(attention[patch]))
-    best = sorted(order[: dominant - 1])
-    tokens = [states[0], *(states[1 + patch] for patch in best)]
+    best = sorted(order[:dominant])
+    tokens = [states[patch] for patch in best]
     others = [patch for patch in range(len(attention)) if patch not in best]
     targets = others[:: max(1, len(others) // contextual)][:contextual] if contextual else []
     joined: dict[int, list[int]] = {target: [] for target in targets}
@@ -302,15 +312,15 @@ def zipped_by_loops(states: Tensor, keys: Tensor, attention: Tensor, dominant: i
         if cosines:
             joined[max(cosines, key=cosines.__getitem__)].append(patch)
     for target, patches in joined.items():
-        merged = sum((states[1 + patch] for patch in patches), torch.zeros_like(states[0]))
-        tokens.append(states[1 + target] + merged / max(1, len(patches)))
-    return torch.stack(tokens)
+        merged = sum((states[patch] for patch in patches), torch.zeros_like(states[0]))
+        tokens.append(states[target] + merged / max(1, len(patches)))
+    return torch.stack(tokens) if tokens else states[:0]
 
 
 @pytest.mark.parametrize(("patches", "dominant", "contextual"), [(16, 4, 3), (49, 7, 12), (30, 1, 7), (30, 20, 10)])
 def test_zip_tiles_against_loops(patches, dominant, contextual):
     generator = torch.Generator().manual_seed(patches + contextual)
-    states, keys = torch.randn(2, patches + 1, 5, generator=generator), torch.randn(2, patches, 4, generator=generator)
+    states, keys = torch.randn(2, patches, 5, generator=generator), torch.randn(2, patches, 4, generator=generator)
     attention = torch.rand(2, patches, generator=generator)
     tokens, _ = zip_tiles(states, keys, attention, dominant, contextual)
     expected = [zipped_by_loops(*tile, dominant, contextual) for tile in zip(states, keys, attention, strict=True)]
@@ -398,14 +408,15 @@ def expected_zip(family: str, inputs: dict[str, Tensor], keep: float) -> list[Te
         for share, tile in zip(shares, tiles, strict=True):
             patches = [patch for patch in range(16) if torch.cat(present).eq(tile * 16 + patch).any()]
             if share:
-                tokens[tile * len(present) // len(states)].append(
-                    zipped_by_loops(
-                        states[tile][[0, *(1 + patch for patch in patches)]],
-                        keys[tile].mean(1)[patches],
-                        attention[tile].sum(0)[patches],
-                        *policy.split(share),
-                    )
+                dominant, contextual = policy.split(share)
+                zipped = zipped_by_loops(
+                    states[tile][1:][patches],
+                    keys[tile].mean(1)[patches],
+                    attention[tile].sum(0)[patches],
+                    dominant - 1,
+                    contextual,
                 )
+                tokens[tile * len(present) // len(states)].append(torch.cat([states[tile][:1], zipped]))
     projector = model.base_model.multi_modal_projector
     return [projector(torch.cat(tokens[number])) for number in tokens]
 
@@ -643,24 +654,9 @@ def test_decisions_repeat_and_rows_may_be_repeated(policy, family, rows):
 
 
 @pytest.mark.parametrize("policy", POLICIES)
-@pytest.mark.parametrize("family", list(TINY))
-def test_models_that_do_not_fit_are_refused(policy, family):
-    model = model_of(family)
-    reasons = {
-        "internvl": "InternVL merges 4 patches into a token",
-        "llava_onevision": "no class token",
-        "qwen2_5_vl": "no class token",
-        "qwen3_vl": "no class token",
-    }
-    if policy is Downsample:
-        tiled = "the number of tiles follows the picture"
-        reasons = {"llava_next": tiled, "llava_onevision": tiled, "qwen3_vl": "names no image_tower"}
-    assert (family in reasons) == (family not in supported(policy))
-    if family in reasons:
-        with pytest.raises(ValueError, match=reasons[family]):
-            policy().check(model, schedule(0.5))
-    else:
-        policy().check(model, schedule(0.5))
+@pytest.mark.parametrize("family", FAMILY_NAMES)
+def test_all_towers_fit(policy, family):
+    policy().check(model_of(family), schedule(0.5))
 
 
 @pytest.mark.parametrize("policy", POLICIES)
@@ -697,60 +693,40 @@ def test_configs_that_do_not_fit_are_refused(policy, change, message):
     with pytest.raises(ValueError, match=message):
         policy().check(model, schedule(0.5))
     if "full" in change.values():
-        with pytest.raises(ValueError, match="must drop the class token"):
+        with pytest.raises(ValueError, match='must be "default"'):
             Downsample().check(model, schedule(0.5))
 
 
-def llava_with(tower: str) -> Any:
-    """LLaVA's own decoder and projector with another vision tower."""
-    config = build_model("llava").config
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
-    vision = transformers.AutoConfig.for_model(tower, **sizes, image_size=32, patch_size=8)
-    return transformers.LlavaForConditionalGeneration(
-        transformers.LlavaConfig(
-            text_config=config.text_config,
-            vision_config=vision,
-            image_token_id=IMAGE_ID,
-            vision_feature_layer=-1,
-            vision_feature_select_strategy="full",
-        )
-    )
-
-
-@pytest.mark.parametrize(
-    ("tower", "name"), [("pixtral", "PixtralVisionModel"), ("siglip_vision_model", "SiglipVision")]
-)
-def test_other_towers_of_llava(tower, name):
-    """Pixtral has no ``embeddings``; SigLIP has, but no class token, and images of it can be made smaller."""
-    model = llava_with(tower)
-    for policy in POLICIES:
-        if policy is Downsample and tower != "pixtral":
-            attach(model, policy(), schedule=schedule(0.5)).detach()
-            continue
-        with pytest.raises(ValueError, match=name):
-            attach(model, policy(), schedule=schedule(0.5))
-    assert not model.base_model._forward_hooks
-
-
-def test_a_family_without_an_image_tower_is_refused(monkeypatch):
-    row = dataclasses.replace(families.FAMILIES["LlavaForConditionalGeneration"], image_tower="")
-    monkeypatch.setitem(families.FAMILIES, row.model_class, row)
-    for policy in POLICIES:
-        with pytest.raises(ValueError, match="the row of LlavaForConditionalGeneration names no image_tower"):
-            policy().check(model_of("llava"), schedule(0.5))
-    monkeypatch.setitem(families.FAMILIES, row.model_class, dataclasses.replace(row, image_tower="eye"))
-    for policy in POLICIES:
-        with pytest.raises(ValueError, match=r"no class token|has no eye"):
-            policy().check(model_of("llava"), schedule(0.5))
-
-
-def test_an_unreadable_attention_is_refused(monkeypatch):
+@pytest.mark.parametrize("policy", POLICIES)
+def test_a_model_without_a_tower_is_refused(policy, monkeypatch):
     model = build_model("llava")
-    attention = tower_of(model).encoder.layers[-1].self_attn
-    monkeypatch.delattr(attention, "scale")
+    monkeypatch.setattr(type(model.base_model), "get_encoder", lambda self, modality: self)
+    with pytest.raises(ValueError, match="LlavaForConditionalGeneration has no vision tower"):
+        policy().check(model, schedule(0.5))
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_two_projectors_are_refused(policy):
+    model = build_model("llava")
+    model.base_model.second = torch.nn.Linear(2, 2)
+    with pytest.raises(ValueError, match="which of multi_modal_projector, second of"):
+        policy().check(model, schedule(0.5))
+
+
+def test_an_unreadable_attention_is_refused():
+    model = build_model("llava")
+    for layer in tower_of(model).encoder.layers:
+        layer.self_attn = torch.nn.MultiheadAttention(8, 2)
     for policy in (VisionZip, FasterVLM):
-        with pytest.raises(ValueError, match="has no scale"):
+        with pytest.raises(ValueError, match=r"CLIPVisionModel\) has no layers with one attention"):
             policy().check(model, schedule(0.5))
+
+
+def test_position_embeddings_that_cannot_be_interpolated_are_refused(monkeypatch):
+    model = build_model("llava")
+    monkeypatch.delattr(type(tower_of(model).embeddings), "interpolate_pos_encoding")
+    with pytest.raises(ValueError, match="cannot interpolate its position embeddings"):
+        Downsample().check(model, schedule(0.5))
 
 
 @pytest.mark.parametrize("policy", [VisionZip, FasterVLM])
@@ -794,7 +770,8 @@ def test_prefill_in_chunks_needs_all_pictures_in_the_first(policy, family):
     with attach(model, policy(), schedule=schedule(0.5)):
         chunked = model.generate(**inputs, max_new_tokens=5, do_sample=False, prefill_chunk_size=end + 2)
         assert torch.equal(chunked[:, -5:], answers(model, inputs))
-        first_picture = int(visual_mask(inputs).nonzero()[0, 1]) + lengths_of(model, inputs)[0]
+        first = int(visual_mask(inputs).nonzero()[0, 1])
+        first_picture = first + int((~visual_mask(inputs)[0, first:]).nonzero()[0])
         with pytest.raises(ValueError, match="prefill_chunk_size=None"):
             model.generate(**inputs, max_new_tokens=5, prefill_chunk_size=first_picture + 2)
 
@@ -830,5 +807,5 @@ def test_a_detached_policy_lets_go_of_the_model(policy, family):
 
 def test_a_reading_is_plain_data():
     reading = probe(model_of("llava"), build_inputs("llava", ONE)).reading
-    assert isinstance(reading, TileReading)
+    assert isinstance(reading, TowerReading)
     assert reading.shares((5,)) == [5] and reading.repeats == 1

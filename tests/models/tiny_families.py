@@ -61,8 +61,24 @@ def clip_config() -> dict[str, Any]:
     }
 
 
+def vision_config(**changes: Any) -> dict[str, Any]:
+    """The same tower for classes with a SigLIP or the like: 16 patches of an image of 32 x 32."""
+    vision = {key: value for key, value in clip_config().items() if key not in ("model_type", "projection_dim")}
+    return {**vision, **changes}
+
+
 def pixels(generator: torch.Generator, *shape: int) -> Tensor:
     return torch.randn(*shape, generator=generator)
+
+
+def image_of(tokens: int, *shape: int) -> Callable[[int, bool, torch.Generator], Item]:
+    """Make images of one size, ``tokens`` each between their marks; ``shape`` is that of pixel_values."""
+
+    def image(number: int, alone: bool, generator: torch.Generator) -> Item:
+        ids = [VISION_START_ID, *[IMAGE_ID] * tokens, VISION_END_ID]
+        return Item(ids, {"pixel_values": pixels(generator, *(shape or (1, 3, 32, 32)))})
+
+    return image
 
 
 # --- LLaVA-1.5: 16 patches an image ---
@@ -153,9 +169,8 @@ def llava_onevision():
         SiglipVisionConfig,
     )
 
-    vision = {key: value for key, value in clip_config().items() if key not in ("model_type", "projection_dim")}
     config = LlavaOnevisionConfig(
-        vision_config=SiglipVisionConfig(**vision, vision_use_head=False),
+        vision_config=SiglipVisionConfig(**vision_config(), vision_use_head=False),
         text_config=Qwen2Config(**text_config()),
         image_token_index=IMAGE_ID,
         video_token_index=VIDEO_ID,
@@ -309,6 +324,11 @@ class TinyFamily:
     min_stage: int = 0
     is_qwen: bool = False  # needs mm_token_type_ids
     counts_images: bool = False  # needs batch_num_images
+    attn_implementation: str = "sdpa"  # what the decoder uses unless told otherwise
+    finish: Callable[[dict[str, Tensor], Rows], dict[str, Tensor]] | None = None  # the last word on the inputs
+    not_a_case: str = ""  # why no visual token is a token of the decoder
+    cannot_build: str = ""  # why the class cannot be built
+    limits_itself: str = ""  # where the class disagrees with itself, unpruned
 
 
 TINY = {
@@ -317,17 +337,27 @@ TINY = {
     "video_llava": TinyFamily(video_llava, video_llava_image, video_llava_video),
     "llava_onevision": TinyFamily(llava_onevision, llava_onevision_image, llava_onevision_video, counts_images=True),
     "qwen2_5_vl": TinyFamily(qwen2_5_vl, qwen_image, qwen2_5_vl_video, is_qwen=True),
-    "qwen3_vl": TinyFamily(qwen3_vl, qwen_image, qwen3_vl_video, min_stage=2, is_qwen=True),
+    "qwen3_vl": TinyFamily(qwen3_vl, qwen_image, qwen3_vl_video, is_qwen=True),
     "internvl": TinyFamily(internvl, internvl_image, internvl_video),
 }
 FAMILY_NAMES = list(TINY)
 
 
-def build_model(family: str = "llava", attn_implementation: str = "sdpa", seed: int = 0) -> Any:
+def tiny_family(family: str | TinyFamily) -> TinyFamily:
+    """Look a supported family up; any other one is passed as a TinyFamily."""
+    return family if isinstance(family, TinyFamily) else TINY[family]
+
+
+def build_model(family: str | TinyFamily = "llava", attn_implementation: str | None = None, seed: int = 0) -> Any:
     """A float32 model in eval mode whose parameters need no gradient; the decoder uses ``attn_implementation``."""
+    tiny = tiny_family(family)
     torch.manual_seed(seed)
-    model = TINY[family].build().eval()
-    model.set_attn_implementation({"text_config": attn_implementation})
+    model = tiny.build().eval()
+    implementation = attn_implementation or tiny.attn_implementation
+    # the empty name stands for the model's config where that is the decoder's too
+    decoder = model.config.get_text_config(decoder=True)
+    place = next((name for name in model.config.sub_configs if getattr(model.config, name) is decoder), "")
+    model.set_attn_implementation({place: implementation})
     model.generation_config.eos_token_id = None  # random models must not stop early
     model.generation_config.pad_token_id = PAD_ID
     model.requires_grad_(False)
@@ -335,10 +365,10 @@ def build_model(family: str = "llava", attn_implementation: str = "sdpa", seed: 
 
 
 def build_inputs(
-    family: str = "llava", rows: Rows = (("image",),), seed: int = 0, padding_side: str = "left"
+    family: str | TinyFamily = "llava", rows: Rows = (("image",),), seed: int = 0, padding_side: str = "left"
 ) -> dict[str, Tensor]:
     """Arguments of forward() and generate(): one prompt per row; lengths differ, shorter prompts are padded."""
-    tiny = TINY[family]
+    tiny = tiny_family(family)
     generator = torch.Generator().manual_seed(seed)
 
     def words(n: int) -> list[int]:
@@ -372,7 +402,7 @@ def build_inputs(
         inputs["mm_token_type_ids"] = (ids == IMAGE_ID).int() + 2 * (ids == VIDEO_ID).int()
     if tiny.counts_images and "pixel_values" in inputs:
         inputs["batch_num_images"] = torch.tensor([n for row in rows if (n := list(row).count("image"))])
-    return inputs
+    return tiny.finish(inputs, rows) if tiny.finish else inputs
 
 
 def visual_mask(inputs: dict[str, Tensor]) -> Tensor:

@@ -477,7 +477,9 @@ def test_stages_are_checked_before_data_are_read(stages, tmp_path, monkeypatch):
 
 
 def test_a_method_that_does_not_fit_the_model_is_refused_at_once(tmp_path, monkeypatch):
-    monkeypatch.setattr("training.evaluate.load_model", lambda *_: (build_model("qwen2_5_vl"), None))
-    with pytest.raises(ValueError, match=r"--method visionzip: .*no class token"):
+    model = build_model("llava")
+    model.config.vision_feature_select_strategy = "full"
+    monkeypatch.setattr("training.evaluate.load_model", lambda *_: (model, None))
+    with pytest.raises(ValueError, match=r"--method visionzip: .*vision_feature_select_strategy='full' must be"):
         evaluate(config_of(tmp_path / "out", method=["visionzip"], stages=[], keep=[], budget=[32]))
     assert not (tmp_path / "out").exists()

@@ -6,6 +6,7 @@ import importlib.util
 
 import pytest
 import torch
+import transformers
 
 from toprl_models import tiny
 from training.tasks import device_of, load_model, make_task
@@ -66,6 +67,15 @@ def test_what_cannot_be_loaded(name, changes, message):
 def test_a_folder_without_a_model(tmp_path):
     with pytest.raises(ValueError, match=rf"--model_name_or_path {tmp_path}: cannot be loaded .*local folder"):
         load_model(str(tmp_path), "cpu")
+
+
+def test_a_processor_without_its_packages(monkeypatch):
+    def fail(*args, **kwargs):
+        raise ImportError("AutoVideoProcessor requires the Torchvision library")
+
+    monkeypatch.setattr(transformers.AutoProcessor, "from_pretrained", fail)
+    with pytest.raises(ImportError, match=r"the processor of a/model needs torchvision: pip install 'toprl-kernels"):
+        load_model("a/model", "cpu")
 
 
 def test_a_device_map_needs_accelerate(monkeypatch):

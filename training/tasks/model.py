@@ -14,6 +14,7 @@ import transformers
 
 from toprl_models import tiny
 from toprl_models.families import family_of, min_stage_of
+from toprl_models.processors import load_processor
 from training.tasks.base import Sample, Task
 
 DTYPES = ("float32", "bfloat16", "float16")  # of a model's weights, as flags name them
@@ -38,7 +39,7 @@ def load_model(
 
     Raises:
         ValueError: the model cannot be loaded so, or ``device_map`` is no JSON.
-        ImportError: ``device_map`` without accelerate.
+        ImportError: ``device_map`` without accelerate, or a processor without the packages that it needs.
     """
     transformers.utils.logging.disable_progress_bar()  # it would tear the training bar apart
     if name_or_path == "tiny" and device_map is None:
@@ -46,7 +47,7 @@ def load_model(
         if attn_implementation:
             model.set_attn_implementation(attn_implementation)
         return model, processor
-    from transformers import AutoModelForImageTextToText, AutoProcessor
+    from transformers import AutoModelForImageTextToText
 
     options: dict[str, Any] = {"dtype": dtype}
     if attn_implementation:
@@ -54,15 +55,19 @@ def load_model(
     if device_map is not None:
         options["device_map"] = parse_device_map(device_map)
     folder = str(tiny.CHECKPOINT) if name_or_path == "tiny" else name_or_path
+    chosen = "".join(f" --{name} {value}" for name, value in options.items() if name != "dtype")
+    wrong = (
+        f'--model_name_or_path {name_or_path}{chosen}: cannot be loaded as an image-text model; give "tiny", a Hub id '
+        "or a local folder with config, weights and processor"
+    )
+    try:  # before the weights, which take longer
+        processor = load_processor(folder, padding_side="left")
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{wrong} ({error})") from error
     try:
         model = AutoModelForImageTextToText.from_pretrained(folder, **options)
-        processor = AutoProcessor.from_pretrained(folder, padding_side="left")
     except (OSError, ValueError, ImportError) as error:
-        chosen = "".join(f" --{name} {value}" for name, value in options.items() if name != "dtype")
-        raise ValueError(
-            f'--model_name_or_path {name_or_path}{chosen}: cannot be loaded as an image-text model; give "tiny", a Hub '
-            f"id or a local folder with config, weights and processor ({error})"
-        ) from error
+        raise ValueError(f"{wrong} ({error})") from error
     model.requires_grad_(False)
     return (model if device_map is not None else model.to(device)).eval(), processor
 

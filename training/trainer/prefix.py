@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 from transformers import DynamicCache
 
-from toprl_models.families import decoder_of
+from toprl_models.probe import decoder_of
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Prefix:
 def prefix_of(model: Any, inputs: dict[str, Any], depth: int) -> Prefix:
     """Run the first ``depth`` decoder layers on the ``inputs`` of one sample."""
     decoder, states = decoder_of(model), []
-    layers: nn.ModuleList = decoder.layers  # type: ignore[assignment]
+    layers: nn.ModuleList = decoder.layers
     handle = layers[depth - 1].register_forward_hook(lambda module, args, output: states.append(output))
     cache = DynamicCache(config=model.config.get_text_config())
     decoder.layers = layers[:depth]
@@ -58,7 +58,7 @@ def skipping(model: Any, prefixes: Sequence[Prefix]) -> Iterator[None]:
 
     Keys, values and states before a sample's first token are zero: the attention mask hides them.
     """
-    layers: nn.ModuleList = decoder_of(model).layers  # type: ignore[assignment]
+    layers: nn.ModuleList = decoder_of(model).layers
     depth = len(prefixes[0].keys)
     try:
         for index in range(depth):

@@ -43,6 +43,7 @@ def attention_plan(
     window: int | None = None,
     block_ids: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
+    ranges: Tensor | None = None,
     backend: str | None = None,
 ) -> AttentionPlan:
     """Prepare a mask for several :func:`masked_attention` calls: the layers between two pruning stages share it.
@@ -56,6 +57,8 @@ def attention_plan(
             in both directions, whatever causality and window say, as in Gemma 3; -1 is no block.
         cu_seqlens: [S + 1] int32 or int64, 0 first and N last: B = 1, and the N tokens are S sequences in a row, which
             do not see each other, as in flash-attn's functions for variable lengths. Sequences need no padding.
+        ranges: [B, N, 2] int32, instead of the patterns above: token i sees tokens j with ranges[b, i, 0] <= j <
+            ranges[b, i, 1], and itself. Neither end may decrease from a token to the next.
         backend: where the plan is to be used; see :mod:`toprl_kernels.dispatch`.
 
     Raises:
@@ -79,7 +82,12 @@ def attention_plan(
     check.require_given(PLAN, "cu_seqlens", cu_seqlens, "[S + 1]", 1, check.INTEGERS, device, "use .int()")
     if cu_seqlens is not None and shape[0] != 1:
         raise ValueError(f"{PLAN}: cu_seqlens needs one row that holds all sequences, got B={shape[0]}")
-    ranges = None
+    check.require_given(PLAN, "ranges", ranges, "[B, N, 2]", (*shape, 2), (torch.int32,), device, "use .int()")
+    if ranges is not None:
+        patterns = dict(is_causal=is_causal, window=window, block_ids=block_ids, cu_seqlens=cu_seqlens)
+        given = [name for name, pattern in patterns.items() if pattern is not None and pattern is not False]
+        if given:
+            raise ValueError(f"{PLAN}: {' and '.join(given)} given beside ranges, which say all of the pattern")
     if window is not None or block_ids is not None or cu_seqlens is not None:
         ranges = _ranges(keep_mask, is_causal, window, block_ids, cu_seqlens)
         is_causal = False

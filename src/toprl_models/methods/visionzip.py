@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize, one_hot
 
-from toprl_models.methods._tower import KEPT, ClassTokenPolicy, TileReading, no_choice_by_class_token
+from toprl_models.methods._tower import KEPT, TowerPolicy, TowerReading, after_first_layers
 from toprl_models.policy import Decision, StageContext
 from toprl_models.registry import BEFORE_LLM, register_method
 from toprl_models.runtime.state import gather_slots
@@ -23,37 +23,36 @@ def zip_tiles(
 ) -> tuple[Tensor, Tensor]:
     """Choose the dominant and make the contextual tokens of tiles of P patches each.
 
-    Dominant are the class token and the patches with most attention, in raster order. Of the others every
+    Dominant are the patches with most attention, in raster order. Of the others every
     ``(number of others) // num_contextual``-th is a target; the rest join the target whose key has the largest cosine,
     and a contextual token is the target plus the mean of those that joined it.
 
     Args:
-        states: ``[G, P + 1, d]``, class token first.
+        states: ``[G, P, d]`` of the patches.
         keys: ``[G, P, head_dim]``, mean over heads.
-        attention: ``[G, P]`` of the class token.
-        num_dominant: class token included, at least 1.
+        attention: ``[G, P]``.
+        num_dominant: number of patches that stay as they are.
         num_contextual: with the dominant ones at most P.
 
     Returns:
-        Tokens ``[G, num_dominant + num_contextual, d]``, the contextual ones last; and int64
-        ``[G, num_dominant - 1 + num_contextual]``, the patches that were chosen and the targets, in the same order.
+        Tokens ``[G, num_dominant + num_contextual, d]``, the contextual ones last; and int64, of the same shape without
+        d, the patches that were chosen and the targets, in the same order.
     """
-    patches = states[:, 1:]
     by_attention = attention.argsort(dim=1, descending=True, stable=True)
-    dominant = by_attention[:, : num_dominant - 1].sort(1).values
-    others = by_attention[:, num_dominant - 1 :].sort(1).values  # [G, n], raster order
-    tokens = [states[:, :1], gather_slots(patches, dominant)]
+    dominant = by_attention[:, :num_dominant].sort(1).values
+    others = by_attention[:, num_dominant:].sort(1).values  # [G, n], raster order
+    tokens = [gather_slots(states, dominant)]
     if not num_contextual:
-        return torch.cat(tokens, 1), dominant
+        return tokens[0], dominant
     stride = max(1, others.shape[1] // num_contextual)
     is_target = torch.zeros(others.shape[1], dtype=torch.bool, device=others.device)
     is_target[torch.arange(num_contextual, device=others.device) * stride] = True
     targets, joining = others[:, is_target], others[:, ~is_target]
     metric = normalize(keys.float(), dim=-1)
     cosine = gather_slots(metric, joining) @ gather_slots(metric, targets).transpose(1, 2)  # [G, n - c, c]
-    joins = one_hot(cosine.argmax(-1), num_contextual).to(patches.dtype)
+    joins = one_hot(cosine.argmax(-1), num_contextual).to(states.dtype)
     sizes = joins.sum(1).clamp(min=1)[..., None]
-    tokens.append(gather_slots(patches, targets) + joins.transpose(1, 2) @ gather_slots(patches, joining) / sizes)
+    tokens.append(gather_slots(states, targets) + joins.transpose(1, 2) @ gather_slots(states, joining) / sizes)
     return torch.cat(tokens, 1), torch.cat([dominant, targets], 1)
 
 
@@ -65,11 +64,9 @@ def _hosts(chosen: Tensor, num_patches: int, count: int) -> Tensor:
     return torch.cat([chosen, free[:, : count - chosen.shape[1]]], 1)
 
 
-@register_method(
-    "visionzip", "VisionZip", "Yang et al., CVPR 2025", stages=BEFORE_LLM, refuses=no_choice_by_class_token
-)
-class VisionZip(ClassTokenPolicy):
-    """Keep the patches that the vision tower's class token attended to most, and merge the others into a few tokens.
+@register_method("visionzip", "VisionZip", "Yang et al., CVPR 2025", stages=BEFORE_LLM, refuses=after_first_layers)
+class VisionZip(TowerPolicy):
+    """Keep the patches that the vision tower attended to most, and merge the others into a few tokens.
 
     Attention, keys and states are those of the layer whose output the projector gets (layer L - 2 of the released
     LLaVAs); tokens are chosen and merged before the projector (``zip_tiles``) and then go through it, class token
@@ -77,19 +74,26 @@ class VisionZip(ClassTokenPolicy):
     authors' 162 + 30, 108 + 20, 54 + 10 and, per tile of LLaVA-NeXT, 27 + 5; other budgets are split in the same
     proportion. As the authors' tokens enter the language model, survivors get consecutive positions.
 
-    The tokens of a row are shared evenly among its tiles (of all its images) by ``tile_shares``; the authors give each
-    of 5 tiles the same number. The tokens of an image stand in the authors' order, tile by tile: class token, dominant
-    patches in raster order, contextual tokens. Their slots, and so the raster numbers in the trace, are those of the
-    dominant patches and of the targets, and for the class token that of the tile's first other patch.
+    Towers without a class token, and models that merge patches into tokens: attention that patches receive, averaged
+    over heads and queries, and then like the keys over the patches of a token (``TowerPolicy``), as in the authors'
+    code for Qwen2.5-VL. Tokens are chosen and merged after the projector, and every one has its own slot: a contextual
+    token that of its target. Features that a decoder adds later (Qwen3-VL's deepstack) are those of that slot.
 
-    Newline features of LLaVA-NeXT are dropped, as by the authors; they stay only where there are more tokens to keep
-    than patches. A row that keeps all its tokens is left as it is.
+    The tokens of a row are shared among its tiles (of all its images) by ``tile_shares``, in proportion to the tokens
+    that the tower made of each; the authors give each of 5 tiles the same number. With a class token, the tokens of an
+    image stand in the authors' order, tile by tile: class token, dominant patches in raster order, contextual tokens.
+    Their slots, and so the raster numbers in the trace, are those of the dominant patches and of the targets, and for
+    the class token that of the tile's first other patch.
+
+    Newline features are dropped, as by the authors; they stay only where there are more tokens to keep than patches. A
+    row that keeps all its tokens is left as it is.
 
     Deviations: the paper says that merged tokens are averaged, the authors' code adds the mean to the target, as here.
-    Attention and cosines are in float32, theirs in the model's precision. The authors do not unpad the tiles of
-    LLaVA-NeXT; here patches that the model itself leaves out are neither chosen nor merged.
+    Attention and cosines are in float32, theirs in the model's precision. Keys are as the attention function gets them:
+    with rotary positions where the tower has them. The authors do not unpad the tiles of LLaVA-NeXT; here patches that
+    the model itself leaves out are neither chosen nor merged.
 
-    Errors and use are those of ``ClassTokenPolicy``.
+    Errors and use are those of ``TowerPolicy``.
 
     Args:
         contextual_ratio: share of merged tokens.
@@ -115,37 +119,39 @@ class VisionZip(ClassTokenPolicy):
         for row, tiles in enumerate(reading.tiles):
             if context.num_keep[row * reading.repeats] == context.num_visual[row * reading.repeats]:
                 shares[tiles.start : tiles.stop] = [0] * len(tiles)  # nothing to merge
-        scores = reading.of_slots(reading.attention.mean(1), missing=-1)
-        states = context.hidden_states[:: reading.repeats].clone()
+        scores, states = reading.scores.clone(), context.hidden_states[:: reading.repeats].clone()
         if any(shares):
-            tokens, slots = self._tokens(reading, shares)
-            # images follow each other in the slots; within each, the tokens keep the order of the tiles
-            slots = slots.sort().values
-            states.view(-1, states.shape[-1])[slots] = self._reader.project(tokens).to(states.dtype)
+            tokens, slots = self._tokens(reading, states if reading.states is None else reading.states, shares)
+            if reading.class_states is not None:
+                # images follow each other in the slots; within each, the tokens keep the order of the tiles
+                tokens, slots = self._reader.project(tokens), slots.sort().values
+            states.view(-1, states.shape[-1])[slots] = tokens.to(states.dtype)
             scores.view(-1)[slots] += KEPT
         return Decision(
             scores.repeat_interleave(reading.repeats, 0), states=states.repeat_interleave(reading.repeats, 0)
         )
 
-    def _tokens(self, reading: TileReading, shares: list[int]) -> tuple[Tensor, Tensor]:
+    def _tokens(self, reading: TowerReading, states: Tensor, shares: list[int]) -> tuple[Tensor, Tensor]:
         """Make the tokens ``[M, d]``, tile after tile, and find their slots ``[M]``, ``row * V + slot``."""
-        tokens, slots = [reading.states[:0, 0]] * len(shares), [reading.patch_slot[:0, 0]] * len(shares)
+        states, of_class, slots_of = states.flatten(0, 1), reading.class_states, reading.slots_of_tiles()
+        tokens, hosts = [states[:0]] * len(shares), [slots_of[0][:0]] * len(shares)
         alike = defaultdict(list)
         for tile, size in enumerate(zip(shares, reading.capacities, strict=True)):
             if size[0]:
                 alike[size].append(tile)
-        keys, attention = reading.keys.mean(2), reading.attention.mean(1)
-        for (count, capacity), group in alike.items():
-            slots_of_group = reading.patch_slot[group]  # [G, P]
-            patches = (slots_of_group < 0).to(torch.int8).argsort(dim=1, stable=True)[:, :capacity]
-            states = reading.states[group]
+        for (count, _), group in alike.items():
+            slots = torch.stack([slots_of[tile] for tile in group])  # [G, P]
+            dominant, contextual = self.split(count)
             zipped, chosen = zip_tiles(
-                torch.cat([states[:, :1], gather_slots(states[:, 1:], patches)], 1),
-                gather_slots(keys[group], patches),
-                attention[group].gather(1, patches),
-                *self.split(count),
+                states[slots],
+                reading.keys.flatten(0, 1)[slots],
+                reading.scores.flatten()[slots],
+                dominant - (of_class is not None),
+                contextual,
             )
-            hosts = patches.gather(1, _hosts(chosen, capacity, count))
+            if of_class is not None:
+                zipped = torch.cat([of_class[group][:, None], zipped], 1)
+            places = slots.gather(1, _hosts(chosen, slots.shape[1], count))
             for place, tile in enumerate(group):
-                tokens[tile], slots[tile] = zipped[place], slots_of_group[place][hosts[place]]
-        return torch.cat(tokens), torch.cat(slots)
+                tokens[tile], hosts[tile] = zipped[place], places[place]
+        return torch.cat(tokens), torch.cat(hosts)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -27,18 +27,23 @@ class CacheState:
     Attributes:
         masks: by segment.
         shifts: by segment, int64 [B]: how far the positions of later tokens move down with renumbering.
+        origins: by segment, int64 [B, n]: the slot in the sequence of each token that the segment's layers hold. Every
+            token after these comes next in the sequence.
+        lacks: by segment, tokens of the sequence that its layers do not hold, padding included.
         settled: length of the sequence up to the last visual token of a pruned prompt; later tokens are in all layers.
         removed: tokens of the sequence that were removed before layer 0, so that no layer holds them.
     """
 
     masks: dict[int, Tensor] = field(default_factory=dict)
     shifts: dict[int, Tensor] = field(default_factory=dict)
+    origins: dict[int, Tensor] = field(default_factory=dict)
+    lacks: dict[int, int] = field(default_factory=dict)
     settled: int = 0
     removed: int = 0
 
     def each(self, change: Callable[[Tensor], Tensor]) -> None:
         """Change every stored tensor, whose first dimension is the batch."""
-        for stored in (self.masks, self.shifts):
+        for stored in (self.masks, self.shifts, self.origins):
             stored.update({number: change(tensor) for number, tensor in stored.items()})
 
     def check_crop(self, tokens_to_remove: int, length: int) -> None:
@@ -53,6 +58,13 @@ class CacheState:
                 f"crop({tokens_to_remove}) would cut into pruned visual tokens, where layers hold different tokens: "
                 f"remove at most {length - self.settled} tokens or all {length}, or run the prompt again"
             )
+
+
+def cache_of(kwargs: Mapping[str, Any]) -> Any:
+    """Return the cache among a layer's arguments, whatever its name (GPT-NeoX: ``layer_past``); None without one."""
+    if kwargs.get("past_key_values") is not None:
+        return kwargs["past_key_values"]
+    return next((value for value in kwargs.values() if hasattr(value, "get_seq_length")), None)
 
 
 class _Follower:
@@ -76,7 +88,7 @@ class _Follower:
         elif self._name not in ("crop", "reset"):
             state.each(lambda tensor: tensor.index_select(0, args[0].to(tensor.device)))
         elif not cache.get_seq_length(0):
-            state.masks, state.shifts, state.settled, state.removed = {}, {}, 0, 0
+            cache._toprl_state = CacheState()
         return result
 
     # deepcopy and pickle of a cache must bind the copy's followers to the copy
@@ -88,24 +100,27 @@ class _Follower:
 
 
 class _WholeSequence(_Follower):
-    """Replaces a cache's length method after pruning before layer 0: reports the original sequence length.
+    """Replaces a cache's length method after pruning before a layer that masks are sized by: reports the sequence's.
 
-    Models and generate() read from layer 0 which positions and inputs come next, and make their masks for it. Only
-    ``get_seq_length(layer)`` tells how many tokens the layer holds.
+    Models and generate() read from layer 0 which positions and inputs come next, and make their masks for the first
+    layer of a kind. Only ``get_seq_length(layer)`` tells how many tokens the layer holds.
     """
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         cache = self._cache()
         assert cache is not None  # only the cache itself refers to its followers
-        removed = cache._toprl_state.removed
-        result = getattr(type(cache), self._name)(cache, *args, **kwargs)
-        if self._name == "get_seq_length":
-            return result if args or kwargs else result + removed
+        own, whole = type(cache), type(cache).get_seq_length(cache) + cache._toprl_state.removed
         if self._name == "get_query_offset":
-            return result if any((*args, *kwargs.values())) else result + removed
-        length, offset = result
-        fixed = getattr(cache, "is_compileable", False) or (kwargs["layer_idx"] if "layer_idx" in kwargs else args[-1])
-        return (length if fixed else length + removed), offset
+            return whole
+        if self._name == "get_seq_length":
+            return own.get_seq_length(cache, *args, **kwargs) if args or kwargs else whole
+        sizes = own.get_mask_sizes(cache, *args, **kwargs)
+        if getattr(cache, "is_compileable", False):
+            return sizes
+        query_length, layer = (*args, *kwargs.values())
+        window = getattr(cache.layers[layer], "sliding_window", None) if layer < len(cache.layers) else None
+        offset = 0 if window is None else max(whole - window + 1, 0)
+        return whole + query_length - offset, offset
 
 
 def cache_state(cache: Cache) -> CacheState:
@@ -118,11 +133,21 @@ def cache_state(cache: Cache) -> CacheState:
     return cache._toprl_state
 
 
-def remove_before_first_layer(cache: Cache, count: int) -> None:
-    """Let ``cache`` still report the length of the sequence when layer 0 holds ``count`` tokens less."""
-    cache_state(cache).removed += count
-    for name in ("get_seq_length", "get_query_offset", "get_mask_sizes"):
-        setattr(cache, name, _WholeSequence(cache, name))
+def report_whole_sequence(cache: Cache, layer: int, count: int, first_attention: int) -> None:
+    """Let ``cache`` report the length of the sequence where it is read from layers that hold ``count`` tokens less.
+
+    Args:
+        cache: of this pass.
+        layer: the first that lacks the tokens.
+        count: of tokens.
+        first_attention: the layer by which ``get_seq_length()`` reports.
+    """
+    first = {type(cache.layers[i]): i for i in reversed(range(len(cache.layers)))}  # masks are sized by one of these
+    if layer <= first_attention:
+        cache_state(cache).removed += count
+    if layer <= max(first_attention, *first.values()):
+        for name in ("get_seq_length", "get_query_offset", "get_mask_sizes"):
+            setattr(cache, name, _WholeSequence(cache, name))
 
 
 def check_rows(stored: Tensor | None, batch: int) -> None:
@@ -183,6 +208,8 @@ class LayerKeys:
         view: the cache as this layer has it; None without a cache.
         past: keys that were cached before.
         valid: bool ``[B, keys]``, False for padding; None where none is.
+        origins: int64 ``[B or 1, keys]``, the slot of each in the sequence; None where it is their number.
+        whole: tokens of the sequence, those of this pass included.
         earlier: int64 ``[B]``, by how much earlier passes moved later positions down; None: by nothing.
         is_static_step: whether one token enters a cache of fixed size. Its length is on the device, and a compiled step
             cannot wait for it, so ``past`` is 0. Slots after the known ones are valid: causality closes the free ones.
@@ -191,6 +218,8 @@ class LayerKeys:
     view: LayerView | None
     past: int
     valid: Tensor | None
+    origins: Tensor | None = None
+    whole: int = 0
     earlier: Tensor | None = None
     is_static_step: bool = False
 
@@ -211,7 +240,7 @@ def layer_keys(
     """
     segment, keeps = forward.segment, number == forward.current
     if cache is None:
-        return LayerKeys(None, 0, segment.valid)
+        return LayerKeys(None, 0, segment.valid, segment.slots, forward.length)
     state: CacheState | None = getattr(cache, "_toprl_state", None)
     if forward.prunes and keeps:
         state = enter_cache(forward, cache, num_stages)
@@ -227,20 +256,56 @@ def layer_keys(
         check_rows(stored, len(hidden_states))
         if stored is not None:
             stored = pad(stored, (0, view.get_mask_sizes(1)[0] - stored.shape[1]), value=True)
-        return LayerKeys(view, 0, stored, earlier, is_static_step=True)
+        return LayerKeys(view, 0, stored, earlier=earlier, is_static_step=True)
     past = view.get_seq_length()
     stored = None
     if past:  # without a state earlier turns had no images, but may have had padding
         stored = state.masks.get(number) if state is not None else forward.past_valid
     valid = extend_mask(stored, segment.valid, past, hidden_states)
+    origins = key_origins(forward, number, state, int(past), hidden_states)
+    lacks = state.lacks.get(number, 0) if state is not None and past else 0
+    whole = forward.past + forward.length if forward.prunes else int(past) + hidden_states.shape[1] + lacks
     if state is not None and keeps:
+        if forward.prunes or not past:
+            state.origins.pop(number, None)
+            state.lacks.pop(number, None)
+            if origins is not None:
+                state.origins[number], state.lacks[number] = origins, whole - origins.shape[1]
         if forward.prunes or segment.valid is not None or not past:
             state.masks.pop(number, None)  # not past: the cache was reset
             if valid is not None:
                 state.masks[number] = valid
         if segment.shift is not None:
             state.shifts[number] = segment.shift if earlier is None else segment.shift + earlier
-    return LayerKeys(view, past, valid, earlier)
+    return LayerKeys(view, past, valid, origins, whole, earlier)
+
+
+def key_origins(
+    forward: ForwardPass, number: int, state: CacheState | None, past: int, hidden_states: Tensor
+) -> Tensor | None:
+    """Find the slot in the sequence of ``past`` cached keys and of this pass: int64 [B or 1, n]; None: its own."""
+    slots = forward.segment.slots if forward.prunes else None
+    stored = state.origins.get(number) if state is not None and past else None
+    if slots is None and stored is None:
+        return None
+    known = 0 if stored is None else min(past, stored.shape[1])  # decoding may have been rolled back
+    later = torch.arange(known, past + (hidden_states.shape[1] if slots is None else 0), device=hidden_states.device)
+    if stored is not None:
+        later = later + state.lacks[number]  # type: ignore[union-attr]
+    batch = len(stored if slots is None else slots)  # type: ignore[arg-type]
+    parts = [] if stored is None else [stored[:, :known].to(later.device)]
+    parts += [later.expand(batch, -1)] + ([] if slots is None else [slots.to(later.device) + forward.past])
+    return torch.cat(parts, 1)
+
+
+def refuse_unknown_layers(cache: Cache) -> None:
+    """Refuse a cache that a model brings: it may count tokens in its own way."""
+    for index, layer in enumerate(cache.layers):
+        if type(layer).__module__.startswith("transformers.models."):
+            raise ValueError(
+                f"layer {index} keeps its keys in a {type(layer).__name__}, of which pruning does not know how it "
+                "counts tokens: this decoder is not supported with a cache"
+            )
 
 
 def enter_cache(forward: ForwardPass, cache: Cache, num_stages: int) -> CacheState:
@@ -248,6 +313,7 @@ def enter_cache(forward: ForwardPass, cache: Cache, num_stages: int) -> CacheSta
     is_new = not hasattr(cache, "_toprl_state")
     state = cache_state(cache)
     if is_new:
+        refuse_unknown_layers(cache)
         if forward.past_valid is not None:  # earlier turns had no images, but padding
             state.masks.update(dict.fromkeys(range(1, num_stages + 1), forward.past_valid))
         if getattr(cache, "is_compileable", False):

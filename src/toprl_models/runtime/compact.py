@@ -14,10 +14,11 @@ from torch import Tensor
 from toprl_kernels import prune_stage, topk_compact
 from toprl_kernels.stage.reference import score_difference
 from toprl_models.policy import Decision
-from toprl_models.runtime.cache import enter_cache, layer_keys, remove_before_first_layer
-from toprl_models.runtime.guards import first_attention, recurrent_layers, refuse_padding_after_state
+from toprl_models.probe import first_attention, keyless_layers
+from toprl_models.runtime.cache import cache_of, enter_cache, layer_keys, report_whole_sequence
+from toprl_models.runtime.guards import refuse_padding_after_state
 from toprl_models.runtime.outputs import Survivors, scatter_all, scatter_back, slots_of
-from toprl_models.runtime.shortened import shortened_arguments
+from toprl_models.runtime.shortened import other_arguments, shortened_arguments
 from toprl_models.runtime.stage import Stage, trace_of
 from toprl_models.runtime.state import ForwardPass, Packing, Segment, Visual, on_device, put, visual_of
 
@@ -39,8 +40,8 @@ class Compact:
 
     def __init__(self, decoder: PreTrainedModel, stage_layers: tuple[int, ...], renumbers: tuple[bool, ...]) -> None:
         self._decoder, self._stage_layers, self._renumbers = decoder, stage_layers, renumbers
-        self._config, self._first_attention = decoder.config, first_attention(decoder.config)
-        self._recurrent = recurrent_layers(decoder.config)
+        self._config, self._first_attention = decoder.config, first_attention(decoder.layers)
+        self._keyless = keyless_layers(decoder.layers)
 
     def install(self, model: PreTrainedModel) -> None:
         """Prepare ``model``: nothing to do."""
@@ -70,10 +71,10 @@ class Compact:
             indices = forward.visual.index
         forward.segments[number], forward.current = after, number
         removed = before_length - hidden_states.shape[1]
-        cache = kwargs.get("past_key_values")
-        if self._stage_layers[stage.number] <= self._first_attention and removed and cache is not None:
+        cache = cache_of(kwargs)
+        if removed and cache is not None:
             enter_cache(forward, cache, len(self._stage_layers))
-            remove_before_first_layer(cache, removed)
+            report_whole_sequence(cache, self._stage_layers[stage.number], removed, self._first_attention)
         forward.trace.append(trace_of(stage, forward, before_visual, decision, indices, counts))
         return hidden_states
 
@@ -169,7 +170,7 @@ class Compact:
 
         ``number`` is the segment whose tokens layer ``index`` has cached; the next segment when asked for scores.
         """
-        cache = kwargs.get("past_key_values")
+        cache = cache_of(kwargs)
         segment, asked = forward.segment, number != forward.current
         if not forward.prunes:
             state = getattr(cache, "_toprl_state", None)
@@ -178,21 +179,21 @@ class Compact:
             is_plain = kwargs.get("attention_mask") is None and segment.valid is None
             if is_plain and number not in state.masks and number not in state.shifts:
                 return kwargs  # nothing is padding, and positions go on from the prompt's
-        if index in self._recurrent:  # its mask is 2-D: the padding of this pass alone
+        if index in self._keyless:  # a state's mask is 2-D: the padding of this pass alone
             if segment.slots is None:
                 return kwargs
             if forward.past and segment.valid is not None:
                 refuse_padding_after_state(self._decoder.layers[index], index)
-            return {**kwargs, "attention_mask": segment.valid}
-        made_from = (kwargs.get("attention_mask"), kwargs.get("position_embeddings"))
+            return {**kwargs, "attention_mask": segment.valid, **other_arguments(forward, kwargs)}
+        sources = (kwargs.get("attention_mask"), kwargs.get("position_embeddings"))
         # made once per stage, and again where a model has several kinds of layers
-        if not asked and segment.is_made_from(*made_from):
-            return {**kwargs, **segment.arguments}
-        keys = layer_keys(forward, number, index, cache, hidden_states, len(self._stage_layers), self._config)
-        arguments = shortened_arguments(self._decoder, forward, keys, hidden_states, kwargs)
-        if not asked:
-            segment.made_from, segment.arguments = made_from, arguments
-        return {**kwargs, **arguments}
+        arguments = None if asked else segment.made_from(*sources)
+        if arguments is None:
+            keys = layer_keys(forward, number, index, cache, hidden_states, len(self._stage_layers), self._config)
+            arguments = shortened_arguments(self._decoder, forward, keys, hidden_states, kwargs)
+            if not asked:
+                segment.made.append((sources, arguments))
+        return {**kwargs, **arguments, **other_arguments(forward, kwargs)}
 
     # -- the end ---------------------------------------------------------------------------------------------------
 

@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from toprl_models.probe import branches_on_backend, has_attention, has_state
 from toprl_models.runtime.compat import repeats_hooks
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig
+    from transformers import Cache, PreTrainedConfig
 
 
 class OneForward:
@@ -118,23 +119,6 @@ def refuse_temperature(floor: int, length: int) -> None:
         )
 
 
-# Kinds of ``layer_types`` whose layers keep a state instead of keys, and those that keep both
-RECURRENT = frozenset({"conv", "linear_attention"})
-PARALLEL = frozenset({"hybrid", "hybrid_sliding"})
-
-
-def recurrent_layers(config: PreTrainedConfig) -> frozenset[int]:
-    """Return the layers that are a convolution or a recurrence, without keys and with a 2-D mask."""
-    kinds = getattr(config, "layer_types", None) or ()
-    return frozenset(index for index, kind in enumerate(kinds) if kind in RECURRENT)
-
-
-def first_attention(config: PreTrainedConfig) -> int:
-    """Return the first layer that is no recurrence: a cache reports its length by that layer."""
-    kinds = getattr(config, "layer_types", None) or [None]
-    return next((index for index, kind in enumerate(kinds) if kind not in RECURRENT), 0)
-
-
 def refuse_padding_after_state(layer: nn.Module, index: int) -> None:
     """Refuse padding between two turns: it would enter a convolution or a recurrence."""
     raise ValueError(
@@ -144,22 +128,37 @@ def refuse_padding_after_state(layer: nn.Module, index: int) -> None:
     )
 
 
-def refuse_recurrent(layers: nn.ModuleList, config: PreTrainedConfig, first: int, mode: str) -> None:
+def refuse_recurrent(layers: nn.ModuleList, first: int, mode: str) -> None:
     """Refuse a decoder whose layers from ``first`` on cannot forget a token."""
-    for index, kind in list(enumerate(getattr(config, "layer_types", None) or ()))[first:]:
-        if kind in PARALLEL or (kind in RECURRENT and mode == "mask"):
-            better = "" if kind in PARALLEL else ', use mode="compact"'
+    for index, layer in list(enumerate(layers))[first:]:
+        both = has_attention(layer)
+        if has_state(layer) and (both or mode == "mask"):
+            better = "" if both else ', use mode="compact"'
             raise ValueError(
-                f"{type(layers[index]).__name__} (decoder layer {index}, {kind}) keeps a state of all earlier tokens, "
-                f'from which Eq. 7 cannot take a token: mode="{mode}" cannot support this decoder{better}'
+                f"{type(layer).__name__} (decoder layer {index}) keeps a state of all earlier tokens, from which Eq. 7 "
+                f'cannot take a token: mode="{mode}" cannot support this decoder{better}'
             )
 
 
-def refuse_window(window: int, length: int) -> None:
-    """Refuse a sequence longer than the window: slots of a pruned sequence are no distances."""
-    if length > window:
+def refuse_key_selection(layers: nn.ModuleList, first: int) -> None:
+    """Refuse mask mode where layers from ``first`` on select keys themselves, for backends that they know by name."""
+    for index, layer in list(enumerate(layers))[first:]:
+        if any(branches_on_backend(module) for module in layer.modules()):
+            raise ValueError(
+                f"{type(layer).__name__} (decoder layer {index}) selects keys before attention, which Eq. 7 has not: "
+                'mode="mask" cannot support this decoder, use mode="compact"'
+            )
+
+
+def refuse_window(window: int, length: int, config: PreTrainedConfig, cache: Cache | None, mode: str) -> None:
+    """Refuse a sequence longer than the window where slots of a pruned sequence are taken for distances."""
+    fix = None
+    if mode == "compact" and "flash" in config._attn_implementation:
+        fix = 'flash attention counts the slots of a pruned sequence: use attn_implementation="sdpa"'
+    elif getattr(cache, "is_compileable", False):
+        fix = "a StaticCache lets tokens go by slot: use a DynamicCache, the default"
+    if length > window and fix is not None:
         raise RuntimeError(
-            f"sliding_window={window} is shorter than the sequence of {length} tokens (attention_chunk_size counts "
-            "as one), which pruning does not support: shorten the prompt or the answer, or load the model with "
-            "config.get_text_config().sliding_window = None if it was trained for that"
+            f"sliding_window={window} is shorter than the sequence of {length} tokens (attention_chunk_size counts as "
+            f"one), and {fix}"
         )

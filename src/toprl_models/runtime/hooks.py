@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import threading
 import warnings
 from collections.abc import Callable, Mapping
@@ -12,8 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from toprl_models.policy import Policy
+from toprl_models.probe import decoder_of
 from toprl_models.runtime import guards, scores
-from toprl_models.runtime.compact import Compact
+from toprl_models.runtime.cache import cache_of
+from toprl_models.runtime.compact import Compact, drops_nothing
+from toprl_models.runtime.deepstack import take_deepstack
 from toprl_models.runtime.mask import Mask
 from toprl_models.runtime.outputs import Survivors, without_dropped
 from toprl_models.runtime.prompt import Call, FixedPrompt, Generation, Told, VisualIds, begin, read_call, tokens_of
@@ -46,13 +50,17 @@ class Runtime:
         self, model: PreTrainedModel, policy: Policy, schedule: Schedule, mode: Compact | Mask, ids: VisualIds
     ) -> None:
         self.model, self.schedule, self.mode, self._ids = model, schedule, mode, ids
-        self.decoder: PreTrainedModel = model.get_decoder()
+        self.decoder: PreTrainedModel = decoder_of(model)
         self.layers: nn.ModuleList = self.decoder.layers
+        self._decoder_takes = inspect.signature(type(self.decoder).forward).parameters
         heads = scores.HeadGroup(model)
         self.stages = tuple(
             Stage(number, policy.at_stage(number), schedule, heads) for number in range(len(schedule.layers))
         )
         self._stage_at = {layer: stage for layer, stage in zip(schedule.layers, self.stages, strict=True)}
+        # layers whose attention a later stage reads
+        readers = [layer for layer, stage in self._stage_at.items() if _reads(stage, "previous")]
+        self._watched_for = {scores.source_of(self.layers, layer) for layer in readers}
         self._window = guards.sliding_window(self.decoder.config)
         shortened = self.layers[schedule.layers[0] :] if mode.name == "compact" else ()
         self._temperature = guards.temperature_floor(shortened)
@@ -62,6 +70,7 @@ class Runtime:
         self._watched: tuple[scores.Watched, Length, Tensor | None] | None = None
         self._asking = False
         self._warned = False
+        self._began = False  # whether the decoder was reached in this call of the model
         self.running = guards.OneForward()
         self.thread = _PerThread()
         self.enabled = True
@@ -72,15 +81,18 @@ class Runtime:
         base = self.model.base_model
         handles = [
             base.register_forward_pre_hook(self._before_model, with_kwargs=True),
-            base.register_forward_hook(self.end_pass, always_call=True),
-            self.decoder.register_forward_pre_hook(self._before_decoder, with_kwargs=True),
             self.decoder.register_forward_hook(self._after_decoder),
+            self.layers[-1].register_forward_hook(self._after_last_layer),
+            base.register_forward_hook(self.end_pass, always_call=True),
         ]
-        watched = {stage.schedule.layers[stage.number] - 1 for stage in self.stages if _reads(stage, "previous")}
-        for index in range(min({self.schedule.layers[0]} | watched), len(self.layers)):
+        if self.decoder is base:  # it makes the embeddings itself
+            handles.append(self.layers[0].register_forward_pre_hook(self._before_decoder, with_kwargs=True))
+        else:
+            handles.append(self.decoder.register_forward_pre_hook(self._before_decoder, with_kwargs=True))
+        for index in range(min({self.schedule.layers[0]} | self._watched_for), len(self.layers)):
             layer = self.layers[index]
             handles.append(layer.register_forward_pre_hook(_LayerHook(self, index), with_kwargs=True))
-            if index in watched:
+            if index in self._watched_for:
                 handles.append(layer.register_forward_hook(self._after_watched, always_call=True))
         return handles
 
@@ -92,10 +104,17 @@ class Runtime:
         @functools.wraps(forward)
         def call(*args: Any, **kwargs: Any) -> Any:
             self.thread.told = Told.pop_from(kwargs)
+            self._began = False
             try:
-                return forward(*args, **kwargs)
+                output = forward(*args, **kwargs)
             finally:
                 self.thread.told = None
+            if self.enabled and not self._began and self._ids.brought(kwargs):
+                raise RuntimeError(
+                    f"{type(self.model).__name__} got images, but no forward pass of {type(self.decoder).__name__} was "
+                    "seen, so that nothing was pruned: this model cannot be supported"
+                )
+            return output
 
         return call
 
@@ -154,15 +173,17 @@ class Runtime:
                 stacklevel=2,
             )
 
-    def _before_decoder(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+    def _before_decoder(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Change | None:
         if not self.enabled:
-            return
+            return None
         self.running.check()
-        call, self._call = self._call, None
+        self._began, call, self._call = True, self._call, None
         inputs, self._inputs = self._inputs, {}
+        embeddings: Tensor = (
+            args[0] if args else kwargs["hidden_states" if "hidden_states" in kwargs else "inputs_embeds"]
+        )
         if self._window is not None or self._temperature is not None:
-            self._check_length(call, kwargs)
-        embeddings = args[0] if args else kwargs["inputs_embeds"]
+            self._check_length(call, kwargs, embeddings.shape[1])
         fixed = self.thread.fixed
         if fixed is not None and fixed.forward is not None and call is fixed.call:
             self._forward = fixed.begin(embeddings, inputs)
@@ -173,17 +194,22 @@ class Runtime:
                 self._forward.upload(list(zip(*counts, strict=True)), embeddings.device)
             if fixed is not None and call is not None and self._forward.prunes:
                 fixed.keep(call, self._forward)
-        if self._forward.prunes:
-            guards.refuse_checkpointing(self.layers, self.mode.name)
+        if not self._forward.prunes:
+            return None
+        guards.refuse_checkpointing(self.layers, self.mode.name)
+        kwargs, self._forward.deepstack = take_deepstack(kwargs, self.schedule.layers[0])
+        if "logits_to_keep" in self._decoder_takes:  # it would cut the sequence before layers that share keys
+            kwargs = {**kwargs, "logits_to_keep": None}
+        return args, kwargs
 
-    def _check_length(self, call: Call | None, kwargs: dict[str, Any]) -> None:
-        cache = kwargs.get("past_key_values")
+    def _check_length(self, call: Call | None, kwargs: dict[str, Any], new: int) -> None:
+        cache = cache_of(kwargs)
         prunes = call is not None and call.visual is not None
         if prunes or self.mode.name == "mask" or hasattr(cache, "_toprl_state"):
             past = cache.get_seq_length() if cache is not None else 0
-            length = int(past) + kwargs["inputs_embeds"].shape[1]
+            length = int(past) + new
             if self._window is not None:
-                guards.refuse_window(self._window, length)
+                guards.refuse_window(self._window, length, self.decoder.config, cache, self.mode.name)
             if self._temperature is not None:
                 guards.refuse_temperature(self._temperature, length)
 
@@ -202,37 +228,54 @@ class Runtime:
                 "the layer ran outside of the model's forward pass, where the pruner knows nothing of the prompt: "
                 "detach() first; for gradient checkpointing use the model's own, model.gradient_checkpointing_enable()"
             )
+        if len(args) > 1:
+            names = [*inspect.signature(type(self.layers[index]).forward).parameters][1:]
+            args, kwargs = args[:1], dict(zip(names[1:], args[1:], strict=False)) | kwargs
         hidden_states = args[0] if args else kwargs["hidden_states"]
         if not forward.prunes:
             if number not in forward.segments:
                 forward.segments[number] = Segment(valid=forward.segments[0].valid)
             forward.current = number
-        elif index in self._stage_at:
-            hidden_states = self._at_stage(forward, index, hidden_states, args, kwargs)
+        else:
+            hidden_states = self._deepstacked(forward, index, hidden_states)
+            if index in self._stage_at:
+                hidden_states = self._at_stage(forward, index, hidden_states, kwargs)
         changed = self.mode.before_layer(forward, number, index, hidden_states, kwargs) if number else kwargs
-        if forward.prunes and index + 1 in self._stage_at and _reads(self._stage_at[index + 1], "previous"):
-            past = _length_of(changed.get("past_key_values"), index)
+        if forward.prunes and index in self._watched_for:
+            past = _length_of(cache_of(changed), index)
             watched = scores.Watched(scores.attention_of(self.layers[index]))
             self._watched = watched, past, _keep_mask_of(changed)
         if args:
-            return (hidden_states, *args[1:]), changed
+            return (hidden_states,), changed
         return args, {**changed, "hidden_states": hidden_states}
+
+    def _deepstacked(self, forward: ForwardPass, index: int, hidden_states: Tensor) -> Tensor:
+        """Add the features of the vision tower that the decoder would have added before layer ``index``."""
+        if forward.deepstack is None:
+            return hidden_states
+        return forward.deepstack.add(index, hidden_states, forward.segment.slots)
+
+    def _after_last_layer(self, module: nn.Module, args: tuple, output: Tensor) -> Tensor:
+        return output if self._forward is None else self._deepstacked(self._forward, len(self.layers), output)
 
     def _after_watched(self, module: nn.Module, args: tuple, output: object) -> None:
         if self._watched is not None and not self._asking:
             self._watched[0].end()
 
-    def _at_stage(
-        self, forward: ForwardPass, index: int, hidden_states: Tensor, args: tuple, kwargs: dict[str, Any]
-    ) -> Tensor:
+    def _at_stage(self, forward: ForwardPass, index: int, hidden_states: Tensor, kwargs: dict[str, Any]) -> Tensor:
         stage = self._stage_at[index]
+        if hidden_states.ndim != 3:
+            raise ValueError(
+                f"layers of {type(self.decoder).__name__} hand on states of shape {tuple(hidden_states.shape)}, not "
+                "[batch, tokens, width]: this decoder is not supported"
+            )
         if not any(forward.num_visual):  # images, but all their tokens are padding: a stage that drops nothing
             forward.current = stage.number + 1
             forward.segments[forward.current] = Segment(valid=forward.segments[0].valid)
             return hidden_states
         forward.move(hidden_states.device)
         if _reads(stage, "current"):
-            stage.observe = functools.cache(lambda: self._ask(forward, index, hidden_states, args, kwargs))
+            stage.observe = functools.cache(lambda: self._ask(forward, index, hidden_states, kwargs))
         elif _reads(stage, "previous"):
             stage.observe = self._observed
         generation = self.thread.generation
@@ -243,6 +286,10 @@ class Runtime:
         if generation is not None and forward.uncached and known is None:
             generation.num_visual = forward.num_visual
             generation.decisions[stage.number] = decision, counts
+        if decision.deepstack and not drops_nothing(forward.visual, counts):
+            if forward.deepstack is None:
+                raise ValueError(f"policy {type(stage.policy).__name__}: deepstack, but this model adds no planes")
+            forward.deepstack = forward.deepstack.replaced(decision.deepstack, forward.visual, forward.segment)
         forward.bounded_mask_grad = stage.policy.bounded_mask_grad
         return self.mode.at_stage(forward, stage, hidden_states, decision, counts, kwargs)
 
@@ -252,18 +299,16 @@ class Runtime:
             watched, past, keep_mask = self._watched
             if watched.seen is not None:
                 return Observed(watched.seen, past, keep_mask)
-        raise RuntimeError("the layer before the stage did not call its attention function")
+        raise RuntimeError("the attention layer before the stage did not call its attention function")
 
-    def _ask(
-        self, forward: ForwardPass, index: int, hidden_states: Tensor, args: tuple, kwargs: dict[str, Any]
-    ) -> Observed:
+    def _ask(self, forward: ForwardPass, index: int, hidden_states: Tensor, kwargs: dict[str, Any]) -> Observed:
         """Ask the layer after the stage for its attention over the states that are about to enter."""
         number = self._stage_at[index].number + 1
         changed = self.mode.before_layer(forward, number, index, hidden_states, kwargs)
-        past = _length_of(changed.get("past_key_values"), index)
+        past = _length_of(cache_of(changed), index)
         self._asking = True
         try:
-            call = scores.ask(self.layers[index], hidden_states, args[1:], changed)
+            call = scores.ask(self.layers[index], hidden_states, changed)
         finally:
             self._asking = False
         return Observed(call, past, _keep_mask_of(changed))

@@ -12,9 +12,10 @@ from torch.nn.functional import pad
 
 from toprl_kernels import AttentionPlan, attention_plan, masked_attention
 from toprl_models.policy import Decision
-from toprl_models.runtime.cache import CacheState, cache_state, extend_mask
+from toprl_models.runtime.cache import CacheState, cache_of, cache_state, extend_mask
 from toprl_models.runtime.compact import selection, top_mask
 from toprl_models.runtime.outputs import Survivors
+from toprl_models.runtime.prompt import open_slots
 from toprl_models.runtime.stage import Stage, trace_of
 from toprl_models.runtime.state import ForwardPass, Segment, Visual, put, visual_of
 
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     from transformers.modeling_outputs import BaseModelOutputWithPast
 
 NAME = "toprl_masked"
-# Arguments of an attention call that change no number under causality within the window (guards.py)
+# Arguments of an attention call that change no number: the mask has the window
 HARMLESS = frozenset({"sliding_window", "is_causal", "layer_idx", "output_attentions", "use_cache", "position_ids"})
 
 
@@ -34,16 +35,22 @@ class KeepArgument:
     keep_mask: Tensor | None  # [B, L] over all keys, those in the cache included; None keeps all
     bounded_grad: bool  # the policy's bounded_mask_grad
     layer_arguments: frozenset[str]  # names that the layer was called with; it makes the attention's other arguments
-    plans: list[AttentionPlan]  # shared by the layers between two stages, one per device and padding mask
+    # shared by the layers between two stages: one plan per attention mask, number of keys and device
+    plans: list[tuple[Tensor | None, AttentionPlan]]
     arrived: bool = False  # whether the attention function was called with this argument
 
-    def plan(self, keep_mask: Tensor, key_padding_mask: Tensor | None) -> AttentionPlan:
-        """Return the plan that an earlier layer made of these masks, or make it."""
-        for plan in self.plans:
-            if plan.key_padding_mask is key_padding_mask and plan.keep_mask.device == keep_mask.device:
+    def plan(self, attention_mask: Tensor | None, key: Tensor) -> AttentionPlan | None:
+        """Return the plan that an earlier layer made of this mask for as many keys, or make it; None keeps all."""
+        if self.keep_mask is None:
+            return None
+        wanted = (key.shape[2], key.device)
+        for mask, plan in self.plans:
+            if mask is attention_mask and (plan.keep_mask.shape[1], plan.keep_mask.device) == wanted:
                 return plan
-        self.plans.append(attention_plan(keep_mask, key_padding_mask, is_causal=True))
-        return self.plans[-1]
+        # a layer with a sliding window has cached the last tokens alone
+        keep_mask = self.keep_mask[:, -key.shape[2] :].to(key.device)
+        self.plans.append((attention_mask, make_plan(keep_mask, attention_mask)))
+        return self.plans[-1][1]
 
 
 class Mask:
@@ -82,7 +89,7 @@ class Mask:
         visual, before = forward.visual, forward.segment
         if before.packing is not None:
             raise ValueError(
-                'mode="mask" knows causal attention alone, and several prompts are packed into a row: use '
+                'mode="mask" makes one mask per row, and several prompts are packed into a row: use '
                 'mode="compact", or give each prompt a row of its own'
             )
         keep = decision.keep_mask
@@ -110,8 +117,8 @@ class Mask:
         ``number`` is the segment that layer ``index`` runs in; the next segment while the layer is asked for scores.
         """
         segment, asked = forward.segment, number != forward.current
-        if asked or segment.made_from is None:
-            cache = kwargs.get("past_key_values")
+        if asked or not segment.made:
+            cache = cache_of(kwargs)
             past = cache.get_seq_length(index) if cache is not None else 0
             state: CacheState | None = getattr(cache, "_toprl_state", None)
             if state is not None and not past:  # the cache was reset
@@ -119,12 +126,12 @@ class Mask:
             stored = state.masks.get(number) if state is not None else None
             keep = extend_mask(stored, segment.keep_mask, past, hidden_states)
             if not asked:
-                segment.made_from, segment.arguments = (), {"keep": keep, "plans": []}
+                segment.made.append(((), {"keep": keep, "plans": []}))
                 if forward.prunes and cache is not None and keep is not None:
                     cache_state(cache).masks[number] = keep.detach()
         else:
-            keep = segment.arguments["keep"]
-        plans = [] if asked else segment.arguments["plans"]
+            keep = segment.made[0][1]["keep"]
+        plans = [] if asked else segment.made[0][1]["plans"]
         argument = KeepArgument(keep, forward.bounded_mask_grad, frozenset(kwargs), plans)
         if not asked:
             forward.sent[index] = argument
@@ -169,15 +176,8 @@ def toprl_masked_forward(
         )
     if dropout:
         raise ValueError(f"dropout={dropout}: mask mode has no attention dropout; put the model in eval mode")
-    if attention_mask is not None and attention_mask.ndim != 2:
-        raise ValueError(
-            'mode="mask" knows causal attention alone, but attention_mask is 4-D or this model asks for another '
-            "pattern (image tokens that see each other, a sliding window, packed sequences): use "
-            'mode="compact", or a 2-D padding mask'
-        )
-    keep_mask = None
     if toprl_keep is not None:
-        toprl_keep.arrived, keep_mask = True, toprl_keep.keep_mask
+        toprl_keep.arrived = True
         known = toprl_keep.layer_arguments | HARMLESS
         unknown = {name: value for name, value in kwargs.items() if value is not None and name not in known}
         if unknown:
@@ -186,15 +186,41 @@ def toprl_masked_forward(
                 'mode="mask" cannot support this model, use mode="compact"'
             )
     if attention_mask is not None:  # a static cache has free slots after the tokens
-        key, value = (states[:, :, : attention_mask.shape[1]] for states in (key, value))
-    if toprl_keep is None or keep_mask is None:
+        key, value = (states[:, :, : attention_mask.shape[-1]] for states in (key, value))
+    plan = None if toprl_keep is None else toprl_keep.plan(attention_mask, key)
+    if plan is None:
         every = torch.ones(key.shape[0], key.shape[2], dtype=torch.bool, device=key.device)
-        plan = attention_plan(every, attention_mask, is_causal=True)
-    else:
-        plan = toprl_keep.plan(keep_mask.to(query.device), attention_mask)
+        plan = make_plan(every, attention_mask)
     bounded = toprl_keep is not None and toprl_keep.bounded_grad
     output = masked_attention(query, key, value, plan=plan, scale=scaling, bounded_mask_grad=bounded)
     return output.transpose(1, 2).contiguous(), None
+
+
+def make_plan(keep_mask: Tensor, attention_mask: Tensor | None) -> AttentionPlan:
+    """Plan attention over ``keep_mask`` [B, N] under a mask of the model: 2-D padding (causal), 4-D, or None (causal).
+
+    In a 4-D mask [B, 1, n, N] each token must see all keys of an interval, but for padding, and the intervals' ends
+    must not decrease: so it is with windows, chunks, and blocks of tokens that see each other.
+    """
+    if attention_mask is None or attention_mask.ndim == 2:
+        return attention_plan(keep_mask, attention_mask, is_causal=True)
+    visible = open_slots(attention_mask).expand(len(keep_mask), -1, -1)
+    real = visible.any(1)  # the keys that anybody sees
+    length, past = visible.shape[2], visible.shape[2] - visible.shape[1]
+    keys = torch.arange(length, device=visible.device)
+    # rows of padding take the ends of the rows beside them
+    low = torch.where(visible, keys, length).amin(2).flip(1).cummin(1).values.flip(1)
+    high = torch.where(visible, keys + 1, past).amax(2).cummax(1).values
+    itself = visible.diagonal(past, 1, 2)
+    as_ranges = (low[..., None] <= keys) & (keys < high[..., None]) & real[:, None]
+    if bool(((as_ranges != visible) & itself[..., None]).any() | ~itself.any()):
+        raise ValueError(
+            "attention_mask is 4-D, and what a token sees there is no interval of tokens around it, or the mask has "
+            'other columns than the tokens so far: mode="mask" cannot support it, use mode="compact" or a 2-D mask'
+        )
+    before = torch.stack([torch.zeros_like(keys[:past]), keys[:past] + 1], 1).expand(len(keep_mask), -1, -1)
+    ranges = torch.cat([before, torch.stack([low, high], 2)], 1).int()
+    return attention_plan(keep_mask, real, ranges=ranges)
 
 
 def padding_mask(
@@ -202,16 +228,17 @@ def padding_mask(
     q_length: int,
     kv_length: int,
     q_offset: int | Tensor = 0,
+    kv_offset: int = 0,
     attention_mask: Tensor | None = None,
     device: torch.device | str = "cpu",
     mask_function: Callable[..., Tensor] | None = None,
     **kwargs: Any,
 ) -> Tensor | None:
-    """Return the 2-D padding mask itself, bool ``[B, N]``, as mask maker of ``toprl_masked``; the kernel is causal.
+    """Return the 2-D padding mask itself, bool ``[B, n]``, as mask maker of ``toprl_masked``; the kernel is causal.
 
-    N are the tokens seen so far; a static cache is longer, and a mask must tell N. Where the model asks for another
-    pattern than causality, that 4-D mask is returned, which the layers that use it refuse: some models make masks that
-    no layer uses.
+    n are the tokens seen so far, without those that a layer with a window has let go: a static cache is longer, and a
+    mask must tell n. Where the model asks for another pattern than causality, its 4-D mask is returned,
+    ``[B, 1, q_length, n]``.
     """
     from transformers.masking_utils import causal_mask_function, sdpa_mask
 
@@ -220,17 +247,19 @@ def padding_mask(
     if mask is not None and mask.shape[1] < length:
         mask = pad(mask, (0, length - mask.shape[1]), value=False)
     if mask_function is not None and mask_function is not causal_mask_function:
-        options = kwargs | {"device": device, "allow_is_causal_skip": False}
+        options = kwargs | {"device": device, "allow_is_causal_skip": False, "attention_mask": mask}
+        options |= {"q_offset": q_offset, "kv_offset": kv_offset}
         asked, causal = (
-            sdpa_mask(batch_size, q_length, kv_length, q_offset, mask_function=function, **options)
+            sdpa_mask(batch_size, q_length, length - kv_offset, mask_function=function, **options)
             for function in (mask_function, causal_mask_function)
         )
         differs = asked != causal  # a window that is longer than the sequence is no other pattern
-        if mask is not None:
-            keys = pad(mask, (0, kv_length - mask.shape[1]), value=False)
-            differs = differs & keys[:, None, None] & mask[:, None, -q_length:, None]
+        if mask is not None:  # what padding sees does not matter
+            differs = differs & mask[:, None, -q_length:, None]
         if bool(differs.any()):
             return asked
     if mask is None:
-        return None if length == kv_length else torch.ones(batch_size, length, dtype=torch.bool, device=device)
-    return mask
+        if length - kv_offset == kv_length:
+            return None
+        return torch.ones(batch_size, length - kv_offset, dtype=torch.bool, device=device)
+    return mask[:, kv_offset:]

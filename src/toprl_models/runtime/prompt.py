@@ -29,7 +29,7 @@ class VisualIds:
     @classmethod
     def of(cls, model: PreTrainedModel, family: Family) -> VisualIds:
         videos = video_token_ids(model, family)
-        images = tuple(token for token in visual_token_ids(model, family) if token not in videos)
+        images = tuple(token for token in visual_token_ids(model, family).values() if token not in videos)
         vision = getattr(model.config, "vision_config", None)
         return cls(images, videos, getattr(vision, "spatial_merge_size", 1))
 
@@ -49,7 +49,7 @@ class VisualIds:
     def brought(self, kwargs: Mapping[str, Any]) -> tuple[int, ...]:
         """Return the ids whose inputs came along: a *generated* token may carry the id of an image or a video."""
         encoded = kwargs.get("mm_encoder_outputs") or {}
-        names = [name for name, value in kwargs.items() if name.startswith("pixel_values") and value is not None]
+        names = [name for name, value in kwargs.items() if "pixel_values" in name and value is not None]
         names += [name for name, value in encoded.items() if value is not None]
         videos = sum("video" in name for name in names)
         return (self.images if len(names) > videos else ()) + (self.videos if videos else ())

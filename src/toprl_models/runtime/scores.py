@@ -20,6 +20,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
+from toprl_models.probe import branches_on_backend, has_attention
 from toprl_models.runtime.prompt import open_slots
 from toprl_models.runtime.state import AttentionMask, Length, Packing
 
@@ -47,7 +48,17 @@ def attention_of(layer: nn.Module) -> nn.Module:
             f"{type(modules[0]).__name__} has no eager_attention_forward, so its attention scores cannot be supported: "
             "choose a method that reads no attention"
         )
+    if branches_on_backend(modules[0]):
+        raise ValueError(
+            f"{type(modules[0]).__name__} does something that depends on the name of the attention backend, which the "
+            "pruner must replace to see attention scores: choose a method that reads no attention"
+        )
     return modules[0]
+
+
+def source_of(layers: nn.ModuleList, stage_layer: int) -> int:
+    """Return the last layer with attention before a stage: recurrent layers may lie between."""
+    return next((index for index in reversed(range(stage_layer)) if has_attention(layers[index])), stage_layer - 1)
 
 
 def _forward_of(module: nn.Module) -> FunctionType:
@@ -91,7 +102,8 @@ class Observation:
         """
         visible = visible_rows(self.mask, queries, self.key.shape[2], past, packing)
         if keep_mask is not None:
-            kept = pad(keep_mask > 0, (0, self.key.shape[2] - keep_mask.shape[1]))
+            kept = keep_mask[:, -self.key.shape[2] :] > 0
+            kept = pad(kept, (0, self.key.shape[2] - kept.shape[1]))
             kept = kept if packing is None else kept[packing.row_index]
             itself = torch.arange(self.key.shape[2], device=kept.device) == queries[..., None] + past
             visible = visible & (kept[:, None] | itself)
@@ -200,16 +212,15 @@ class _Peek:
         return getattr(self._cache, name)
 
 
-def ask(layer: nn.Module, hidden_states: Tensor, args: tuple, kwargs: Mapping[str, Any]) -> Observation:
+def ask(layer: nn.Module, hidden_states: Tensor, kwargs: Mapping[str, Any]) -> Observation:
     """Ask a layer for its queries and keys: run it up to its attention function; no cache is written."""
     module = attention_of(layer)
     arguments = {name: value for name, value in kwargs.items() if name != "hidden_states"}
-    if arguments.get("past_key_values") is not None:
-        arguments["past_key_values"] = _Peek(arguments["past_key_values"])
+    arguments |= {name: _Peek(value) for name, value in arguments.items() if hasattr(value, "get_seq_length")}
     watched = Watched(module, stops=True)
     try:
         with torch.no_grad():
-            layer(hidden_states, *args, **arguments)
+            layer(hidden_states, **arguments)
     except _Stop:
         pass
     finally:

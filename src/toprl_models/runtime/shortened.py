@@ -7,11 +7,13 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from toprl_models.runtime.cache import LayerKeys, LayerView
-from toprl_models.runtime.state import AttentionMask, ForwardPass, Packing, Segment, gather_slots
+from toprl_models.runtime.state import AttentionMask, ForwardPass, Segment, gather_slots
 
 if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask
     from transformers import PreTrainedConfig, PreTrainedModel
 
 RotaryTables: TypeAlias = Tensor | tuple[Tensor, ...] | None  # (cos, sin), or one complex table
@@ -35,14 +37,9 @@ def _mask(
         return None
     if forward.prunes and not keys.past and segment.slots is None:
         return original
-    if segment.slots is not None and not keys.past and isinstance(original, Tensor) and original.ndim == 4:
-        return prefill_mask(original, segment.slots, segment.valid)
-    if forward.prunes and forward.rebuilt_from is not original:
-        refuse_views_ahead(original, forward.past, forward.length)
-        forward.rebuilt_from = original
-    if segment.packing is not None and hasattr(original, "mask_mod"):
-        return packed_block_mask(segment.packing, segment.valid)
-    return rebuild_mask(config, hidden_states, keys.valid, keys.view)
+    if original is None or (isinstance(original, Tensor) and original.ndim == 2):  # causal
+        return rebuild_mask(config, hidden_states, keys.valid, keys.view)
+    return picked_mask(original, segment.slots if forward.prunes else None, keys, hidden_states)
 
 
 def _positions(
@@ -70,6 +67,40 @@ def _positions(
     if "flash" in decoder.config._attn_implementation and segment.slots is not None:
         arguments |= flash_bounds(segment, kwargs)
     return arguments
+
+
+# Arguments that the functions above make, and those that hold no token of the sequence
+_KNOWN = frozenset({"hidden_states", "attention_mask", "position_embeddings", "position_ids", "past_key_values"})
+
+
+def other_arguments(forward: ForwardPass, kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Gather the survivors in every other argument of a layer that has a row for each token."""
+    segment = forward.segment
+    if segment.slots is None:
+        return {}
+    found = {}
+    for name, value in kwargs.items():
+        parts = value if isinstance(value, tuple | list) else (value,)
+        if name in _KNOWN or not any(isinstance(part, Tensor) for part in parts):
+            continue
+        gathered = [_rows_of(name, part, segment.slots, forward.length) for part in parts]
+        if any(new is not old for new, old in zip(gathered, parts, strict=True)):
+            found[name] = type(value)(gathered) if isinstance(value, tuple | list) else gathered[0]
+    return found
+
+
+def _rows_of(name: str, value: Any, slots: Tensor, length: int) -> Any:
+    """Gather ``value`` [B or 1, N, ...] at ``slots`` [B, m]; what has no N stays."""
+    if not isinstance(value, Tensor) or length not in value.shape:
+        return value
+    if value.ndim < 2 or value.shape[1] != length or value.shape[0] not in (1, len(slots)):
+        raise ValueError(
+            f"decoder layers get {name} of shape {tuple(value.shape)}, of which pruning does not know what belongs to "
+            f"which of the {length} tokens: this decoder is not supported"
+        )
+    rows = value.expand(len(slots), *value.shape[1:])
+    slots = slots.to(value.device)
+    return rows.gather(1, slots.view(*slots.shape, *[1] * (value.ndim - 2)).expand(*slots.shape, *value.shape[2:]))
 
 
 def _carried(segment: Segment, name: str, source: Any, gather: Callable[..., Any]) -> Any:
@@ -109,37 +140,38 @@ def flash_bounds(segment: Segment, kwargs: Mapping[str, Any]) -> dict[str, Any]:
     return {"position_ids": None, **lengths}
 
 
-def prefill_mask(mask: Tensor, slots: Tensor, valid: Tensor | None) -> Tensor:
-    """Gather rows and columns of the model's own 4-D mask [B, 1, N, L] at ``slots`` [B, m], padding keys closed.
+def picked_mask(original: Tensor | BlockMask, slots: Tensor | None, keys: LayerKeys, hidden_states: Tensor) -> Any:
+    """Pick the rows and columns of a layer's tokens from the model's own mask for the whole sequence.
 
-    Columns after the N tokens, free slots of a static cache, stay as they are: closed.
+    Args:
+        original: 4-D (bool, or float to be added) or a BlockMask, [B or 1, 1, N, L]: its columns end with the N tokens
+            of this pass, but for the free slots of a static cache.
+        slots: int64 ``[B, m]``, the rows; None: all.
+        keys: the keys that the layer sees; padding is closed, and so are keys older than the first column.
+        hidden_states: ``[B, m, d]``, the tokens of this pass.
     """
-    slots = slots.to(mask.device)
-    mask = mask.expand(len(slots), -1, -1, -1)
-    heads, length = mask.shape[1:3]
-    mask = mask.gather(2, slots[:, None, :, None].expand(-1, heads, -1, mask.shape[3]))
-    free = mask[..., length:]
-    if free.shape[3]:
-        dropped = free[..., :1].expand(-1, -1, -1, length - slots.shape[1])
-        free = torch.cat([dropped, free], 3)
-    mask = mask.gather(3, slots[:, None, None, :].expand(-1, heads, mask.shape[2], -1))
-    if valid is not None:
-        keys = valid[:, None, None, :].to(mask.device)
-        mask = mask & keys if mask.dtype == torch.bool else mask.masked_fill(~keys, torch.finfo(mask.dtype).min)
-    return torch.cat([mask, free], 3) if free.shape[3] else mask
-
-
-def packed_block_mask(packing: Packing, valid: Tensor | None) -> AttentionMask:
-    """Make the BlockMask of survivors whose rows hold several prompts: causal within each prompt."""
+    batch, num_queries = hidden_states.shape[:2]
+    device = original.device if isinstance(original, Tensor) else original.kv_indices.device
+    length, first = (num_queries, 0) if keys.view is None else keys.view.get_mask_sizes(num_queries)
+    total = int(keys.past) + num_queries
+    origins = torch.arange(total, device=device)[None] if keys.origins is None else keys.origins.to(device)
+    columns = origins[:, first:].expand(batch, -1) - max(keys.whole - original.shape[-1], 0)
+    closed = columns < 0 if keys.valid is None else (columns < 0) | ~keys.valid[:, first:].to(device)
+    free = length - columns.shape[1]  # of a static cache
+    columns, closed = pad(columns.clamp(min=0), (0, free)), pad(closed, (0, free), value=True)
+    slots = torch.arange(num_queries, device=device).expand(batch, -1) if slots is None else slots.to(device)
+    if isinstance(original, Tensor):
+        mask = original.expand(batch, -1, -1, -1)
+        mask = mask.gather(2, slots[:, None, :, None].expand(-1, mask.shape[1], -1, mask.shape[3]))
+        mask = mask.gather(3, columns[:, None, None].expand(-1, mask.shape[1], num_queries, -1))
+        least = False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min
+        return mask.masked_fill(closed[:, None, None], least)
     from torch.nn.attention.flex_attention import create_block_mask
 
-    number = packing.number if valid is None else packing.number.masked_fill(~valid, -1)
+    def survivors(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return original.mask_mod(row, head, slots[row, query], columns[row, key]) & ~closed[row, key]
 
-    def survivors(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        return (query >= key) & (number[batch, query] == number[batch, key])
-
-    batch, length = number.shape
-    return create_block_mask(survivors, batch, None, length, length, device=str(number.device))
+    return create_block_mask(survivors, batch, None, num_queries, length, device=str(device))
 
 
 def rebuild_mask(
@@ -150,27 +182,3 @@ def rebuild_mask(
 
     # where ``valid`` is given some slot is padding: transformers need not wait for the device to find out
     return create_causal_mask(config, hidden_states, valid, view, allow_is_causal_skip=valid is None)
-
-
-def refuse_views_ahead(mask: AttentionMask, past: int, length: int) -> None:
-    """Refuse to rebuild a model's mask, under which tokens of an image see each other, as a causal mask.
-
-    ``past`` tokens are in the cache, ``length`` in this pass.
-    """
-    if isinstance(mask, Tensor):
-        if mask.ndim != 4:
-            return
-        ahead = mask.diagonal(past + 1, -2, -1)
-        if mask.is_floating_point():
-            ahead = ahead > torch.finfo(mask.dtype).min / 2
-    elif mask is not None and hasattr(mask, "mask_mod"):
-        batch = torch.arange(mask.shape[0], device=mask.kv_indices.device)[:, None]
-        queries = torch.arange(length - 1, device=batch.device)[None]
-        ahead = mask.mask_mod(batch, torch.zeros_like(batch), queries, queries + past + 1)
-    else:
-        return
-    if bool(ahead.any()):
-        raise ValueError(
-            "the model lets image tokens see those after them, which compact mode keeps only with attn_implementation "
-            '"sdpa" or "eager", and with all images in the first forward pass on an empty cache'
-        )

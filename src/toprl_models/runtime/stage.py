@@ -24,6 +24,10 @@ class Observed:
     past: Length  # keys that were cached before
     keep_mask: Tensor | None = None  # mask mode: [B, L] over all keys
 
+    def __post_init__(self) -> None:
+        if isinstance(self.past, int):  # a layer with a sliding window has let the oldest keys go
+            self.past = min(self.past, self.call.key.shape[2] - self.call.query.shape[2])
+
 
 @dataclass
 class Stage:
@@ -56,7 +60,7 @@ class Stage:
         keep_mask = decision.keep_mask
         if keep_mask is not None and not keep_mask.requires_grad:
             keep_mask = self.heads.agree(keep_mask)
-        decision = Decision(self.heads.agree(decision.scores), keep_mask, decision.states)
+        decision = decision._replace(scores=self.heads.agree(decision.scores), keep_mask=keep_mask)
         counts = context.num_keep
         if keep_mask is not None:
             counts = tuple((keep_mask.detach() > 0).logical_and(context.valid_mask).sum(1).tolist())
@@ -173,9 +177,11 @@ def prompt_embeddings(forward: ForwardPass, prompts: Prompts) -> PromptEmbedding
 def check_decision(policy: Policy, decision: Decision, context: StageContext) -> None:
     """Refuse scores, masks or states whose shape is not that of the visual tokens."""
     shape = tuple(context.valid_mask.shape)
-    for name, value in decision._asdict().items():
+    given = decision._asdict()
+    planes = {f"deepstack[{number}]": plane for number, plane in enumerate(given.pop("deepstack"))}
+    for name, value in (given | planes).items():
         trailing = () if value is None or name == "keep_mask" else tuple(value.shape[2:])
-        if name == "states" and value is not None:
+        if (name == "states" and value is not None) or name in planes:
             trailing = tuple(context.hidden_states.shape[2:])
         elif trailing != (2,):
             trailing = ()

@@ -17,6 +17,7 @@ from toprl_kernels.stage.reference import score_difference
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
 
+    from toprl_models.runtime.deepstack import DeepStack
     from toprl_models.runtime.mask import KeepArgument
 
 AttentionMask: TypeAlias = "Tensor | BlockMask | None"  # as a layer gets it
@@ -103,13 +104,14 @@ class Segment:
     has_earlier: bool = False
     keep_mask: Tensor | None = None  # mask mode: [B, N]
     carried: dict[str, tuple[object, Any]] = field(default_factory=dict)  # (the model's argument, its survivors' rows)
-    made_from: tuple[object, ...] | None = None  # the model's arguments that ``arguments`` replace
-    arguments: dict[str, Any] = field(default_factory=dict)
+    made: list[tuple[tuple[object, ...], dict[str, Any]]] = field(default_factory=list)
 
-    def is_made_from(self, *arguments: object) -> bool:
-        """Tell whether ``arguments`` are those, as objects, that the segment's were made from."""
-        before = self.made_from
-        return before is not None and all(old is new for old, new in zip(before, arguments, strict=True))
+    def made_from(self, *sources: object) -> dict[str, Any] | None:
+        """Return the arguments of a layer that were made from ``sources``, as objects; None: not yet."""
+        for before, arguments in self.made:
+            if all(old is new for old, new in zip(before, sources, strict=True)):
+                return arguments
+        return None
 
 
 _UNPRUNED: Any = None  # what a pass that does not prune lacks, and never reads
@@ -135,7 +137,7 @@ class ForwardPass:
     current: int = 0
     sent: dict[int, KeepArgument] = field(default_factory=dict)  # mask mode: what each layer was given
     bounded_mask_grad: bool = False
-    rebuilt_from: AttentionMask = None  # the model's mask that was found to be causal
+    deepstack: DeepStack | None = None  # planes that are added after the first stage
     trace: list[StageTrace] = field(default_factory=list)
 
     @property
