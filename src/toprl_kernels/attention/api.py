@@ -54,7 +54,7 @@ def attention_plan(
         window: sliding window: a token sees at most ``window`` - 1 tokens before itself (and, without ``is_causal``,
             as many after), as ``sliding_window`` of transformers' models.
         block_ids: [B, N] int64 or int32: a run of equal numbers >= 0 is a block (an image) whose tokens see each other
-            in both directions, whatever causality and window say, as in Gemma 3; -1 is no block.
+            in both directions, whatever causality and window say; -1 is no block.
         cu_seqlens: [S + 1] int32 or int64, 0 first and N last: B = 1, and the N tokens are S sequences in a row, which
             do not see each other, as in flash-attn's functions for variable lengths. Sequences need no padding.
         ranges: [B, N, 2] int32, instead of the patterns above: token i sees tokens j with ranges[b, i, 0] <= j <
