@@ -66,7 +66,7 @@ ROW_PLANES = 4
 Sizes = namedtuple("Sizes", "GROUPS HEAD_DIM VALUE_DIM BLOCK_D BLOCK_DV")
 Modes = namedtuple("Modes", "CAUSAL RANGES SOFT COMPACT", defaults=[False])
 Wanted = namedtuple("Wanted", "DK DV DM BOUNDED", defaults=[False])
-Counts = namedtuple("Counts", "heads queries keys")
+Counts = namedtuple("Counts", "heads queries keys")  # made in the kernels: do_not_specialize reaches no fields
 Heads = namedtuple("Heads", "ptr batch head row")  # a tensor [B, H, N, D], dense in its last dimension, and its strides
 Lists = namedtuple("Lists", "ptr stride")  # of all samples, or of one; length of a row
 Planes = namedtuple("Planes", "ptr head plane")  # the row buffer, or the part of a head; strides
@@ -371,9 +371,9 @@ def attend(walk, q, state, S: tl.constexpr, M: tl.constexpr, BLOCK_N: tl.constex
     return state
 
 
-@triton.jit(do_not_specialize=["counts"])
+@triton.jit(do_not_specialize=["num_heads", "num_queries", "num_keys"])
 def masked_attention_fwd_kernel(
-    query, key, value, k_loop, v_loop, output, lse_ptr, lists, range_ptr, counts, scale_log2,
+    query, key, value, k_loop, v_loop, output, lse_ptr, lists, range_ptr, num_heads, num_queries, num_keys, scale_log2,
     S: tl.constexpr, M: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """O and the log-sum-exp [B, H, Nq] of one query block of one head. Grid (B * H * query blocks,).
@@ -381,6 +381,7 @@ def masked_attention_fwd_kernel(
     The loops read k_loop and v_loop: with COMPACT gathered keys [B, Hkv, list_stride, BLOCK_D], else key and value
     through the list.
     """
+    counts = Counts(num_heads, num_queries, num_keys)
     batch, head, rows, walk = query_block(k_loop, v_loop, lists, range_ptr, counts, scale_log2, BLOCK_M, BLOCK_N, S, M)
     tokens, lists = walk.tokens, walk.lists
     kv_head = head // S.GROUPS
@@ -406,15 +407,16 @@ def masked_attention_fwd_kernel(
 NOTHING_YET = tl.constexpr(-1e30)  # maximum of a part that sees no key: finite, so that no -inf - -inf arises
 
 
-@triton.jit(do_not_specialize=["counts"])
+@triton.jit(do_not_specialize=["num_heads", "num_queries", "num_keys"])
 def masked_attention_decode_kernel(
-    query, key, value, part_ptr, part_lse_ptr, lists, range_ptr, counts, scale_log2,
+    query, key, value, part_ptr, part_lse_ptr, lists, range_ptr, num_heads, num_queries, num_keys, scale_log2,
     S: tl.constexpr, M: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPLITS: tl.constexpr,
 ):  # fmt: skip
     """All rows of a group's heads against one part of the keys, without self terms. Grid (B * Hkv * SPLITS,).
 
     Writes acc [B, H, Nq, SPLITS, Dv] and, for each, (maximum, sum) [B, H, Nq, 2, SPLITS].
     """
+    counts = Counts(num_heads, num_queries, num_keys)
     split = tl.program_id(0) % SPLITS
     batch_kv = (tl.program_id(0) // SPLITS).to(tl.int64)
     num_kv_heads = counts.heads // S.GROUPS
@@ -451,12 +453,13 @@ def masked_attention_decode_kernel(
     tl.store(part_lse_ptr + rows * 2 * SPLITS + SPLITS + split, row_sum, mask=in_range)
 
 
-@triton.jit(do_not_specialize=["counts"])
+@triton.jit(do_not_specialize=["num_heads", "num_queries", "num_keys"])
 def masked_attention_merge_kernel(
-    query, key, value, part_ptr, part_lse_ptr, output, lse_ptr, lists, counts, scale_log2,
+    query, key, value, part_ptr, part_lse_ptr, output, lse_ptr, lists, num_heads, num_queries, num_keys, scale_log2,
     S: tl.constexpr, SPLITS: tl.constexpr,
 ):  # fmt: skip
     """The parts of one row and its self term. Grid (B * H * Nq,)."""
+    counts = Counts(num_heads, num_queries, num_keys)
     row = tl.program_id(0).to(tl.int64)
     index = row % counts.queries
     head = row // counts.queries % counts.heads
@@ -495,10 +498,10 @@ def masked_attention_merge_kernel(
 # --- backward ---
 
 
-@triton.jit(do_not_specialize=["counts"])
+@triton.jit(do_not_specialize=["num_heads", "num_queries", "num_keys"])
 def masked_attention_bwd_prepare_kernel(
-    query, key, value, output, gradient, lse_ptr, planes, qc_ptr, doc_ptr, lists, counts, scale_log2,
-    S: tl.constexpr, BLOCK_M: tl.constexpr, COPY: tl.constexpr,
+    query, key, value, output, gradient, lse_ptr, planes, qc_ptr, doc_ptr, lists, num_heads, num_queries, num_keys,
+    scale_log2, S: tl.constexpr, BLOCK_M: tl.constexpr, COPY: tl.constexpr,
 ):  # fmt: skip
     """The row buffer, padding included, and clean q and dO for dK/dV. Grid (B * H * row_stride / BLOCK_M,).
 
@@ -506,6 +509,7 @@ def masked_attention_bwd_prepare_kernel(
     finite gets lse NaN, which every key that it sees receives. Both are 0 in the copies [B * H, row_stride, BLOCK_D]:
     no product of tiles meets anything that is not finite, and the loops of dK/dV load whole aligned blocks.
     """
+    counts = Counts(num_heads, num_queries, num_keys)
     num_blocks = planes.head // BLOCK_M
     rows = tl.program_id(0) % num_blocks * BLOCK_M + tl.arange(0, BLOCK_M)
     batch_head = (tl.program_id(0) // num_blocks).to(tl.int64)
@@ -563,12 +567,13 @@ def query_gradient_step(
     return dot(x.to(k.dtype), k, dq)
 
 
-@triton.jit(do_not_specialize=["counts"])
+@triton.jit(do_not_specialize=["num_heads", "num_queries", "num_keys"])
 def masked_attention_bwd_dq_kernel(
-    query, key, k_loop, v_loop, gradient, dq_ptr, planes, lists, range_ptr, counts, scale, scale_log2,
-    S: tl.constexpr, M: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    query, key, k_loop, v_loop, gradient, dq_ptr, planes, lists, range_ptr, num_heads, num_queries, num_keys,
+    scale, scale_log2, S: tl.constexpr, M: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """dQ (contiguous [B, H, Nq, D]) of one query block of one head. Grid (B * H * query blocks,)."""
+    counts = Counts(num_heads, num_queries, num_keys)
     batch, head, rows, walk = query_block(k_loop, v_loop, lists, range_ptr, counts, scale_log2, BLOCK_M, BLOCK_N, S, M)
     batch_head = batch * counts.heads + head
     safe_rows = tl.minimum(rows, counts.queries - 1)
@@ -718,10 +723,10 @@ def split_of(num_places, num_kept, num_blocks, BLOCK_N: tl.constexpr, W: tl.cons
     return busy, tl.minimum(num_places // tl.maximum(busy, 1), MAX_SPLITS)
 
 
-@triton.jit(do_not_specialize=["counts", "num_places"])
+@triton.jit(do_not_specialize=["num_heads", "num_queries", "num_keys", "num_places"])
 def masked_attention_bwd_dkdv_kernel(
-    key, value, qc_ptr, doc_ptr, dk_ptr, dv_ptr, dm_ptr, dk_part_ptr, dv_part_ptr, planes, all_lists, counts,
-    num_places, scale, scale_log2, S: tl.constexpr, M: tl.constexpr, W: tl.constexpr,
+    key, value, qc_ptr, doc_ptr, dk_ptr, dv_ptr, dm_ptr, dk_part_ptr, dv_part_ptr, planes, all_lists,
+    num_heads, num_queries, num_keys, num_places, scale, scale_log2, S: tl.constexpr, M: tl.constexpr, W: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
     """dK, dV of one block of the list, and dm [B, Hkv, splits, N]. Grid (B * Hkv * num_places,).
@@ -732,6 +737,7 @@ def masked_attention_bwd_dkdv_kernel(
     With SPLIT, as many programs share a key block as there are for one (see ``split_of``): each takes a contiguous part
     of the row blocks of all heads. Parts are added by the finish kernel, in their order.
     """
+    counts = Counts(num_heads, num_queries, num_keys)
     # comparisons and the mask gradient need registers, which half as many rows have
     EDGE_M: tl.constexpr = BLOCK_M // 2 if W.DM and BLOCK_M > 16 else BLOCK_M
     place = tl.program_id(0) % num_places
@@ -827,12 +833,14 @@ def masked_attention_bwd_dkdv_kernel(
         store_key_gradients(dk_ptr, dv_ptr, dk, dv, batch_kv, columns, counts.keys, scale, S, W)
 
 
-@triton.jit(do_not_specialize=["counts", "num_places"])
+@triton.jit(do_not_specialize=["num_heads", "num_queries", "num_keys", "num_places"])
 def masked_attention_bwd_finish_kernel(
-    qc_ptr, doc_ptr, dk_ptr, dv_ptr, dk_part_ptr, dv_part_ptr, planes, all_lists, counts, num_places, scale,
+    qc_ptr, doc_ptr, dk_ptr, dv_ptr, dk_part_ptr, dv_part_ptr, planes, all_lists,
+    num_heads, num_queries, num_keys, num_places, scale,
     S: tl.constexpr, W: tl.constexpr, BLOCK_N: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """What SPLIT left over: sums of parts, and blocks of dropped keys. Grid (programs of ROWS keys,)."""
+    counts = Counts(num_heads, num_queries, num_keys)
     num_blocks = (counts.keys + BLOCK_N - 1) // BLOCK_N
     pieces = num_blocks * (BLOCK_N // ROWS)
     block = tl.program_id(0) % pieces // (BLOCK_N // ROWS)
@@ -956,7 +964,7 @@ def masked_attention_forward_triton(x: AttentionCall) -> tuple[Tensor, Tensor]:
     num_heads, num_queries, num_keys = call.counts
     output = empty_output(call.query, call.value)
     lse = torch.empty(x.query.shape[:3], dtype=torch.float32, device=device)
-    shared = (call.lists, call.bounds, call.counts, call.scale_log2)
+    shared = (call.lists, call.bounds, *call.counts, call.scale_log2)
     with torch.cuda.device_of(x.query):
         if num_queries * call.sizes.GROUPS <= 16:  # decoding
             config, batch_kv = call.select("decode"), call.batch * call.num_kv_heads
@@ -968,7 +976,7 @@ def masked_attention_forward_triton(x: AttentionCall) -> tuple[Tensor, Tensor]:
                 BLOCK_M=config.block_m, BLOCK_N=config.block_n, SPLITS=splits, **_options(config),
             )  # fmt: skip
             masked_attention_merge_kernel[(lse.numel(),)](
-                *call.inputs, parts, part_lse, _heads(output), lse, call.lists, call.counts, call.scale_log2,
+                *call.inputs, parts, part_lse, _heads(output), lse, call.lists, *call.counts, call.scale_log2,
                 S=call.sizes, SPLITS=splits, **_options(call.select("merge")),
             )  # fmt: skip
             return output, lse
@@ -1016,7 +1024,7 @@ def masked_attention_backward_triton(
     with torch.cuda.device_of(x.query):
         config = call.select("bwd_prepare")
         masked_attention_bwd_prepare_kernel[(batch_heads * (row_stride // config.block_m),)](
-            *call.inputs, _heads(output), _heads(grad_output), lse, planes, *clean, call.lists, call.counts,
+            *call.inputs, _heads(output), _heads(grad_output), lse, planes, *clean, call.lists, *call.counts,
             call.scale_log2, S=call.sizes, BLOCK_M=config.block_m, COPY=needs_keys, **_options(config),
         )  # fmt: skip
         if needs_keys:
@@ -1040,7 +1048,7 @@ def masked_attention_backward_triton(
                 passes = [Wanted(False, needs_value, False), Wanted(needs_key, False, needs_mask)]
             for wanted in filter(any, passes):
                 masked_attention_bwd_dkdv_kernel[(batch_kv * places,)](
-                    *call.inputs[1:], *clean, *targets, by_head, *parts, planes, call.lists, call.counts, places,
+                    *call.inputs[1:], *clean, *targets, by_head, *parts, planes, call.lists, *call.counts, places,
                     x.scale, call.scale_log2, S=call.sizes, M=call.modes,
                     W=wanted._replace(BOUNDED=bounded_mask_grad and wanted.DM),
                     BLOCK_M=config.block_m, BLOCK_N=config.block_n, SPLIT=is_split, **_options(config),
@@ -1049,7 +1057,7 @@ def masked_attention_backward_triton(
                     finish = call.select("bwd_finish")
                     pieces = blocks * (config.block_n // finish.block_n)
                     masked_attention_bwd_finish_kernel[(batch_kv * pieces,)](
-                        *clean, *targets, *parts, planes, call.lists, call.counts, places, x.scale,
+                        *clean, *targets, *parts, planes, call.lists, *call.counts, places, x.scale,
                         S=call.sizes, W=wanted, BLOCK_N=config.block_n, ROWS=finish.block_n, **_options(finish),
                     )  # fmt: skip
             if needs_mask:
@@ -1059,7 +1067,7 @@ def masked_attention_backward_triton(
             config = call.select("bwd_dq_compact" if modes.COMPACT else "bwd_dq")
             masked_attention_bwd_dq_kernel[(batch_heads * ceil_div(num_queries, config.block_m),)](
                 *call.inputs[:2], *loop, _heads(grad_output), gradients[0], planes, call.lists, call.bounds,
-                call.counts, x.scale, call.scale_log2, S=call.sizes, M=modes,
+                *call.counts, x.scale, call.scale_log2, S=call.sizes, M=modes,
                 BLOCK_M=config.block_m, BLOCK_N=config.block_n, **_options(config),
             )  # fmt: skip
     return [*gradients, grad_mask]
