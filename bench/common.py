@@ -31,9 +31,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from toprl_kernels.dispatch import dtype_name
 from toprl_kernels.testing import error_budget, max_error
 
 T = TypeVar("T")
@@ -55,10 +57,6 @@ def graph(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
     """The function compiled for static sizes; nothing of Dynamo is imported before the first call."""
     compiled = functools.cache(lambda: torch.compile(function, dynamic=False, **options))
     return lambda *arguments, **named: compiled()(*arguments, **named)
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def our_name(device: torch.device) -> str:
@@ -205,8 +203,7 @@ class Timing(NamedTuple):
 
 def quantiles(samples: Sequence[float]) -> tuple[float, float, float]:
     """p20, p50, p80 with linear interpolation."""
-    fractions = torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64)
-    p20, p50, p80 = torch.tensor(samples, dtype=torch.float64).quantile(fractions).tolist()
+    p20, p50, p80 = np.quantile(samples, (0.2, 0.5, 0.8)).tolist()
     return p20, p50, p80
 
 

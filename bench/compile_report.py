@@ -34,6 +34,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 from unittest import mock
 
@@ -225,7 +226,7 @@ def _keep_mask() -> None:
     _backward(sample.keep_mask, sample.log_prob, sample.entropy)
 
 
-class _Driver:
+class Driver:
     """What triton's binder asks of a driver, for a GPU that is not there; each architecture is its own device."""
 
     def __init__(self, capability: int) -> None:
@@ -241,6 +242,12 @@ class _Driver:
         from triton.backends.compiler import GPUTarget
 
         return GPUTarget("cuda", self.capability, 32)
+
+
+def kernel_modules() -> list[ModuleType]:
+    """Import every module with kernels."""
+    modules = pkgutil.walk_packages(toprl_kernels.__path__, "toprl_kernels.")
+    return [importlib.import_module(each.name) for each in modules if "triton" in each.name]
 
 
 def require_compiler() -> None:
@@ -266,16 +273,14 @@ def compiling_for(architecture: str, seen: Callable[[str, Callable[[], Any], dic
     from triton.runtime import driver
     from triton.runtime.jit import JITFunction
 
-    for module in pkgutil.walk_packages(toprl_kernels.__path__, "toprl_kernels."):
-        if "triton" in module.name:  # decorated before the variable below is set, so not for the interpreter
-            importlib.import_module(module.name)
+    kernel_modules()  # decorated before the variable below is set, so not for the interpreter
     run = JITFunction.run
 
     def warm_up(self: Any, *arguments: Any, grid: Any, warmup: bool = False, **options: Any) -> None:
         name = self.fn.__name__.removesuffix("_kernel")
         seen(name, lambda: run(self, *arguments, grid=grid, warmup=True, **options), options)
 
-    driver.set_active(_Driver(int(architecture.removeprefix("sm_"))))
+    driver.set_active(Driver(int(architecture.removeprefix("sm_"))))
     # dispatch takes CPU tensors to Triton for the interpreter only
     interpreting = mock.patch.dict(os.environ, TRITON_INTERPRET="1")
     with mock.patch.object(JITFunction, "run", warm_up), interpreting, configs.cpu_stands_for(architecture):
@@ -318,7 +323,7 @@ def read(kernel: Kernel, compiled: Any, options: dict[str, Any]) -> None:
     kernel.shared = compiled.metadata.shared
     kernel.loops = loops_of_ttgir(compiled.asm["ttgir"])
     kernel.half = any(re.search("bf16|f16", tile) for loop in kernel.loops for tile in loop.tiles)
-    if kernel.half and options.get("BLOCK_D", 0) <= 128 and kernel.architecture in ("sm_90", "sm_100"):
+    if kernel.half and getattr(options.get("S"), "BLOCK_D", 0) <= 128 and kernel.architecture in ("sm_90", "sm_100"):
         kernel.in_flight = IN_FLIGHT.get(kernel.kernel, 0)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])

@@ -31,6 +31,7 @@ OPS = ("masked_attention", "topk_compact", "prune_stage", "compact_cache", "acto
 HALF_AND_SINGLE = (torch.float16, torch.bfloat16, torch.float32)
 FLOATS = (*HALF_AND_SINGLE, torch.float64)
 INTEGERS = (torch.int64, torch.int32)
+LONG, BOOL = (torch.int64,), (torch.bool,)
 
 
 class Choice(NamedTuple):
@@ -184,56 +185,41 @@ def _has_tangent(argument: object) -> bool:
     return isinstance(argument, Tensor) and forward_ad.unpack_dual(argument).tangent is not None
 
 
-# --- argument checks: they read shapes, dtypes and devices only, none of them waits for a GPU ---
+def require(
+    op: str, name: str, value: object, layout: str, shape: tuple[int, ...] | int,
+    dtypes: tuple[torch.dtype, ...] = (), device: torch.device | None = None, fix: str = "",
+) -> None:  # fmt: skip
+    """Check an argument by shape, dtype and device alone: nothing waits for a GPU.
 
+    Args:
+        layout: the shape in words, for the message.
+        shape: exact, or the number of dimensions.
+        dtypes: any by default, as is the device.
+        fix: what to do about a wrong dtype.
 
-def require_tensor(op: str, name: str, value: object) -> None:
-    """Raise TypeError unless ``value`` is a tensor."""
+    Raises:
+        TypeError: no tensor, or of another dtype.
+        ValueError: another shape, or on another device.
+    """
     if not isinstance(value, Tensor):
         raise TypeError(f"{op}: {name} must be a torch.Tensor, got {type(value).__name__}")
-
-
-def require_ndim(op: str, name: str, value: Tensor, ndim: int, layout: str) -> None:
-    """Raise unless ``value`` is a tensor of ``ndim`` dimensions, described by ``layout``."""
-    require_tensor(op, name, value)
-    if value.ndim != ndim:
-        raise ValueError(f"{op}: {name} must be {layout} ({ndim} dimensions), got shape {tuple(value.shape)}")
-
-
-def require_shape(op: str, name: str, value: Tensor, shape: tuple[int, ...], layout: str) -> None:
-    """Raise unless ``value`` is a tensor of this shape."""
-    require_tensor(op, name, value)
-    if value.shape != shape:
-        raise ValueError(f"{op}: {name} must be {layout} = {shape}, got shape {tuple(value.shape)}")
-
-
-def require_dtype(op: str, name: str, value: Tensor, dtypes: tuple[torch.dtype, ...], fix: str = "") -> None:
-    """Raise TypeError unless ``value`` has one of ``dtypes``; ``fix`` says what to do instead."""
-    if value.dtype not in dtypes:
-        names = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
-        raise TypeError(
-            f"{op}: {name} has dtype {str(value.dtype).removeprefix('torch.')}, expected {names}; "
-            f"{fix or f'convert it with {name}.to(...)'}"
-        )
-
-
-def require_device(op: str, name: str, value: Tensor, device: torch.device) -> None:
-    """Raise ValueError unless ``value`` is on ``device``."""
-    if value.device != device:
+    if (value.ndim if isinstance(shape, int) else value.shape) != shape:
+        wanted = f"({shape} dimensions)" if isinstance(shape, int) else f"= {shape}"
+        raise ValueError(f"{op}: {name} must be {layout} {wanted}, got shape {tuple(value.shape)}")
+    if dtypes and value.dtype not in dtypes:
+        names = ", ".join(map(dtype_name, dtypes))
+        fix = fix or f"convert it with {name}.to(...)"
+        raise TypeError(f"{op}: {name} has dtype {dtype_name(value.dtype)}, expected {names}; {fix}")
+    if device is not None and value.device != device:
         raise ValueError(f"{op}: {name} is on {value.device}, the other tensors on {device}; move it with .to()")
 
 
-def require(
-    op: str,
-    name: str,
-    value: Tensor,
-    shape: tuple[int, ...],
-    layout: str,
-    dtypes: tuple[torch.dtype, ...],
-    device: torch.device,
-    fix: str = "",
-) -> None:
-    """Raise unless ``value`` is a tensor of this shape, on ``device`` and of one of ``dtypes``."""
-    require_shape(op, name, value, shape, layout)
-    require_dtype(op, name, value, dtypes, fix)
-    require_device(op, name, value, device)
+def require_given(op: str, name: str, value: Tensor | None, *expected: Any) -> None:
+    """:func:`require` for an argument that may be left out."""
+    if value is not None:
+        require(op, name, value, *expected)
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """For example "float16"."""
+    return str(dtype).removeprefix("torch.")

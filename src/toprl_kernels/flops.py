@@ -117,22 +117,12 @@ def layer_macs(n_tokens: float, hidden_size: int, intermediate_size: int, kv_rat
     return projections + attention + feed_forward
 
 
-def layer_flops(n_tokens: float, hidden_size: int, intermediate_size: int, kv_ratio: float = 1.0) -> float:
-    """:func:`layer_macs` in floating-point operations."""
-    return FLOPS_PER_MAC * layer_macs(n_tokens, hidden_size, intermediate_size, kv_ratio)
-
-
 def schedule_macs(n_visual: float, stages: Stages, model: ModelLike, kv_ratio: float = 1.0) -> float:
     """Multiply-adds of the whole decoder under a schedule (Eqs. 9-10)."""
     return sum(
         part.num_layers * layer_macs(part.num_tokens, model.hidden_size, model.intermediate_size, kv_ratio)
         for part in segments(n_visual, stages, model.num_hidden_layers)
     )
-
-
-def schedule_flops(n_visual: float, stages: Stages, model: ModelLike, kv_ratio: float = 1.0) -> float:
-    """:func:`schedule_macs` in floating-point operations."""
-    return FLOPS_PER_MAC * schedule_macs(n_visual, stages, model, kv_ratio)
 
 
 def actor_macs(n_tokens: float, d1: int, d2: int) -> float:
@@ -166,11 +156,6 @@ def schedule_cost(
         actor_macs=0.0 if actor_width is None else actor_macs(read_by_actor, model.hidden_size, actor_width),
         average_tokens=average_tokens(n_visual, stages, num_layers),
     )
-
-
-def total_paper_units(n_visual: float, stages: Stages, model: ModelLike, *, actor_width: int | None = None) -> float:
-    """Eq. 12 as printed (macs of the decoder + flops of the actor)."""
-    return schedule_cost(n_visual, stages, model, actor_width=actor_width).paper_units
 
 
 def kv_cache_bytes(

@@ -5,9 +5,7 @@ TOPRL_TESTS_COMPILED=80 python -m pytest tests/kernels/compiled_cases.py
 
 from __future__ import annotations
 
-import importlib
 import os
-import pkgutil
 import re
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -19,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-import toprl_kernels
+from bench.compile_report import kernel_modules
 from tests.kernels.ptx_machine import AddressError, RaceError
 from tests.kernels.ptx_simulator import Launched, launched_kernels, parsed
 from toprl_kernels import (
@@ -246,6 +244,19 @@ def test_agrees(name: str) -> None:
     CASES[name]()
 
 
+@pytest.mark.parametrize("num_queries", [1, None])
+def test_attention_of_another_length_is_the_same_code(num_queries: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is compiled again, whether lengths are multiples of 16 or not; but the lists read rows of the mask."""
+    codes: dict[int, set[tuple[str, str]]] = {33: set(), 48: set()}
+    for tokens, seen in codes.items():
+        monkeypatch.setattr(Launched, "run", lambda launched, ptx, seed, seen=seen: seen.add((launched.name, ptx)))
+        x = make_attention_inputs(1, 2, 1, num_queries or tokens, tokens, 16, dtype=BF16)
+        leaves = [tensor.clone().requires_grad_() for tensor in (x.query, x.key, x.value, x.keep_mask)]
+        masked_attention(*leaves, is_causal=True, backend="triton").sum().backward()
+        seen -= {code for code in seen if code[0] == "masked_attention_lists_kernel"}
+    assert len(codes[33]) >= 4 and codes[33] == codes[48]
+
+
 @triton.jit
 def exchange_kernel(buffer_ptr, first, BARRIER: tl.constexpr):
     """Each of 128 numbers written by one thread and read by a thread of another warp."""
@@ -272,9 +283,8 @@ def test_every_kernel_ran() -> None:
     """Last: the cases above launch all kernels of all ops."""
     defined = {
         name
-        for module in pkgutil.walk_packages(toprl_kernels.__path__, "toprl_kernels.")
-        if module.name.endswith(".triton")
-        for name, value in vars(importlib.import_module(module.name)).items()
+        for module in kernel_modules()
+        for name, value in vars(module).items()
         if isinstance(value, triton.JITFunction) and name.endswith("_kernel")
     }
     assert len(defined) > 10 and defined - launched_kernels == set()

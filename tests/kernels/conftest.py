@@ -27,6 +27,12 @@ def device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
+@pytest.fixture(params=["reference", "eager", "triton"])
+def backend(request: pytest.FixtureRequest) -> str:
+    """Every implementation in turn."""
+    return request.param
+
+
 @pytest.fixture(autouse="TOPRL_TESTS_COMPILED" in os.environ, scope="session")
 def compiled() -> Iterator[None]:
     """Run kernels compiled for a GPU that is not there: test_compiled_lane.py."""

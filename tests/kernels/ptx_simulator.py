@@ -18,36 +18,24 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import importlib
 import os
-import pkgutil
 import random
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
 import triton
-from triton.backends.compiler import GPUTarget
 
-import toprl_kernels
+from bench.compile_report import Driver, kernel_modules
 from tests.kernels.ptx_code import Kernel
 from tests.kernels.ptx_machine import Launch
 
 
-class Driver:
-    """What triton asks of a GPU's driver when it compiles: the target, and some device and stream."""
-
-    def __init__(self, capability: int) -> None:
-        self.target = GPUTarget("cuda", capability, 32)
-
-    def get_current_target(self) -> GPUTarget:
-        return self.target
-
-    def get_current_device(self) -> int:
-        return self.target.arch  # a key of the kernels' caches
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
+def flat(value: Any, kind: Any) -> list[tuple[Any, str]]:
+    """The parameters of the code that an argument becomes: those of its parts for a tuple, none for a constant."""
+    if isinstance(kind, tuple):
+        return [each for part in zip(value, kind, strict=True) for each in flat(*part)]
+    return [] if kind == "constexpr" else [(value, kind)]
 
 
 launched_kernels: set[str] = set()
@@ -82,9 +70,7 @@ def simulated(capability: int = 80, *, seed: int = 0) -> Iterator[None]:
     """
     if os.environ.get("TRITON_INTERPRET"):
         raise RuntimeError("simulated: TRITON_INTERPRET is set; kernels are compiled only in a process without it")
-    for module in pkgutil.walk_packages(toprl_kernels.__path__, "toprl_kernels."):
-        if module.name.endswith(".triton"):
-            importlib.import_module(module.name)
+    kernel_modules()
     compile_launch = triton.JITFunction.run
 
     @functools.wraps(compile_launch)
@@ -95,7 +81,7 @@ def simulated(capability: int = 80, *, seed: int = 0) -> Iterator[None]:
             if getattr(metadata, scratch, 0):
                 raise NotImplementedError(f"{metadata.name}: {scratch}")
         values = dict(zip(self.arg_names, args, strict=False)) | kwargs
-        arguments = [(values[name], kind) for name, kind in compiled.src.signature.items() if kind != "constexpr"]
+        arguments = [each for name, kind in compiled.src.signature.items() for each in flat(values[name], kind)]
         launched_kernels.add(metadata.name)
         shape = (*grid, 1, 1)[:3]
         ptx = compiled.asm["ptx"]

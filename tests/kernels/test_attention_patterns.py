@@ -22,7 +22,7 @@ PATTERNS: dict[str, dict[str, Any]] = {
     "window": dict(is_causal=True, window=5),
     "window both ways": dict(window=3),
     "image blocks": dict(is_causal=True, block_ids=[-1] * 3 + [4] * 6 + [5] * 4 + [-1] * 4 + [4] * 7),
-    "Gemma 3": dict(is_causal=True, window=4, block_ids=[-1] * 3 + [0] * 9 + [-1] * 12),
+    "image blocks beyond windows": dict(is_causal=True, window=4, block_ids=[-1] * 3 + [0] * 9 + [-1] * 12),
     "packed": dict(is_causal=True, cu_seqlens=[0, 1, 9, 9, 24]),
     "packed windows": dict(window=4, cu_seqlens=[0, 11, 24]),
 }

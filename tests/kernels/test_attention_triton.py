@@ -10,6 +10,7 @@ from torch import Tensor
 
 from toprl_kernels import configs
 from toprl_kernels.attention import triton as launch
+from toprl_kernels.attention.reference import AttentionCall
 from toprl_kernels.configs import LaunchConfig as C
 from toprl_kernels.testing import assert_within_budget, make_attention_inputs, max_error
 
@@ -40,6 +41,10 @@ class Case(NamedTuple):
     causal: bool = False
     ranges: Tensor | None = None
     scale: float = 0.25
+
+    def call(self, lists: Tensor | None = None) -> AttentionCall:
+        masks = self.keep_mask, self.padding, self.ranges, lists
+        return AttentionCall(self.query, self.key, self.value, *masks, self.causal, self.scale)
 
     def allowed(self) -> Tensor:
         """Pairs (row, key) whose key is in the row's range and that are not padding, [B, Nq, N]."""
@@ -84,13 +89,11 @@ def make(
 
 def run(case: Case, bounded: bool = False, needs: tuple[bool, ...] | None = None, lists: bool = True) -> list[Any]:
     """Output and gradients of the kernels (that of the mask only for a float mask)."""
-    inputs = (case.query, case.key, case.value, case.keep_mask, case.padding, case.ranges)
-    made = launch.make_lists(*inputs[3:]) if lists else None
-    output, lse = launch.masked_attention_forward_triton(*inputs, made, case.causal, case.scale)
+    made = launch.make_lists(case.keep_mask, case.padding, case.ranges) if lists else None
+    call = case.call(made)
+    output, lse = launch.masked_attention_forward_triton(call)
     wanted = [True, True, True, case.keep_mask.is_floating_point()] if needs is None else list(needs)
-    gradients = launch.masked_attention_backward_triton(
-        case.grad_output, *inputs, made, output, lse, case.causal, case.scale, bounded, wanted
-    )
+    gradients = launch.masked_attention_backward_triton(case.grad_output, output, lse, call, bounded, wanted)
     return [output, *(gradient for gradient, needed in zip(gradients, wanted, strict=True) if needed)]
 
 
@@ -401,7 +404,7 @@ def test_many_heads_are_one_grid_dimension(monkeypatch: pytest.MonkeyPatch) -> N
     for num_tokens in (1, 17):  # decoding and not
         query = torch.zeros(1, 70_000, num_tokens, 16)
         keep_mask = torch.ones(1, num_tokens, dtype=torch.bool)
-        launch.masked_attention_forward_triton(query, query, query, keep_mask, None, None, None, True, 1.0)
+        launch.masked_attention_forward_triton(Case(query, query, query, keep_mask, None, query, True).call())
     assert grids == [(1,), (70_000,), (70_000,), (1,), (70_000,)]
 
 
@@ -429,8 +432,7 @@ def test_bitwise_repeatable(device: str) -> None:
 
 def test_log_sum_exp_is_natural(device: str) -> None:
     case = make(1, 2, 1, 20, 20, 16, mask="hard", padding=True, device=device)
-    inputs = (case.query, case.key, case.value, case.keep_mask, case.padding, None, None, True, case.scale)
-    _, lse = launch.masked_attention_forward_triton(*inputs)
+    _, lse = launch.masked_attention_forward_triton(case.call())
     groups = case.query.shape[1] // case.key.shape[1]
     scores = case.scale * (case.query @ case.key.repeat_interleave(groups, dim=1).transpose(-1, -2))
     seen = case.allowed() & (case.keep_mask[:, None] | torch.eye(20, dtype=torch.bool, device=device))

@@ -78,7 +78,7 @@ def test_automatic_choice_runs_without_synchronisation() -> None:
         torch.cuda.set_sync_debug_mode("default")
 
 
-def test_cuda_graph_replays_on_new_data() -> None:
+def test_runs_are_equal_and_a_cuda_graph_replays_on_new_data() -> None:
     hidden = torch.randn(4, 576, 512, device="cuda", dtype=torch.bfloat16)
     scores = torch.randn(4, 576, device="cuda")
     keys, values = torch.randn(2, 4, 8, 576, 64, device="cuda", dtype=torch.bfloat16).unbind(0)
@@ -98,7 +98,9 @@ def test_cuda_graph_replays_on_new_data() -> None:
         stage = (pruned.hidden_states, pruned.columns, pruned.tables[0])
         return out.indices, out.hidden_states, short_keys, short_values, attended, *stage
 
-    step()
+    first = step()
+    for _ in range(20):
+        assert all(map(torch.equal, first, step()))
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         captured = step()

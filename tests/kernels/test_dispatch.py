@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import doctest
 import importlib
-import pkgutil
 import subprocess
 import sys
 import textwrap
@@ -12,7 +11,7 @@ import textwrap
 import pytest
 import torch
 
-import toprl_kernels
+from bench.compile_report import kernel_modules
 from toprl_kernels import actor_score, dispatch, explain, masked_attention, sample_keep_mask, topk_compact
 from toprl_kernels.testing import make_actor_weights, make_attention_inputs
 
@@ -23,11 +22,9 @@ needs_no_cuda = pytest.mark.skipif(torch.cuda.is_available(), reason="about the 
 @needs_no_cuda
 def test_this_process_interprets_the_kernels() -> None:
     """Otherwise every 'triton' test here could silently be testing something else."""
-    kernels = {}
-    for module in pkgutil.walk_packages(toprl_kernels.__path__, "toprl_kernels."):
-        if not module.ispkg and "triton" in module.name:
-            namespace = vars(importlib.import_module(module.name))
-            kernels |= {name: value for name, value in namespace.items() if name.endswith("_kernel")}
+    kernels = {
+        name: value for module in kernel_modules() for name, value in vars(module).items() if name.endswith("_kernel")
+    }
     assert len(kernels) >= 12
     assert {type(kernel).__name__ for kernel in kernels.values()} == {"InterpretedFunction"}
 

@@ -16,7 +16,6 @@ N = 2880  # visual tokens of LLaVA-NeXT
 def test_layer_terms() -> None:
     # n=2, d=3, m=5: 4*2*9 + 2*4*3 + 3*2*3*5
     assert flops.layer_macs(2, 3, 5) == 72 + 24 + 90
-    assert flops.layer_flops(2, 3, 5) == 2 * (72 + 24 + 90)
     assert flops.layer_macs(2, 3, 5, kv_ratio=0.5) == 54 + 24 + 90
 
 
@@ -57,7 +56,6 @@ def test_actor_and_units() -> None:
     assert cost.actor_macs == pytest.approx(flops.actor_macs(N + stages[0][1] + stages[1][1], 4096, 256))
     assert cost.total_flops == 2 * (cost.decoder_macs + cost.actor_macs)
     assert cost.paper_units == cost.decoder_macs + 2 * cost.actor_macs
-    assert flops.total_paper_units(N, stages, MISTRAL_7B, actor_width=256) == cost.paper_units
     assert flops.schedule_cost(N, stages, MISTRAL_7B).actor_macs == 0
 
 

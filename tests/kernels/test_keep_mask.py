@@ -11,13 +11,6 @@ from torch import Tensor
 from toprl_kernels import keep_mask_log_prob, sample_keep_mask
 from toprl_kernels.testing import max_error
 
-BACKENDS = ["reference", "eager", "triton"]
-
-
-@pytest.fixture(params=BACKENDS)
-def backend(request: pytest.FixtureRequest) -> str:
-    return request.param
-
 
 def make_logits(*shape: int, device: str = "cpu", spread: float = 4.0) -> Tensor:
     return torch.randn(*shape, 2, device=device) * spread

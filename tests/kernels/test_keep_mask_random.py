@@ -26,11 +26,6 @@ KNOWN_ANSWERS = [
 SEEDS = [0, 1, -1, 2**31, 2**32 + 7, 2**63 - 1, -(2**63), 0x299F31D0A4093822]
 
 
-@pytest.fixture(params=BACKENDS)
-def backend(request: pytest.FixtureRequest) -> str:
-    return request.param
-
-
 @triton.jit
 def uniform_kernel(seed_ptr, tokens_ptr, out_ptr, total, BLOCK: tl.constexpr):
     offsets = tl.arange(0, BLOCK)

@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from toprl_kernels import masked_attention
 from toprl_kernels.attention import eager
+from toprl_kernels.attention.reference import AttentionCall
 from toprl_kernels.testing import AttentionInputs, assert_within_budget, make_attention_inputs
 
 CPU_BACKENDS = ["reference", "eager"]
@@ -88,47 +89,32 @@ def test_definition_gradcheck(is_causal: bool, mask_values: list[float]) -> None
     assert torch.autograd.gradcheck(op, (*leaves, mask))
 
 
-@pytest.fixture
-def many_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The eager path of long sequences, in many blocks, at short lengths."""
-    for name, number in (("SMALL", 0), ("FEWEST_ROWS", 4), ("FEWEST_TILE_ROWS", 4), ("TILE_BYTES", 0)):
-        monkeypatch.setattr(eager, name, number)
+@pytest.fixture(params=["one block", "many blocks"])
+def blocks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The eager path of short sequences, and that of long ones, in many blocks, at short lengths."""
+    if request.param == "many blocks":
+        for name, number in (("SMALL", 0), ("FEWEST_ROWS", 4), ("FEWEST_TILE_ROWS", 4), ("TILE_BYTES", 0)):
+            monkeypatch.setattr(eager, name, number)
 
 
-@pytest.mark.parametrize("blocks", ["one", "many"])
+@pytest.mark.usefixtures("blocks")
 @pytest.mark.parametrize("mask", ["hard", "soft", "mixed"])
 @pytest.mark.parametrize("padding", [False, True])
 @pytest.mark.parametrize("is_causal", [False, True])
-@pytest.mark.parametrize(
-    ("heads", "kv_heads", "num_queries", "num_keys"), [(2, 2, 15, 15), (4, 1, 7, 33), (4, 2, 1, 9)]
-)
+@pytest.mark.parametrize("sizes", [(2, 2, 15, 15), (4, 1, 7, 33), (4, 2, 1, 9)])
 def test_eager_equals_definition_in_float64(
-    blocks: str,
-    mask: str,
-    padding: bool,
-    is_causal: bool,
-    heads: int,
-    kv_heads: int,
-    num_queries: int,
-    num_keys: int,
-    request: pytest.FixtureRequest,
+    sizes: tuple[int, int, int, int], is_causal: bool, padding: bool, mask: str
 ) -> None:
-    if blocks == "many":
-        request.getfixturevalue("many_blocks")
-    x = make_attention_inputs(2, heads, kv_heads, num_queries, num_keys, 8, mask=mask, padding=padding)
+    x = make_attention_inputs(2, *sizes, 8, mask=mask, padding=padding)
     expected = run(x, "reference", is_causal, torch.float64)
     for got, want in zip(run(x, "eager", is_causal, torch.float64), expected, strict=True):
         torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-11)
 
 
+@pytest.mark.usefixtures("blocks")
 @pytest.mark.parametrize("mask", ["hard", "mixed"])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-6), (torch.float16, 2e-3), (torch.bfloat16, 2e-2)])
-@pytest.mark.parametrize("blocks", ["one", "many"])
-def test_eager_precision(
-    blocks: str, mask: str, dtype: torch.dtype, tolerance: float, request: pytest.FixtureRequest
-) -> None:
-    if blocks == "many":
-        request.getfixturevalue("many_blocks")
+def test_eager_precision(mask: str, dtype: torch.dtype, tolerance: float) -> None:
     x = make_attention_inputs(2, 4, 2, 31, 31, 16, mask=mask, padding=True, dtype=dtype)
     expected = run(x, "reference", True, torch.float64)
     for got, want in zip(run(x, "eager", True, dtype), expected, strict=True):
@@ -153,7 +139,7 @@ def test_extreme_logits_stay_finite(mask_kind: str, magnitude: float) -> None:
 
 
 @pytest.mark.parametrize("mask_value", [0.0, 1.0, None])
-@pytest.mark.usefixtures("many_blocks")
+@pytest.mark.usefixtures("blocks")
 def test_kept_keys_without_a_mask_gradient(mask_value: float | None) -> None:
     """With no key at all in some blocks, with nothing to gather, and with fractional values."""
     x = make_attention_inputs(2, 2, 1, 9, 14, 8, padding=True)
@@ -269,20 +255,12 @@ def test_no_tensor_of_n_by_n(mask: str, monkeypatch: pytest.MonkeyPatch) -> None
     for length in (1024, 2048):
         x = make_attention_inputs(1, 2, 1, length, length, 16, mask=mask)
         with Largest() as recorder:
-            eager.masked_attention_forward_eager(*x[:5], None, True, 0.25, False)
-            needs = [True, True, True, mask == "mixed"]
-            eager.masked_attention_backward_eager(x.grad_output, *x[:5], None, True, 0.25, False, needs)
+            call = AttentionCall(*x[:5], None, None, True, 0.25)
+            eager.masked_attention_forward_eager(call, False)
+            eager.masked_attention_backward_eager(x.grad_output, call, False, [True, True, True, mask == "mixed"])
         largest.append(recorder.size)
     assert largest[1] < 2048 * 2048
     assert largest[1] <= 2.3 * largest[0]
-
-
-def test_only_requested_gradients() -> None:
-    x = make_attention_inputs(1, 2, 2, 6, 6, 4)
-    mask = x.keep_mask.clone().requires_grad_()
-    masked_attention(x.query, x.key, x.value, mask).sum().backward()
-    assert mask.grad is not None
-    assert x.query.grad is None
 
 
 @pytest.mark.parametrize("backend", CPU_BACKENDS)

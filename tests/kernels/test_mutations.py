@@ -28,141 +28,59 @@ class Mutation(NamedTuple):
     lane: str  # below tests/kernels
 
 
-ATTENTION = "attention/triton.py"
-ATTENTION_LANE = "test_attention_triton.py"
+ATTENTION, LANE, PATTERNS = "attention/triton.py", "test_attention_triton.py", "test_attention_patterns.py"
+MAXIMUM = """
+    s_self = row_max
+    k_base, stride_k = head_of(key, batch, kv_head)
+    for other in range(0, host_int(counts.keys)):
+        dims = tl.arange(0, S.BLOCK_D)
+        k_other = tl.load(k_base + other * stride_k + dims, mask=dims < S.HEAD_DIM, other=0.0).to(tl.float32)
+        row_max = tl.maximum(row_max, tl.sum(q.to(tl.float32) * k_other[None, :], 1) * scale_log2)
+    row_sum = 1.0 - listed(lists, MASK, tokens)
+    row_sum = row_sum * tl.exp2(s_self - row_max)
+"""
+BROKEN_ATTENTION = [
+    ("missing diagonal", "row_sum = 1.0 - listed(lists, MASK, tokens)", "row_sum = 0.0 * listed(lists, MASK, tokens)"),
+    ("maximum over all keys", "  # s_ii [M]\n    row_sum = 1.0 - listed(lists, MASK, tokens)  # [M]\n", MAXIMUM),
+    ("swapped strides", "_heads(self.query), _heads(self.key), _heads(self.value)",
+     "_heads(self.query), Heads(self.key, *self.value.stride()[:3]), Heads(self.value, *self.key.stride()[:3])"),
+    ("causal test off by one", "columns[None, :] <= walk.tokens[:, None]", "columns[None, :] < walk.tokens[:, None]"),
+    ("mask gradient with the self term", "by_mask = tl.where(is_self, 0.0, by_mask)", "by_mask = by_mask + 0.0"),
+    ("NaN of an invisible value", "v, poison = finite_rows(v)", "_, poison = finite_rows(v)"),
+    ("NaN of a row without a gradient", "is_valid & (tl.sum((do != 0.0).to(tl.int32), 1) > 0)", "is_valid"),
+    ("a range one key too long", "(columns[None, :] < tl.load(bounds + 1)", "(columns[None, :] <= tl.load(bounds + 1)"),
+    ("queries lost between programs that share a key block",
+     "share = (S.GROUPS * blocks + splits - 1) // splits", "share = S.GROUPS * blocks // splits"),
+    ("self term missing in decoding", "self_weight = rest * tl.exp2", "self_weight = 0.0 * tl.exp2"),
+]  # fmt: skip
 MUTATIONS = [
-    Mutation(
-        "off by one in the tie rule (Triton)",
-        "topk/triton.py",
-        "taken = above | (equal & (equal_before < ties))",
-        "taken = above | (equal & (equal_before <= ties))",
-        "test_topk_compact_lanes.py",
-    ),
-    Mutation(
-        "missing diagonal (Triton)",
-        ATTENTION,
-        "row_sum = 1.0 - load_float(lists + MASK * list_stride + tokens)",
-        "row_sum = 0.0 * load_float(lists + MASK * list_stride + tokens)",
-        ATTENTION_LANE,
-    ),
-    Mutation(
-        "missing diagonal (eager)",
-        "attention/eager.py",
-        "torch.log1p(-mask[:, own])",
-        "torch.log(0.0 * mask[:, own])",
-        "test_masked_attention.py",
-    ),
-    Mutation(
-        "maximum over all keys (Triton)",
-        ATTENTION,
-        "  # s_ii [M]\n    row_sum = 1.0 - load_float(lists + MASK * list_stride + tokens)",
-        "\n    s_self = row_max"
-        "\n    for other in range(0, host_int(num_keys)):"
-        "\n        k_other = tl.load(k_base + other * stride_kn + dims, mask=dims < HEAD_DIM, other=0.0).to(tl.float32)"
-        "\n        row_max = tl.maximum(row_max, tl.sum(q.to(tl.float32) * k_other[None, :], 1) * scale_log2)"
-        "\n    row_sum = 1.0 - load_float(lists + MASK * list_stride + tokens)"
-        "\n    row_sum = row_sum * tl.exp2(s_self - row_max)",
-        ATTENTION_LANE,
-    ),
-    Mutation(
-        "maximum over all keys (definition)",
-        "attention/reference.py",
-        "counts = (allowed & (gate > 0)) | (is_self & ~is_row)",
-        "counts = allowed | (gate > 0) | (is_self & ~is_row)",
-        "test_masked_attention.py",
-    ),
-    Mutation(
-        "swapped strides (Triton)",
-        ATTENTION,
-        "inputs = (*query.stride()[:3], *key.stride()[:3], *value.stride()[:3])",
-        "inputs = (*query.stride()[:3], *value.stride()[:3], *key.stride()[:3])",
-        ATTENTION_LANE,
-    ),
-    Mutation(
-        "causal test off by one (Triton)",
-        ATTENTION,
-        "visible = visible & (columns[None, :] <= tokens[:, None])",
-        "visible = visible & (columns[None, :] < tokens[:, None])",
-        ATTENTION_LANE,
-    ),
-    Mutation(
-        "mask gradient with the self term (Triton)",
-        ATTENTION,
-        "by_mask = tl.where(is_self, 0.0, by_mask)",
-        "by_mask = by_mask + 0.0",
-        ATTENTION_LANE,
-    ),
-    Mutation(
-        "row offsets in 32 bits (Triton)",
-        ATTENTION,
-        "pointers = base + rows.to(tl.int64)[:, None] * stride",
-        "pointers = base + (rows[:, None] * stride).to(tl.int32)",
-        "test_large_offsets.py",
-    ),
-    Mutation(
-        "NaN of an invisible value (Triton)",
-        ATTENTION,
-        "v, poison = finite_rows(v)",
-        "_, poison = finite_rows(v)",
-        ATTENTION_LANE,
-    ),
-    Mutation(
-        "NaN of a row without a gradient (Triton)",
-        ATTENTION,
-        "is_live = in_range & is_valid & (tl.sum((do != 0.0).to(tl.int32), 1) > 0)",
-        "is_live = in_range & is_valid",
-        ATTENTION_LANE,
-    ),
-    Mutation(
-        "a range one key too long (Triton)",
-        ATTENTION,
-        "(columns[None, :] < tl.load(bounds",
-        "(columns[None, :] <= tl.load(bounds",
-        ATTENTION_LANE,
-    ),
-    Mutation(
-        "queries lost between programs that share a key block (Triton)",
-        ATTENTION,
-        "share = (GROUPS * blocks + splits - 1) // splits",
-        "share = GROUPS * blocks // splits",
-        ATTENTION_LANE,
-    ),
-    Mutation(
-        "self term missing in decoding (Triton)",
-        ATTENTION,
-        "self_weight = rest * tl.exp2(s_self - row_max)",
-        "self_weight = 0.0 * tl.exp2(s_self - row_max)",
-        ATTENTION_LANE,
-    ),
-    Mutation(
-        "NaN of an invisible token enters a product, eager",
-        "attention/eager.py",
-        "if all(map(_is_finite, (query, key, value))):",
-        "if True:",
-        "test_attention_patterns.py",
-    ),
-    Mutation(
-        "NaN of an invisible token enters a product (Triton)",
-        ATTENTION,
-        "return tl.where((poison == 0.0)[:, None], tile, 0.0), poison",
-        "return tile, poison",
-        "test_attention_patterns.py",
-    ),
-    Mutation(
-        "gradients of registered ops lost",
-        "dispatch.py",
-        "op.register_autograd(backward, setup_context=setup_context)",
-        "pass",
-        "test_every_op.py",
-    ),
-    Mutation(
-        "configuration that computes products twice",
-        "configs.py",
-        '_pin_attention("bwd_dkdv", "sm_90", HALF, C(64, 128, 8, 3), C(64, 128, 8, 2)',
-        '_pin_attention("bwd_dkdv", "sm_90", HALF, C(64, 128, 8, 3), C(32, 64, 8, 2)',
-        "test_compile_report.py",
-    ),
-]
+    *(Mutation(f"{name} (Triton)", ATTENTION, old, new, LANE) for name, old, new in BROKEN_ATTENTION),
+    Mutation("row offsets in 32 bits (Triton)", ATTENTION,
+             "    dims = tl.arange(0, BLOCK)\n    pointers = base + rows.to(tl.int64)[:, None] * stride",
+             "    dims = tl.arange(0, BLOCK)\n    pointers = base + (rows[:, None] * stride).to(tl.int32)",
+             "test_large_offsets.py"),
+    Mutation("NaN of an invisible token enters a product (Triton)", ATTENTION,
+             "return tl.where((poison == 0.0)[:, None], tile, 0.0), poison", "return tile, poison", PATTERNS),
+    Mutation("NaN of an invisible token enters a product, eager", "attention/eager.py",
+             "if all(map(_is_finite, (query, key, value))):", "if True:", PATTERNS),
+    Mutation("missing diagonal (eager)", "attention/eager.py",
+             "torch.log1p(-mask[:, own])", "torch.log(0.0 * mask[:, own])", "test_masked_attention.py"),
+    Mutation("maximum over all keys (definition)", "attention/reference.py",
+             "counts = (allowed & (gate > 0))", "counts = allowed | (gate > 0)", "test_masked_attention.py"),
+    Mutation("off by one in the tie rule (Triton)", "topk/triton.py",
+             "(equal & (equal_before < ties))", "(equal & (equal_before <= ties))", "test_topk_compact_lanes.py"),
+    Mutation("gradients of registered ops lost", "dispatch.py",
+             "op.register_autograd(backward, setup_context=setup_context)", "pass", "test_every_op.py"),
+    Mutation("configuration that computes products twice", "configs.py",
+             '"sm_90", HALF, C(64, 128, 8, 3), C(64, 128, 8, 2)', '"sm_90", HALF, C(64, 128, 8, 3), C(32, 64, 8, 2)',
+             "test_compile_report.py"),
+]  # fmt: skip
+
+
+def test_every_line_to_break_is_there() -> None:
+    for mutation in MUTATIONS:
+        text = (ROOT / "src" / "toprl_kernels" / mutation.file).read_text()
+        assert text.count(mutation.old) == 1, f"{mutation.name}: the line to break is not in {mutation.file}"
 
 
 @pytest.mark.exhaustive
@@ -172,7 +90,6 @@ def test_turns_red(mutation: Mutation, tmp_path: Path) -> None:
     shutil.copytree(ROOT / "src", sources, ignore=shutil.ignore_patterns("__pycache__"))
     file = sources / "toprl_kernels" / mutation.file
     text = file.read_text()
-    assert text.count(mutation.old) == 1, f"the line to break is not in {mutation.file}"
     file.write_text(text.replace(mutation.old, mutation.new))
     environment = os.environ | {"PYTHONPATH": str(sources)}  # before the installed package
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-rf", "-p", "no:cacheprovider"]

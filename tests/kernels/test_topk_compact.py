@@ -48,11 +48,6 @@ def run(
     return topk_compact(hidden, table, count, backend=backend, **options)
 
 
-@pytest.fixture(params=BACKENDS)
-def backend(request: pytest.FixtureRequest) -> str:
-    return request.param
-
-
 @pytest.mark.parametrize(
     ("scores", "k", "want"),
     [
@@ -244,15 +239,8 @@ def test_cu_seqlens(backend: str, device: str) -> None:
     assert out.inverse is not None and out.cu_seqlens is not None
     assert out.indices.tolist() == [1, 4, 5, 6]
     assert (out.inverse.tolist(), out.cu_seqlens.tolist()) == ([-1, 0, -1, -1, 1, 2, 3], [0, 1, 1, 1, 4])
-    assert topk_compact(hidden, scores, k, cu_seqlens=bounds, backend=backend).indices.tolist() == [
-        1,
-        4,
-        5,
-        6,
-        -1,
-        -1,
-        -1,
-    ]
+    out = topk_compact(hidden, scores, k, cu_seqlens=bounds, backend=backend)
+    assert out.indices.tolist() == [1, 4, 5, 6, -1, -1, -1]
 
 
 def test_zero_k_and_empty_batch(backend: str, device: str) -> None:
@@ -270,20 +258,6 @@ def test_zero_k_and_empty_batch(backend: str, device: str) -> None:
     assert topk_compact(none, none[..., 0], 0, backend=backend).indices.shape == (2, 0)
 
 
-def test_gradient_goes_to_the_kept_rows(backend: str, device: str) -> None:
-    hidden = torch.randn(2, 9, 5, device=device, requires_grad=True)
-    scores = torch.randn(2, 9, device=device)
-    out = topk_compact(hidden, scores, torch.tensor([2, 4]), backend=backend)
-    weight = torch.randn(2, 4, 5, device=device)
-    (gradient,) = torch.autograd.grad((out.hidden_states * weight).sum(), hidden)
-    want = torch.zeros_like(gradient)
-    for b in range(2):
-        for slot, index in enumerate(out.indices[b].tolist()):
-            if index >= 0:
-                want[b, index] = weight[b, slot]
-    assert torch.equal(gradient, want)
-
-
 def test_non_contiguous(backend: str, device: str) -> None:
     hidden = torch.randn(7, 2, 6, device=device).transpose(0, 1)[..., ::2]
     scores = torch.randn(2, 14, device=device)[:, ::2]
@@ -294,21 +268,6 @@ def test_non_contiguous(backend: str, device: str) -> None:
     )
     out = topk_compact(hidden, scores, 3, position_ids=positions, valid_mask=valid, backend=backend)
     assert all(torch.equal(a, b) for a, b in zip(out, plain, strict=True) if a is not None)  # type: ignore[arg-type]
-
-
-@pytest.mark.usefixtures("poisoned_memory")
-def test_triton_writes_every_element(device: str) -> None:
-    out = run(
-        [[3.0, 1.0, 2.0], [1.0, 2.0, 3.0]],
-        [1, 3],
-        "triton",
-        device,
-        position_ids=torch.ones(2, 3, device=device).long(),
-    )
-    assert out.indices.tolist() == [[0, -1, -1], [0, 1, 2]]
-    assert out.position_ids is not None
-    assert out.position_ids.tolist() == [[1, 0, 0], [1, 1, 1]]
-    assert bool(out.hidden_states.isfinite().all())
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from torch import Tensor
 from toprl_kernels import configs
 from toprl_kernels import dispatch as check
 from toprl_kernels.actor.eager import actor_score_eager
-from toprl_kernels.actor.reference import ActorWeights, FoldedActorWeights, actor_score_reference
+from toprl_kernels.actor.reference import ActorCall, ActorWeights, FoldedActorWeights, actor_score_reference
 from toprl_kernels.dispatch import choose, register
 
 OP = "actor_score"
@@ -81,60 +81,56 @@ def actor_score(
         folded = tuple(parts)
     packed = cu_seqlens is not None
     if cu_seqlens is not None:
-        check.require_ndim(OP, "hidden_states", hidden_states, 2, "[N, d1] with cu_seqlens")
-        check.require_ndim(OP, "cu_seqlens", cu_seqlens, 1, "[S + 1]")
-        check.require_dtype(OP, "cu_seqlens", cu_seqlens, check.INTEGERS, "use cu_seqlens.int()")
-        check.require_device(OP, "cu_seqlens", cu_seqlens, hidden_states.device)
+        check.require(OP, "hidden_states", hidden_states, "[N, d1] with cu_seqlens", 2)
+        fix = "use cu_seqlens.int()"
+        check.require(OP, "cu_seqlens", cu_seqlens, "[S + 1]", 1, check.INTEGERS, hidden_states.device, fix)
         if indices is not None or len(cu_seqlens) < 2:
             raise ValueError(f"{OP}: cu_seqlens needs at least one sequence, and no indices")
         hidden_states, valid_mask = hidden_states[None], None if valid_mask is None else valid_mask[None]
-    else:
-        check.require_ndim(OP, "hidden_states", hidden_states, 3, "[B, N, d1]")
-    check.require_dtype(OP, "hidden_states", hidden_states, check.FLOATS)
+    check.require(OP, "hidden_states", hidden_states, "[B, N, d1]", 3, check.FLOATS)
     _check_weights(hidden_states, stage, weights)
     shape, device = tuple(hidden_states.shape[:2]), hidden_states.device
     if indices is not None:
-        check.require_ndim(OP, "indices", indices, 2, "[B, V]")
+        check.require(OP, "indices", indices, "[B, V]", 2, check.LONG, device, "use indices.long()")
         shape = (shape[0], indices.shape[1])
-        check.require(OP, "indices", indices, shape, "[B, V]", (torch.int64,), device, "use indices.long()")
-    if valid_mask is not None:
-        fix = "use valid_mask.bool(), True = counts"
-        check.require(OP, "valid_mask", valid_mask, shape, "[B, N]", (torch.bool,), device, fix)
+        check.require(OP, "indices", indices, "[B, V]", shape)
+    fix = "use valid_mask.bool(), True = counts"
+    check.require_given(OP, "valid_mask", valid_mask, "[B, N]", shape, check.BOOL, device, fix)
     dtype = weights.fc1_weight.dtype
     obstacle = None
     for name, tensor in (("hidden_states", hidden_states), ("weights", weights.fc1_weight)):
         if tensor.dtype not in check.HALF_AND_SINGLE:
-            obstacle = f"{name} has dtype {str(tensor.dtype).removeprefix('torch.')}, the kernels take 16 and 32 bit"
+            obstacle = f"{name} has dtype {check.dtype_name(tensor.dtype)}, the kernels take 16 and 32 bit"
     if weights.fc1_weight.shape[0] > MAX_WIDTH:
         obstacle = f"width d2={weights.fc1_weight.shape[0]}, the kernels take d2 <= {MAX_WIDTH}"
     choice = choose(OP, backend, device, obstacle, dtype=dtype)
     bounds = cu_seqlens if cu_seqlens is None else cu_seqlens.long()
     needs_gradient = torch.is_grad_enabled() and any(t.requires_grad for t in (hidden_states, *weights))
     named_triton = choice.name == "triton" and not choice.is_automatic
+    call = ActorCall(hidden_states, weights, folded, valid_mask, indices, bounds, stage)
     if choice.name == "reference" or (needs_gradient and not named_triton):
         run = actor_score_reference if choice.name == "reference" else actor_score_eager
         with torch.autocast(device.type, enabled=False):
-            logits = run(hidden_states, weights, valid_mask, indices, bounds, stage, folded[0] is not None)
+            logits = run(call)
     else:
         backend = MEASURED if choice.name == "triton" and choice.is_automatic else choice.name
-        logits = _op(hidden_states, *weights, *folded, valid_mask, indices, bounds, stage, backend)
+        logits = _op(hidden_states, *weights, *folded, *call[3:], backend)
     return logits[0] if packed else logits
 
 
 def _check_weights(hidden_states: Tensor, stage: int, weights: ActorWeights) -> None:
     if not isinstance(weights, ActorWeights):
         raise TypeError(f"{OP}: weights must be an ActorWeights or FoldedActorWeights, got {type(weights).__name__}")
-    check.require_ndim(OP, "weights.fc1_weight", weights.fc1_weight, 2, "[d2, d1]")
-    check.require_ndim(OP, "weights.stage_bias", weights.stage_bias, 2, "[T, d2]")
+    check.require(OP, "weights.fc1_weight", weights.fc1_weight, "[d2, d1]", 2, check.FLOATS)
+    check.require(OP, "weights.stage_bias", weights.stage_bias, "[T, d2]", 2)
     d1, d2, num_stages = hidden_states.shape[2], weights.fc1_weight.shape[0], weights.stage_bias.shape[0]
     if d2 < 2 or d2 % 2:
         raise ValueError(f"{OP}: weights.fc1_weight has d2={d2} rows; d2 must be even (one half local, one half mean)")
     shapes = (d1,), (d1,), (num_stages, d2), (d2, d1), (d2,), (d2, d2), (d2,), (d2, d2), (d2,), (2, d2), (2,)
     dtype, layout = weights.fc1_weight.dtype, f"for d1={d1}, d2={d2}, T={num_stages}"
-    check.require_dtype(OP, "weights.fc1_weight", weights.fc1_weight, check.FLOATS)
     for name, tensor, shape in zip(ActorWeights._fields, weights, shapes, strict=True):
         fix = "all weights must share one dtype"
-        check.require(OP, f"weights.{name}", tensor, shape, layout, (dtype,), hidden_states.device, fix)
+        check.require(OP, f"weights.{name}", tensor, layout, shape, (dtype,), hidden_states.device, fix)
     if isinstance(stage, bool) or not isinstance(stage, int):
         raise TypeError(f"{OP}: stage must be an int, got {stage!r} of type {type(stage).__name__}")
     if not 0 <= stage < num_stages:
@@ -147,34 +143,31 @@ _NUM_WEIGHTS = len(ActorWeights._fields)
 _WEIGHTS = ", ".join(f"Tensor {name}" for name in ActorWeights._fields)
 
 
-def _split(arguments: tuple[Any, ...]) -> tuple[ActorWeights, tuple[Any, ...], tuple[Any, ...]]:
-    """The weights, their folded form and what follows them in the schema."""
-    return (
-        ActorWeights(*arguments[:_NUM_WEIGHTS]),
-        arguments[_NUM_WEIGHTS : _NUM_WEIGHTS + 3],
-        arguments[_NUM_WEIGHTS + 3 :],
-    )
+def _split(*arguments: Any) -> ActorCall:
+    """The call out of the tensors of the schema, in its order; ``stage`` is the last."""
+    last = 1 + _NUM_WEIGHTS
+    return ActorCall(arguments[0], ActorWeights(*arguments[1:last]), arguments[last : last + 3], *arguments[last + 3 :])
 
 
-def _forward(hidden_states: Tensor, *arguments: Any) -> Tensor:
-    weights, folded, (valid_mask, indices, bounds, stage, backend) = _split(arguments)
+def _forward(*arguments: Any) -> Tensor:
+    x, backend = _split(*arguments[:-1]), arguments[-1]
     if backend == MEASURED:
-        tokens = hidden_states.shape[0] * (hidden_states if indices is None else indices).shape[1]
-        like = weights.fc1_weight
+        tokens = x.hidden_states.shape[0] * (x.hidden_states if x.indices is None else x.indices).shape[1]
+        like = x.weights.fc1_weight
         backend = configs.faster(OP, (tokens, like.shape[1], like.shape[0]), like.dtype, like.device)
         backend = backend or ("triton" if tokens <= FUSED_TOKENS else "eager")
     if backend == "triton":
         from toprl_kernels.actor.triton import actor_score_triton
 
-        return actor_score_triton(hidden_states, weights, folded, valid_mask, indices, bounds, stage)
-    return actor_score_eager(hidden_states, weights, valid_mask, indices, bounds, stage, folded[0] is not None)
+        return actor_score_triton(x)
+    return actor_score_eager(x)
 
 
-def _fake(hidden_states: Tensor, *arguments: Any) -> Tensor:
-    weights, folded, (_, indices, _, _, _) = _split(arguments)
-    tokens = hidden_states if indices is None else indices
-    dtype = weights.fc1_weight.dtype if folded[0] is None else torch.float32
-    return weights.fc1_weight.new_empty(hidden_states.shape[0], tokens.shape[1], 2, dtype=dtype)
+def _fake(*arguments: Any) -> Tensor:
+    x = _split(*arguments[:-1])
+    tokens = x.hidden_states if x.indices is None else x.indices
+    dtype = x.weights.fc1_weight.dtype if x.folded[0] is None else torch.float32
+    return x.weights.fc1_weight.new_empty(x.hidden_states.shape[0], tokens.shape[1], 2, dtype=dtype)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -191,12 +184,9 @@ def _backward(ctx: Any, grad_logits: Tensor | None) -> tuple[Tensor | None, ...]
     if grad_logits is None or not any(needs):
         return tuple(gradients)
     saved = ctx.saved_tensors  # once: checkpointing recomputes a tensor for one reading
-    inputs, (folded, _, _, *options) = saved[:number], saved[number:]
-    leaves = [tensor.detach().requires_grad_(needed) for tensor, needed in zip(inputs, needs, strict=True)]
+    leaves = [tensor.detach().requires_grad_(needed) for tensor, needed in zip(saved[:number], needs, strict=True)]
     with torch.enable_grad(), torch.autocast(grad_logits.device.type, enabled=False):
-        valid, indices, bounds = options
-        weights = ActorWeights(*leaves[1:])
-        logits = actor_score_eager(leaves[0], weights, valid, indices, bounds, ctx.stage, folded is not None)
+        logits = actor_score_eager(_split(*leaves, *saved[number:], ctx.stage))
         wanted = [place for place, needed in enumerate(needs) if needed]
         results = torch.autograd.grad(logits, [leaves[place] for place in wanted], grad_logits)
     for place, result in zip(wanted, results, strict=True):

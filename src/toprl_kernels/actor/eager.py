@@ -6,27 +6,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from toprl_kernels.actor.reference import LAYER_NORM_EPS, ActorWeights
+from toprl_kernels.actor.reference import LAYER_NORM_EPS, ActorCall, ActorWeights
 
 # LayerNorm's output is consumed at once; in pieces of about this size it stays in recycled, partly cached memory of the
 # CPU. Smaller pieces make smaller products.
 CPU_PIECE_BYTES = 8 << 20
 
 
-def actor_score_eager(
-    hidden_states: Tensor,
-    weights: ActorWeights,
-    valid_mask: Tensor | None,
-    indices: Tensor | None,
-    bounds: Tensor | None,
-    stage: int,
-    single: bool = False,
-) -> Tensor:
-    """Logits [B, N, 2]; arguments checked.
-
-    ``indices`` [B, V] pick tokens, ``bounds`` [S + 1] separate sequences, ``single`` asks for float32 logits.
-    """
-    w = weights
+def actor_score_eager(x: ActorCall) -> Tensor:
+    """Logits [B, N, 2], float32 for folded weights."""
+    hidden_states, w, _, valid_mask, indices, bounds, stage = x
     if indices is not None:
         is_token = indices >= 0
         valid_mask = is_token if valid_mask is None else valid_mask & is_token
@@ -44,7 +33,7 @@ def actor_score_eager(
         summary = summary[torch.searchsorted(bounds[1:], tokens, right=True).clamp_(max=len(bounds) - 2)]
     second = F.gelu(F.linear(local, by_local) + summary)
     third = F.gelu(F.linear(second, w.fc3_weight, w.fc3_bias))
-    if single:
+    if x.folded[0] is not None:
         return F.linear(third.float(), w.head_weight.float(), w.head_bias.float())
     return F.linear(third, w.head_weight, w.head_bias)
 

@@ -59,17 +59,21 @@ def _gelu(x: Tensor) -> Tensor:
     return 0.5 * x * (1.0 + torch.erf(x / math.sqrt(2.0)))
 
 
-def actor_score_reference(
-    hidden_states: Tensor,  # [B, N, d1]
-    weights: ActorWeights,
-    valid_mask: Tensor | None,  # [B, N]
-    indices: Tensor | None,  # [B, V]
-    bounds: Tensor | None,  # [S + 1] with B = 1
-    stage: int,
-    single: bool = False,
-) -> Tensor:  # [B, N or V, 2]
-    """Everything in the dtype of the weights (the logits ``single``); an invalid token counts as zeros."""
-    w = weights
+class ActorCall(NamedTuple):
+    """Arguments of a call, checked: what the implementations get."""
+
+    hidden_states: Tensor  # [B, N, d1]
+    weights: ActorWeights
+    folded: tuple[Tensor | None, ...]  # the other fields of :class:`FoldedActorWeights`, or three times None
+    valid_mask: Tensor | None  # [B, N or V]
+    indices: Tensor | None  # [B, V]
+    bounds: Tensor | None  # [S + 1], separates sequences; B = 1
+    stage: int
+
+
+def actor_score_reference(x: ActorCall) -> Tensor:  # [B, N or V, 2]
+    """Everything in the dtype of the weights (but the logits of folded ones); an invalid token counts as zeros."""
+    hidden_states, w, _, valid_mask, indices, bounds, stage = x
     hidden_states = hidden_states.to(w.fc1_weight.dtype)
     half = w.fc1_weight.shape[0] // 2
     if indices is not None:
@@ -99,6 +103,6 @@ def actor_score_reference(
 
     z = _gelu(z @ w.fc2_weight.T + w.fc2_bias)
     z = _gelu(z @ w.fc3_weight.T + w.fc3_bias)
-    if single:
+    if x.folded[0] is not None:
         return z.float() @ w.head_weight.float().T + w.head_bias.float()
     return z @ w.head_weight.T + w.head_bias

@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from toprl_kernels import configs
-from toprl_kernels.actor.reference import LAYER_NORM_EPS, ActorWeights, fold_actor_weights
+from toprl_kernels.actor.reference import LAYER_NORM_EPS, ActorCall, fold_actor_weights
 from toprl_kernels.triton_common import ceil_div, dot, host_int, next_power_of_2
 
 
@@ -212,16 +212,9 @@ def actor_layers23_kernel(
     tl.store(target + 1, drop.to(out_ptr.dtype.element_ty), mask=in_range)
 
 
-def actor_score_triton(
-    hidden_states: Tensor,
-    weights: ActorWeights,
-    folded: tuple[Tensor | None, ...],
-    valid_mask: Tensor | None,
-    indices: Tensor | None,
-    bounds: Tensor | None,
-    stage: int,
-) -> Tensor:
+def actor_score_triton(x: ActorCall) -> Tensor:
     """Logits; arguments already checked, no gradient. Two launches; five more for weights that are not folded."""
+    hidden_states, weights, folded, valid_mask, indices, bounds, stage = x
     dtype, device = weights.fc1_weight.dtype, hidden_states.device
     batch, _, d1 = hidden_states.shape
     num_tokens = (hidden_states if indices is None else indices).shape[1]

@@ -14,12 +14,13 @@ from toprl_kernels.attention.eager import (
     masked_attention_backward_eager,
     masked_attention_forward_eager,
 )
-from toprl_kernels.attention.reference import masked_attention_reference
+from toprl_kernels.attention.reference import AttentionCall, masked_attention_reference
 from toprl_kernels.dispatch import Choice, choose, register
 
 OP = "masked_attention"
 PLAN = "attention_plan"
 MASKS = (torch.bool, *check.FLOATS)
+FIX = "use keep_mask.bool() for an integer mask"
 MAX_HEAD_DIM = 512  # of the kernels; the other implementations take any
 
 
@@ -53,7 +54,7 @@ def attention_plan(
         window: sliding window: a token sees at most ``window`` - 1 tokens before itself (and, without ``is_causal``,
             as many after), as ``sliding_window`` of transformers' models.
         block_ids: [B, N] int64 or int32: a run of equal numbers >= 0 is a block (an image) whose tokens see each other
-            in both directions, whatever causality and window say, as in Gemma 3; -1 is no block.
+            in both directions, whatever causality and window say; -1 is no block.
         cu_seqlens: [S + 1] int32 or int64, 0 first and N last: B = 1, and the N tokens are S sequences in a row, which
             do not see each other, as in flash-attn's functions for variable lengths. Sequences need no padding.
         ranges: [B, N, 2] int32, instead of the patterns above: token i sees tokens j with ranges[b, i, 0] <= j <
@@ -71,26 +72,18 @@ def attention_plan(
         >>> for layer in range(2):
         ...     q = masked_attention(q, k, v, plan=plan)
     """
-    check.require_ndim(PLAN, "keep_mask", keep_mask, 2, "[B, N]")
-    check.require_dtype(PLAN, "keep_mask", keep_mask, MASKS, "use keep_mask.bool() for an integer mask")
+    check.require(PLAN, "keep_mask", keep_mask, "[B, N]", 2, MASKS, None, FIX)
     shape, device = tuple(keep_mask.shape), keep_mask.device
-    if key_padding_mask is not None:
-        check.require(
-            PLAN, "key_padding_mask", key_padding_mask, shape, "[B, N]", (torch.bool,), device,
-            "use .bool(), True = real token",
-        )  # fmt: skip
+    fix = "use .bool(), True = real token"
+    check.require_given(PLAN, "key_padding_mask", key_padding_mask, "[B, N]", shape, check.BOOL, device, fix)
     if window is not None and (isinstance(window, bool) or not isinstance(window, int) or window < 1):
         raise ValueError(f"{PLAN}: window={window!r} must be an int >= 1, or None")
-    if block_ids is not None:
-        check.require(PLAN, "block_ids", block_ids, shape, "[B, N]", check.INTEGERS, device, "use .long()")
-    if cu_seqlens is not None:
-        check.require_ndim(PLAN, "cu_seqlens", cu_seqlens, 1, "[S + 1]")
-        check.require_dtype(PLAN, "cu_seqlens", cu_seqlens, check.INTEGERS, "use .int()")
-        check.require_device(PLAN, "cu_seqlens", cu_seqlens, device)
-        if shape[0] != 1:
-            raise ValueError(f"{PLAN}: cu_seqlens needs one row that holds all sequences, got B={shape[0]}")
+    check.require_given(PLAN, "block_ids", block_ids, "[B, N]", shape, check.INTEGERS, device, "use .long()")
+    check.require_given(PLAN, "cu_seqlens", cu_seqlens, "[S + 1]", 1, check.INTEGERS, device, "use .int()")
+    if cu_seqlens is not None and shape[0] != 1:
+        raise ValueError(f"{PLAN}: cu_seqlens needs one row that holds all sequences, got B={shape[0]}")
+    check.require_given(PLAN, "ranges", ranges, "[B, N, 2]", (*shape, 2), (torch.int32,), device, "use .int()")
     if ranges is not None:
-        check.require(PLAN, "ranges", ranges, (*shape, 2), "[B, N, 2]", (torch.int32,), device, "use .int()")
         patterns = dict(is_causal=is_causal, window=window, block_ids=block_ids, cu_seqlens=cu_seqlens)
         given = [name for name, pattern in patterns.items() if pattern is not None and pattern is not False]
         if given:
@@ -228,23 +221,12 @@ def masked_attention(
     if query.numel() == 0 or value.numel() == 0:  # without keys too, since Nq <= N
         output = empty_output(query, value).zero_() + 0 * query.sum()  # connected to the graph
         lse = query.new_full(query.shape[:3], torch.inf, dtype=torch.promote_types(query.dtype, torch.float32))
-    elif choice.name == "reference":
-        output, lse = masked_attention_reference(
-            query,
-            key,
-            value,
-            plan.keep_mask,
-            key_padding_mask=plan.key_padding_mask,
-            ranges=plan.ranges,
-            is_causal=plan.is_causal,
-            scale=scale,
-            bounded_mask_grad=bounded_mask_grad,
-        )
     else:
-        output, lse = _forward_op(
-            query, key, value, plan.keep_mask, plan.key_padding_mask, plan.ranges, plan.lists, plan.is_causal, scale,
-            bounded_mask_grad, return_lse, choice.name,
-        )  # fmt: skip
+        call = AttentionCall(query, key, value, **vars(plan), scale=scale)
+        if choice.name == "reference":
+            output, lse = masked_attention_reference(call, bounded_mask_grad)
+        else:
+            output, lse = _forward_op(*call, bounded_mask_grad, return_lse, choice.name)
     return (output, lse) if return_lse else output
 
 
@@ -263,25 +245,17 @@ def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
 
 def _examine(query: Tensor, key: Tensor, value: Tensor, keep_mask: Tensor | None, backend: str | None) -> Choice:
     """Raise for arguments that do not fit together; choose the implementation."""
-    check.require_ndim(OP, "query", query, 4, "[B, H, Nq, D]")
-    check.require_ndim(OP, "key", key, 4, "[B, Hkv, N, D]")
-    check.require_ndim(OP, "value", value, 4, "[B, Hkv, N, Dv]")
+    check.require(OP, "query", query, "[B, H, Nq, D]", 4, check.FLOATS)
+    check.require(OP, "key", key, "[B, Hkv, N, D]", 4)
+    check.require(OP, "value", value, "[B, Hkv, N, Dv]", 4)
     batch, num_heads, num_queries, head_dim = query.shape
     num_kv_heads, num_keys = key.shape[1], key.shape[2]
-    check.require_shape(OP, "key", key, (batch, num_kv_heads, num_keys, head_dim), "[B, Hkv, N, D]")
-    check.require_shape(OP, "value", value, (*key.shape[:3], value.shape[3]), "[B, Hkv, N, Dv]")
+    like = ((query.dtype,), query.device, "query, key and value must agree: use .to(query.dtype)")
+    check.require(OP, "key", key, "[B, Hkv, N, D]", (batch, num_kv_heads, num_keys, head_dim), *like)
+    check.require(OP, "value", value, "[B, Hkv, N, Dv]", (*key.shape[:3], value.shape[3]), *like)
     if keep_mask is None:
         raise ValueError(f"{OP}: keep_mask is missing; give it, or plan=attention_plan(keep_mask, ...)")
-    check.require_dtype(OP, "query", query, check.FLOATS)
-    fix = "query, key and value must agree: use .to(query.dtype)"
-    check.require_dtype(OP, "key", key, (query.dtype,), fix)
-    check.require_dtype(OP, "value", value, (query.dtype,), fix)
-    check.require_device(OP, "key", key, query.device)
-    check.require_device(OP, "value", value, query.device)
-    check.require(
-        OP, "keep_mask", keep_mask, (batch, num_keys), "[B, N]", MASKS, query.device,
-        "use keep_mask.bool() for an integer mask",
-    )  # fmt: skip
+    check.require(OP, "keep_mask", keep_mask, "[B, N]", (batch, num_keys), MASKS, query.device, FIX)
     if head_dim == 0 or value.shape[3] == 0:
         raise ValueError(f"{OP}: head dims must be at least 1, got D={head_dim} and Dv={value.shape[3]}")
     if num_kv_heads == 0 or num_heads % num_kv_heads != 0:
@@ -295,7 +269,7 @@ def _examine(query: Tensor, key: Tensor, value: Tensor, keep_mask: Tensor | None
         )
     obstacle = None
     if query.dtype not in check.HALF_AND_SINGLE:
-        obstacle = f"query has dtype {str(query.dtype).removeprefix('torch.')}, the kernels take 16 and 32 bit floats"
+        obstacle = f"query has dtype {check.dtype_name(query.dtype)}, the kernels take 16 and 32 bit floats"
     elif max(head_dim, value.shape[3]) > MAX_HEAD_DIM:
         obstacle = f"head dims D={head_dim} and Dv={value.shape[3]}, the kernels take at most {MAX_HEAD_DIM}"
     return choose(OP, backend, query.device, obstacle, dtype=query.dtype)
@@ -313,17 +287,16 @@ def _lists_fake(keep_mask: Tensor, key_padding_mask: Tensor | None, ranges: Tens
     return keep_mask.new_empty(lists_shape(*keep_mask.shape), dtype=torch.int32)
 
 
-def _forward(
-    query: Tensor, key: Tensor, value: Tensor, keep_mask: Tensor, key_padding_mask: Tensor | None,
-    ranges: Tensor | None, lists: Tensor | None, is_causal: bool, scale: float, bounded_mask_grad: bool,
-    return_lse: bool, backend: str,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    tensors = (query, key, value, keep_mask, key_padding_mask, ranges)
+NUMBER = len(AttentionCall._fields)
+
+
+def _forward(*arguments: Any) -> tuple[Tensor, Tensor]:
+    call, (_, return_lse, backend) = AttentionCall(*arguments[:NUMBER]), arguments[NUMBER:]
     if backend == "triton":
         from toprl_kernels.attention.triton import masked_attention_forward_triton
 
-        return masked_attention_forward_triton(*tensors, lists, is_causal, scale)
-    return masked_attention_forward_eager(*tensors, is_causal, scale, return_lse)
+        return masked_attention_forward_triton(call)
+    return masked_attention_forward_eager(call, return_lse)
 
 
 def _forward_fake(query: Tensor, key: Tensor, value: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
@@ -332,34 +305,27 @@ def _forward_fake(query: Tensor, key: Tensor, value: Tensor, *arguments: Any) ->
     return empty_output(query, value), query.new_empty(shape, dtype=torch.promote_types(query.dtype, torch.float32))
 
 
-def _backward(
-    grad_output: Tensor, query: Tensor, key: Tensor, value: Tensor, keep_mask: Tensor,
-    key_padding_mask: Tensor | None, ranges: Tensor | None, lists: Tensor | None, output: Tensor, lse: Tensor,
-    is_causal: bool, scale: float, bounded_mask_grad: bool, needs: list[bool], backend: str,
-) -> tuple[Tensor, ...]:  # fmt: skip
-    tensors = (grad_output, query, key, value, keep_mask, key_padding_mask, ranges)
+def _backward(grad_output: Tensor, output: Tensor, lse: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    call, (bounded_mask_grad, needs, backend) = AttentionCall(*arguments[:NUMBER]), arguments[NUMBER:]
     if backend == "triton":
         from toprl_kernels.attention.triton import masked_attention_backward_triton
 
-        triton_options = (lists, output, lse, is_causal, scale, bounded_mask_grad, needs)
-        gradients = list(masked_attention_backward_triton(*tensors, *triton_options))
+        gradients = masked_attention_backward_triton(grad_output, output, lse, call, bounded_mask_grad, needs)
     else:
-        gradients = masked_attention_backward_eager(*tensors, is_causal, scale, bounded_mask_grad, needs)
-    return tuple(query.new_empty(0) if gradient is None else gradient for gradient in gradients)
+        gradients = masked_attention_backward_eager(grad_output, call, bounded_mask_grad, needs)
+    return tuple(grad_output.new_empty(0) if gradient is None else gradient for gradient in gradients)
 
 
-def _backward_fake(
-    grad_output: Tensor, query: Tensor, key: Tensor, value: Tensor, keep_mask: Tensor, *arguments: Any
-) -> tuple[Tensor, ...]:
-    wanted = zip((query, key, value, keep_mask), arguments[-2], strict=True)
-    return tuple(tensor.new_empty(tensor.shape) if needed else query.new_empty(0) for tensor, needed in wanted)
+def _backward_fake(grad_output: Tensor, output: Tensor, lse: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    wanted = zip(arguments[:4], arguments[-2], strict=True)
+    return tuple(tensor.new_empty(tensor.shape) if needed else grad_output.new_empty(0) for tensor, needed in wanted)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    ctx.options = (*inputs[7:10], inputs[11])
+    ctx.options = (*inputs[7:10], inputs[-1])
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(output[1])
-    ctx.save_for_backward(*inputs[:7], *output)
+    ctx.save_for_backward(*output, *inputs[:7])
 
 
 def _autograd(ctx: Any, grad_output: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -375,7 +341,7 @@ _MASKS = "Tensor keep_mask, Tensor? key_padding_mask, Tensor? ranges"
 _INPUTS = f"Tensor query, Tensor key, Tensor value, {_MASKS}, Tensor? lists"
 _lists_op = register(f"attention_lists({_MASKS}) -> Tensor", _lists, _lists_fake)
 _backward_op = register(
-    f"masked_attention_backward(Tensor grad_output, {_INPUTS}, Tensor output, Tensor lse, bool is_causal, float scale, "
+    f"masked_attention_backward(Tensor grad_output, Tensor output, Tensor lse, {_INPUTS}, bool is_causal, float scale, "
     "bool bounded_mask_grad, bool[] needs, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
     _backward,
     _backward_fake,

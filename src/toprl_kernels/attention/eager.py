@@ -18,6 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from toprl_kernels.attention.reference import AttentionCall
+
 # A mask value below 2^-96 counts as 0, and exp(s - lse) is cut at 2^96: the two bounds meet, so that no kept key's
 # probability is ever cut, and float32 cannot overflow. The Triton kernels use the same pair.
 SMALLEST_MASK = 2.0**-96
@@ -85,15 +87,14 @@ class Pairs:
             yield slice(start, stop), first, int(before.gather(1, self.high[:, stop - 1 : stop]).max())
 
 
-def make_pairs(
-    query: Tensor, keep_mask: Tensor, key_padding_mask: Tensor | None, ranges: Tensor | None, is_causal: bool
-) -> Pairs:
+def make_pairs(x: AttentionCall) -> Pairs:
     """Read the masks of a call."""
-    (batch, num_keys), num_queries = keep_mask.shape, query.shape[2]
-    mask = keep_mask.to(torch.promote_types(query.dtype, torch.float32))
+    keep_mask, ranges, is_causal = x.keep_mask, x.ranges, x.is_causal
+    (batch, num_keys), num_queries = keep_mask.shape, x.query.shape[2]
+    mask = keep_mask.to(torch.promote_types(x.query.dtype, torch.float32))
     if keep_mask.dtype != torch.bool:
         mask = mask.masked_fill(mask < SMALLEST_MASK, 0.0)
-    is_token = torch.ones_like(mask, dtype=torch.bool) if key_padding_mask is None else key_padding_mask
+    is_token = torch.ones_like(mask, dtype=torch.bool) if x.key_padding_mask is None else x.key_padding_mask
     mask = mask.masked_fill(~is_token, 0.0)
     if ranges is not None:
         low, high = ranges[:, num_keys - num_queries :].long().unbind(dim=2)
@@ -142,21 +143,10 @@ def gather(key: Tensor, value: Tensor, pairs: Pairs, *, everything: bool) -> Kep
     return Kept(key, value, tokens, mask.gather(1, tokens).masked_fill(is_tail, 0.0), before)
 
 
-def masked_attention_forward_eager(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    keep_mask: Tensor,
-    key_padding_mask: Tensor | None,
-    ranges: Tensor | None,
-    is_causal: bool,
-    scale: float,
-    return_lse: bool,
-) -> tuple[Tensor, Tensor]:
+def masked_attention_forward_eager(x: AttentionCall, return_lse: bool) -> tuple[Tensor, Tensor]:
     """Compute the output, laid out like the query, and the natural log-sum-exp (empty unless asked for)."""
-    result = empty_output(query, value)
-    pairs = make_pairs(query, keep_mask, key_padding_mask, ranges, is_causal)
-    query, key, value, is_bad_row = _cleaned(query, key, value, pairs)
+    scale, pairs, result = x.scale, make_pairs(x), empty_output(x.query, x.value)
+    query, key, value, is_bad_row = _cleaned(x, pairs)
     result.copy_(_attend(query, key, value, pairs, scale))
     lse = pairs.mask.new_empty(0)
     if return_lse:
@@ -171,26 +161,15 @@ def masked_attention_forward_eager(
 
 
 def masked_attention_backward_eager(
-    grad_output: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    keep_mask: Tensor,
-    key_padding_mask: Tensor | None,
-    ranges: Tensor | None,
-    is_causal: bool,
-    scale: float,
-    bounded_mask_grad: bool,
-    needs: list[bool],
+    grad_output: Tensor, x: AttentionCall, bounded_mask_grad: bool, needs: list[bool]
 ) -> list[Tensor | None]:
     """Compute the gradients of query, key, value and keep_mask; None where ``needs`` says no.
 
     With R = exp(s - lse), D_i = dO_i . O_i and X = R (dO.V - D): dV_j sums R_ij G_ij dO_i, dQ and dK take X_ij G_ij,
     and dm_j sums X_ij over the rows other than j.
     """
-    pairs = make_pairs(query, keep_mask, key_padding_mask, ranges, is_causal)
-    inputs = (query, key, value, keep_mask)
-    query, key, value, is_bad_row = _cleaned(query, key, value, pairs)
+    scale, pairs = x.scale, make_pairs(x)
+    query, key, value, is_bad_row = _cleaned(x, pairs)
     grad_output = grad_output.masked_fill(~pairs.is_row[..., None], 0.0)
     is_nan = None
     if is_bad_row is not None or not _is_finite(grad_output):
@@ -239,7 +218,7 @@ def masked_attention_backward_eager(
         gradients = [gradient.masked_fill(flag, torch.nan) for gradient, flag in zip(gradients, flags, strict=True)]
     return [
         gradient.to(tensor.dtype) if needed else None
-        for gradient, tensor, needed in zip(gradients, inputs, needs, strict=True)
+        for gradient, tensor, needed in zip(gradients, x[:4], needs, strict=True)
     ]
 
 
@@ -287,11 +266,12 @@ def _is_finite(tensor: Tensor) -> bool:
     return bool(tensor.sum(dtype=torch.promote_types(tensor.dtype, torch.float32)).isfinite())
 
 
-def _cleaned(query: Tensor, key: Tensor, value: Tensor, pairs: Pairs) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+def _cleaned(x: AttentionCall, pairs: Pairs) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Put 0 for tokens with a number that is not finite; and the rows [B, H, Nq] that see such a token, None if none.
 
     A product would spread such a number to rows that do not see it: 0 * NaN is NaN.
     """
+    query, key, value = x[:3]
     if all(map(_is_finite, (query, key, value))):
         return query, key, value, None
     is_bad_query, is_bad_key, is_bad_value = (~tensor.isfinite().all(dim=-1) for tensor in (query, key, value))

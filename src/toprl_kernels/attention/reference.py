@@ -3,34 +3,37 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 
-def masked_attention_reference(
-    query: Tensor,  # [B, H, Nq, D]
-    key: Tensor,  # [B, Hkv, N, D]
-    value: Tensor,  # [B, Hkv, N, Dv]
-    keep_mask: Tensor,  # [B, N]
-    *,
-    key_padding_mask: Tensor | None = None,  # [B, N] bool, True = valid
-    ranges: Tensor | None = None,  # [B, N, 2], see plan.py; is_causal says nothing then
-    is_causal: bool,
-    scale: float,
-    bounded_mask_grad: bool = False,
-) -> tuple[Tensor, Tensor]:
+class AttentionCall(NamedTuple):
+    """Arguments of a call, checked; those in the middle are an :class:`toprl_kernels.AttentionPlan`."""
+
+    query: Tensor  # [B, H, Nq, D]
+    key: Tensor  # [B, Hkv, N, D]
+    value: Tensor  # [B, Hkv, N, Dv]
+    keep_mask: Tensor  # [B, N]
+    key_padding_mask: Tensor | None  # [B, N] bool, True = valid
+    ranges: Tensor | None  # int32 [B, N, 2]: token i sees tokens j with ranges[b, i, 0] <= j < ranges[b, i, 1]
+    lists: Tensor | None  # of the kernels: kept tokens in order, their numbers, their logarithms
+    is_causal: bool  # says nothing where there are ranges
+    scale: float
+
+
+def masked_attention_reference(x: AttentionCall, bounded_mask_grad: bool = False) -> tuple[Tensor, Tensor]:
     """Compute Eq. 7 as printed, plus padding and visible ranges: output [B, H, Nq, Dv] and log-sum-exp [B, H, Nq].
 
     Differentiable in query, key, value and a floating keep_mask. An invisible pair contributes nothing, whatever
     stands in its tokens: numbers that are not finite are taken out before the products and make exactly those results
     NaN that depend on them.
     """
+    query, key, value, mask = x.query, x.key, x.value, x.keep_mask.to(x.query.dtype)
     groups = query.shape[1] // key.shape[1]
     key, value = (tensor.repeat_interleave(groups, dim=1) for tensor in (key, value))
-    mask = keep_mask.to(query.dtype)
-    allowed, is_self = allowed_pairs(mask, key_padding_mask, ranges, is_causal, query.shape[2])
+    allowed, is_self = allowed_pairs(mask, x.key_padding_mask, x.ranges, x.is_causal, query.shape[2])
     visible = allowed & (is_self | (mask > 0)[:, None, None])  # [B, 1, Nq, N]
 
     is_bad_query, is_bad_key, is_bad_value = (~tensor.isfinite().all(dim=-1) for tensor in (query, key, value))
@@ -43,7 +46,7 @@ def masked_attention_reference(
         mask,
         allowed,
         is_self,
-        scale,
+        x.scale,
         bounded_mask_grad,
     )
     output = _NotFinite.apply(output, query, key, value, mask, visible, allowed & ~is_self, is_bad_row)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from toprl_kernels import dispatch as check
@@ -53,13 +52,12 @@ def compact_cache(
         The layers of a transformers ``DynamicCache`` are such pairs:
         ``layer.keys, layer.values = compact_cache(layer.keys, layer.values, kept.indices)``.
     """
-    check.require_ndim(OP, "keys", keys, 4, "[B, Hkv, N, D]")
-    check.require_ndim(OP, "values", values, 4, "[B, Hkv, N, Dv]")
-    check.require_shape(OP, "values", values, (*keys.shape[:3], values.shape[3]), "[B, Hkv, N, Dv]")
-    check.require_device(OP, "values", values, keys.device)
-    check.require_ndim(OP, "indices", indices, 2, "[B, K]")
+    check.require(OP, "keys", keys, "[B, Hkv, N, D]", 4)
+    check.require(OP, "values", values, "[B, Hkv, N, Dv]", 4)
+    check.require(OP, "values", values, "[B, Hkv, N, Dv]", (*keys.shape[:3], values.shape[3]), (), keys.device)
+    check.require(OP, "indices", indices, "[B, K]", 2)
     shape = (keys.shape[0], indices.shape[1])
-    check.require(OP, "indices", indices, shape, "[B, K]", (torch.int64,), keys.device, "use indices.long()")
+    check.require(OP, "indices", indices, "[B, K]", shape, check.LONG, keys.device, "use indices.long()")
     if validate:
         _validate_values(indices, keys.shape[2])
     obstacle = None

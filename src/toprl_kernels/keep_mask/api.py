@@ -11,13 +11,12 @@ from torch import Tensor
 from toprl_kernels import dispatch as check
 from toprl_kernels.dispatch import Choice, choose, register
 from toprl_kernels.keep_mask.eager import draw_uniform, keep_mask_backward_eager, keep_mask_eager
-from toprl_kernels.keep_mask.reference import keep_mask_reference
+from toprl_kernels.keep_mask.reference import Draw, keep_mask_reference
 
 OP = "sample_keep_mask"
 OP_LOG_PROB = "keep_mask_log_prob"
 MAX_SEED = 2**63 - 1
 NUMBERS = (int, float)
-ONE = (1,)
 
 
 class KeepMaskSample(NamedTuple):
@@ -73,9 +72,7 @@ def sample_keep_mask(
         >>> sample_keep_mask(logits, uniform=torch.full((1, 2), 0.5)).keep_mask
         tensor([[1., 0.]])
     """
-    choice = _examine(OP, logits, backend)
-    if previous_mask is not None:
-        _validate_previous(OP, logits, previous_mask)
+    choice, shape = _examine(OP, logits, previous_mask, backend), tuple(logits.shape[:2])
     if not (isinstance(tau, NUMBERS) and 0 < tau < math.inf):
         raise ValueError(f"{OP}: tau={tau!r} must be a number > 0; use a small one such as 0.05 for a sharp gradient")
     sources = (("seed", seed), ("generator", generator), ("uniform", uniform))
@@ -83,34 +80,23 @@ def sample_keep_mask(
     if len(given) > 1:
         raise ValueError(f"{OP}: {' and '.join(given)} are given together; pass one of them")
     if uniform is not None:
-        check.require(OP, "uniform", uniform, tuple(logits.shape[:-1]), "[B, N]", check.FLOATS, logits.device)
+        check.require(OP, "uniform", uniform, "[B, N]", shape, check.FLOATS, logits.device)
         uniform = uniform.detach().to(torch.promote_types(logits.dtype, torch.float32))
         if token_ids is not None:
             raise ValueError(f"{OP}: token_ids has no use with uniform; leave one of them out")
         drawn = None
     else:
         drawn = _seed(seed, generator, logits.device)
-    if token_ids is not None:
-        check.require(
-            OP,
-            "token_ids",
-            token_ids,
-            tuple(logits.shape[:-1]),
-            "[B, N]",
-            (torch.int64,),
-            logits.device,
-            "use token_ids.long()",
-        )
-    if choice.name == "reference":
-        return KeepMaskSample(*_reference(logits, uniform, None, drawn, token_ids, float(tau), previous_mask))
-    arguments = (logits, uniform, None, drawn, token_ids, previous_mask, float(tau), choice.name)
-    return KeepMaskSample(*_forward_op(*arguments))
+    fix = "use token_ids.long()"
+    check.require_given(OP, "token_ids", token_ids, "[B, N]", shape, check.LONG, logits.device, fix)
+    draw = Draw(logits, uniform, None, drawn, token_ids, previous_mask)
+    return KeepMaskSample(*_run(draw, float(tau), choice.name))
 
 
 def _seed(seed: int | Tensor | None, generator: torch.Generator | None, device: torch.device) -> Tensor:
     """int64 [1] on the device, without waiting for it."""
     if isinstance(seed, Tensor):
-        check.require(OP, "seed", seed, ONE, "[1]", (torch.int64,), device, "use seed.long()")
+        check.require(OP, "seed", seed, "[1]", (1,), check.LONG, device, "use seed.long()")
         return seed
     if seed is None:
         return torch.randint(0, MAX_SEED, (1,), generator=generator, dtype=torch.int64, device=device)
@@ -144,59 +130,28 @@ def keep_mask_log_prob(
     Raises:
         TypeError, ValueError, RuntimeError: as :func:`sample_keep_mask`.
     """
-    choice = _examine(OP_LOG_PROB, logits, backend)
-    if previous_mask is not None:
-        _validate_previous(OP_LOG_PROB, logits, previous_mask)
-    check.require(
-        OP_LOG_PROB,
-        "keep_mask",
-        keep_mask,
-        tuple(logits.shape[:-1]),
-        "[B, N]",
-        (torch.bool, *check.FLOATS),
-        logits.device,
-        "use keep_mask.bool()",
-    )
+    choice = _examine(OP_LOG_PROB, logits, previous_mask, backend)
+    shape, dtypes, fix = tuple(logits.shape[:2]), (torch.bool, *check.FLOATS), "use keep_mask.bool()"
+    check.require(OP_LOG_PROB, "keep_mask", keep_mask, "[B, N]", shape, dtypes, logits.device, fix)
     given = keep_mask.detach() > 0.5 if keep_mask.dtype != torch.bool else keep_mask
-    if choice.name == "reference":
-        _, log_prob, entropy = _reference(logits, None, given, None, None, 1.0, previous_mask)
-    else:
-        _, log_prob, entropy = _forward_op(logits, None, given, None, None, previous_mask, 1.0, choice.name)
+    _, log_prob, entropy = _run(Draw(logits, None, given, None, None, previous_mask), 1.0, choice.name)
     return log_prob, entropy
 
 
-def _reference(
-    logits: Tensor,
-    uniform: Tensor | None,
-    given: Tensor | None,
-    seed: Tensor | None,
-    token_ids: Tensor | None,
-    tau: float,
-    previous_mask: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    if seed is not None:
-        uniform = draw_uniform(logits.shape[:-1], seed, token_ids).to(logits.dtype)
-    return keep_mask_reference(logits, uniform=uniform, given=given, tau=tau, previous_mask=previous_mask)
+def _run(x: Draw, tau: float, backend: str) -> tuple[Tensor, Tensor, Tensor]:
+    if backend != "reference":
+        return _forward_op(*x, tau, backend)
+    logits, uniform = x.logits.to(torch.promote_types(x.logits.dtype, torch.float32)), x.uniform
+    if x.seed is not None:
+        uniform = draw_uniform(logits.shape[:-1], x.seed, x.token_ids).to(logits.dtype)
+    return keep_mask_reference(x._replace(logits=logits, uniform=uniform), tau)
 
 
-def _validate_previous(op: str, logits: Tensor, previous_mask: Tensor) -> None:
-    check.require(
-        op,
-        "previous_mask",
-        previous_mask,
-        tuple(logits.shape[:2]),
-        "[B, N]",
-        (torch.bool,),
-        logits.device,
-        "use previous_mask.bool()",
-    )
-
-
-def _examine(op: str, logits: Tensor, backend: str | None) -> Choice:
-    check.require_ndim(op, "logits", logits, 3, "[B, N, 2]")
-    check.require_shape(op, "logits", logits, (*logits.shape[:2], 2), "[B, N, 2] with (keep, drop) last")
-    check.require_dtype(op, "logits", logits, check.FLOATS)
+def _examine(op: str, logits: Tensor, previous_mask: Tensor | None, backend: str | None) -> Choice:
+    check.require(op, "logits", logits, "[B, N, 2]", 3, check.FLOATS)
+    check.require(op, "logits", logits, "[B, N, 2] with (keep, drop) last", (*logits.shape[:2], 2))
+    shape, fix = tuple(logits.shape[:2]), "use previous_mask.bool()"
+    check.require_given(op, "previous_mask", previous_mask, "[B, N]", shape, check.BOOL, logits.device, fix)
     obstacle = None
     if logits.dtype == torch.float64:
         obstacle = "logits has dtype float64, the kernels take float16, bfloat16, float32"
@@ -204,12 +159,12 @@ def _examine(op: str, logits: Tensor, backend: str | None) -> Choice:
 
 
 def _forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    inputs = arguments[:-2]  # tau is for the backward
+    draw = Draw(*arguments[:-2])  # tau is for the backward
     if arguments[-1] == "triton":
         from toprl_kernels.keep_mask.triton import keep_mask_triton
 
-        return keep_mask_triton(*inputs)
-    return keep_mask_eager(*inputs)
+        return keep_mask_triton(draw)
+    return keep_mask_eager(draw)
 
 
 def _forward_fake(
@@ -222,11 +177,11 @@ def _forward_fake(
 
 
 def _backward_implementation(*arguments: Any) -> Tensor:
-    *inputs, backend = arguments
-    implementation = keep_mask_backward_eager
+    *gradients, tau, backend = arguments[6:]
+    implementation: Any = keep_mask_backward_eager
     if backend == "triton":
         from toprl_kernels.keep_mask.triton import keep_mask_backward_triton as implementation
-    return implementation(*inputs)
+    return implementation(Draw(*arguments[:6]), *gradients, tau)
 
 
 def _backward_fake(logits: Tensor, *arguments: Any) -> Tensor:
@@ -244,21 +199,19 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 def _backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
     result = None
     if any(gradient is not None for gradient in gradients):
-        logits, *others = ctx.saved_tensors
-        result = _backward_op(logits, *gradients, *others, *ctx.options)
+        result = _backward_op(*ctx.saved_tensors, *gradients, *ctx.options)
     return (result, *[None] * 7)
 
 
+_DRAW = "Tensor logits, " + ", ".join(f"Tensor? {name}" for name in Draw._fields[1:])
 _backward_op = register(
-    "keep_mask_backward(Tensor logits, Tensor? grad_keep_mask, Tensor? grad_log_prob, Tensor? grad_entropy, "
-    "Tensor? uniform, Tensor? given, Tensor? seed, Tensor? token_ids, Tensor? previous_mask, float tau, str backend)"
-    " -> Tensor",
+    f"keep_mask_backward({_DRAW}, Tensor? grad_keep_mask, Tensor? grad_log_prob, Tensor? grad_entropy, float tau, "
+    "str backend) -> Tensor",
     _backward_implementation,
     _backward_fake,
 )
 _forward_op = register(
-    "keep_mask(Tensor logits, Tensor? uniform, Tensor? given, Tensor? seed, Tensor? token_ids, Tensor? previous_mask, "
-    "float tau, str backend) -> (Tensor, Tensor, Tensor)",
+    f"keep_mask({_DRAW}, float tau, str backend) -> (Tensor, Tensor, Tensor)",
     _forward,
     _forward_fake,
     setup_context=_setup_context,

@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from toprl_kernels.keep_mask.reference import Draw
+
 MASK_32 = 0xFFFFFFFF
 MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 KEY_STEPS = (0x9E3779B9, 0xBB67AE85)  # golden ratio, sqrt(3) - 1
@@ -52,46 +54,30 @@ def draw_uniform(shape: torch.Size, seed: Tensor, token_ids: Tensor | None) -> T
     return token_uniform(seed, token_ids)
 
 
-def _difference_and_margin(
-    logits: Tensor, uniform: Tensor | None, seed: Tensor | None, token_ids: Tensor | None
-) -> tuple[Tensor, Tensor | None]:
+def _difference_and_margin(x: Draw) -> tuple[Tensor, Tensor | None]:
     """Logit difference and, unless a mask is given, the difference plus logistic noise."""
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    logits, uniform = x.logits.to(torch.promote_types(x.logits.dtype, torch.float32)), x.uniform
     largest = torch.finfo(logits.dtype).max  # an infinite difference would make the entropy 0 * inf
     delta = (logits[..., 0] - logits[..., 1]).clamp(-largest, largest)
-    if seed is not None:
-        uniform = draw_uniform(delta.shape, seed, token_ids).to(delta.dtype)
+    if x.seed is not None:
+        uniform = draw_uniform(delta.shape, x.seed, x.token_ids).to(delta.dtype)
     if uniform is None:
         return delta, None
     return delta, delta + (torch.log(uniform) - torch.log1p(-uniform))
 
 
-def keep_mask_eager(
-    logits: Tensor,
-    uniform: Tensor | None,
-    given: Tensor | None,
-    seed: Tensor | None,
-    token_ids: Tensor | None,
-    previous_mask: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Keep mask (empty for a given one), log-probability and entropy. One of ``uniform``, ``given``, ``seed`` is set.
-
-    Logits may have any floating dtype; see :func:`keep_mask_reference` for the other arguments.
-    """
-    delta, margin = _difference_and_margin(logits, uniform, seed, token_ids)
-    if margin is not None:
-        hard = margin > 0
-        keep_mask = hard.to(delta.dtype)
-    else:
-        assert given is not None
-        hard = given
-        keep_mask = delta.new_empty(0)
+def keep_mask_eager(x: Draw) -> tuple[Tensor, Tensor, Tensor]:
+    """Keep mask (empty for a given one), log-probability and entropy."""
+    delta, margin = _difference_and_margin(x)
+    hard = x.given if margin is None else margin > 0
+    assert hard is not None
+    keep_mask = delta.new_empty(0) if margin is None else hard.to(delta.dtype)
     # log-sigmoid of the difference stays exact where log(softmax) rounds to log 0
     log_prob = F.logsigmoid(torch.where(hard, delta, -delta))
     # H = p log(1/p) + (1 - p) log(1/(1 - p)), each logarithm a softplus of the difference
     entropy = torch.sigmoid(delta) * F.softplus(-delta) + torch.sigmoid(-delta) * F.softplus(delta)
-    if previous_mask is not None:
-        dropped = ~previous_mask
+    if x.previous_mask is not None:
+        dropped = ~x.previous_mask
         keep_mask = keep_mask.masked_fill(dropped, 0.0) if margin is not None else keep_mask
         log_prob = log_prob.masked_fill(dropped, 0.0)
         entropy = entropy.masked_fill(dropped, 0.0)
@@ -99,20 +85,15 @@ def keep_mask_eager(
 
 
 def keep_mask_backward_eager(
-    logits: Tensor,
+    x: Draw,
     grad_keep_mask: Tensor | None,
     grad_log_prob: Tensor | None,
     grad_entropy: Tensor | None,
-    uniform: Tensor | None,
-    given: Tensor | None,
-    seed: Tensor | None,
-    token_ids: Tensor | None,
-    previous_mask: Tensor | None,
     tau: float,
 ) -> Tensor:
     """Gradient of the logits, [B, N, 2]."""
-    delta, margin = _difference_and_margin(logits, uniform, seed, token_ids)
-    hard = given if margin is None else margin > 0
+    delta, margin = _difference_and_margin(x)
+    hard = x.given if margin is None else margin > 0
     assert hard is not None
     p_keep, p_drop = torch.sigmoid(delta), torch.sigmoid(-delta)
     total = torch.zeros_like(delta)
@@ -122,6 +103,6 @@ def keep_mask_backward_eager(
         total = total - grad_entropy * delta * p_keep * p_drop
     if grad_keep_mask is not None and margin is not None:  # straight through: d sigmoid(margin / tau)
         total = total + grad_keep_mask * torch.sigmoid(margin / tau) * torch.sigmoid(-margin / tau) / tau
-    if previous_mask is not None:
-        total = total.masked_fill(~previous_mask, 0.0)
-    return torch.stack([total, -total], dim=-1).to(logits.dtype)
+    if x.previous_mask is not None:
+        total = total.masked_fill(~x.previous_mask, 0.0)
+    return torch.stack([total, -total], dim=-1).to(x.logits.dtype)

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from toprl_kernels.configs import select
+from toprl_kernels.keep_mask.reference import Draw
 from toprl_kernels.triton_common import ceil_div
 
 # where the noise or the decision comes from
@@ -115,69 +119,50 @@ def keep_mask_bwd_kernel(
     tl.store(grad_ptr + offsets * 2 + 1, (-grad).to(grad_ptr.dtype.element_ty), mask=mask)
 
 
-def _source(given: Tensor | None, seed: Tensor | None) -> tl.constexpr:
-    return GIVEN if given is not None else SEED if seed is not None else UNIFORM
-
-
-def _pointers(logits: Tensor, *optional: Tensor | None) -> list[Tensor]:
+def _pointers(logits: Tensor, optional: Sequence[Tensor | None]) -> list[Tensor]:
     """What a kernel gets: dense tensors, masks as bytes, the logits in place of what is absent and not read."""
     dense = [logits if tensor is None else tensor.contiguous() for tensor in optional]
     return [tensor.view(torch.uint8) if tensor.dtype == torch.bool else tensor for tensor in dense]
 
 
-def keep_mask_triton(
-    logits: Tensor,
-    uniform: Tensor | None,
-    given: Tensor | None,
-    seed: Tensor | None,
-    token_ids: Tensor | None,
-    previous_mask: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _launch(kernel: Any, x: Draw, others: list[Tensor], total: int, *numbers: float, **constants: bool) -> None:
+    """Launch a kernel over all tokens with the inputs of the draw and ``others``."""
+    config = select("keep_mask", size=total, dtype=torch.float32, device=x.logits.device)
+    with torch.cuda.device_of(x.logits):
+        kernel[(ceil_div(total, config.block_n),)](
+            x.logits, *_pointers(x.logits, x[1:]), *others, total, *numbers,
+            SOURCE=GIVEN if x.given is not None else SEED if x.seed is not None else UNIFORM,
+            HAS_TOKEN_IDS=x.token_ids is not None, HAS_PREVIOUS=x.previous_mask is not None, BLOCK_T=config.block_n,
+            num_warps=config.num_warps, enable_fp_fusion=True, **constants,
+        )  # fmt: skip
+
+
+def keep_mask_triton(x: Draw) -> tuple[Tensor, Tensor, Tensor]:
     """Same contract as :func:`keep_mask_eager`."""
-    logits = logits.contiguous()
-    shape = logits.shape[:-1]
-    keep = torch.empty(shape if given is None else (0,), dtype=torch.float32, device=logits.device)
-    log_prob, entropy = (torch.empty(shape, dtype=torch.float32, device=logits.device) for _ in range(2))
-    total = log_prob.numel()
-    if total:
-        config = select("keep_mask", size=total, dtype=torch.float32, device=logits.device)
-        with torch.cuda.device_of(logits):
-            keep_mask_fwd_kernel[(ceil_div(total, config.block_n),)](
-                logits, *_pointers(logits, uniform, given, seed, token_ids, previous_mask),
-                keep, log_prob, entropy, total,
-                SOURCE=_source(given, seed), HAS_TOKEN_IDS=token_ids is not None,
-                HAS_PREVIOUS=previous_mask is not None, BLOCK_T=config.block_n,
-                num_warps=config.num_warps, enable_fp_fusion=True,
-            )  # fmt: skip
+    x = x._replace(logits=x.logits.contiguous())
+    shape = x.logits.shape[:-1]
+    keep = torch.empty(shape if x.given is None else (0,), dtype=torch.float32, device=x.logits.device)
+    log_prob, entropy = (torch.empty(shape, dtype=torch.float32, device=x.logits.device) for _ in range(2))
+    if log_prob.numel():
+        _launch(keep_mask_fwd_kernel, x, [keep, log_prob, entropy], log_prob.numel())
     return keep, log_prob, entropy
 
 
 def keep_mask_backward_triton(
-    logits: Tensor,
+    x: Draw,
     grad_keep_mask: Tensor | None,
     grad_log_prob: Tensor | None,
     grad_entropy: Tensor | None,
-    uniform: Tensor | None,
-    given: Tensor | None,
-    seed: Tensor | None,
-    token_ids: Tensor | None,
-    previous_mask: Tensor | None,
     tau: float,
 ) -> Tensor:
     """Same contract as :func:`keep_mask_backward_eager`."""
-    logits = logits.contiguous()
-    grad = torch.empty_like(logits)
-    total = logits.numel() // 2
-    if total:
-        config = select("keep_mask", size=total, dtype=torch.float32, device=logits.device)
-        with torch.cuda.device_of(logits):
-            keep_mask_bwd_kernel[(ceil_div(total, config.block_n),)](
-                logits, *_pointers(logits, uniform, given, seed, token_ids, previous_mask),
-                *_pointers(logits, grad_keep_mask, grad_log_prob, grad_entropy), grad, total, tau,
-                SOURCE=_source(given, seed), HAS_TOKEN_IDS=token_ids is not None,
-                HAS_PREVIOUS=previous_mask is not None,
-                GRAD_KEEP=grad_keep_mask is not None and given is None, GRAD_LOG_PROB=grad_log_prob is not None,
-                GRAD_ENTROPY=grad_entropy is not None, BLOCK_T=config.block_n,
-                num_warps=config.num_warps, enable_fp_fusion=True,
-            )  # fmt: skip
+    x = x._replace(logits=x.logits.contiguous())
+    grad = torch.empty_like(x.logits)
+    if grad.numel():
+        gradients = (grad_keep_mask, grad_log_prob, grad_entropy)
+        _launch(
+            keep_mask_bwd_kernel, x, [*_pointers(x.logits, gradients), grad], grad.numel() // 2, tau,
+            GRAD_KEEP=grad_keep_mask is not None and x.given is None, GRAD_LOG_PROB=grad_log_prob is not None,
+            GRAD_ENTROPY=grad_entropy is not None,
+        )  # fmt: skip
     return grad

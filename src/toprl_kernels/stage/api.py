@@ -11,7 +11,7 @@ from torch import Tensor
 from toprl_kernels import dispatch as check
 from toprl_kernels.dispatch import choose, register
 from toprl_kernels.stage.eager import Outputs, prune_stage_eager
-from toprl_kernels.stage.reference import PruneStageOutput, prune_stage_reference
+from toprl_kernels.stage.reference import PruneStageOutput, StageCall, prune_stage_reference
 from toprl_kernels.topk.api import MAX_TRITON_TOKENS, gather_backward
 
 OP = "prune_stage"
@@ -76,37 +76,33 @@ def prune_stage(
         >>> out.hidden_states.flatten().tolist(), out.columns.tolist(), out.slots.tolist()
         ([0.0, 2.0, 3.0, 4.0], [[-1, 0, 1, -1]], [[1, 2]])
     """
-    check.require_ndim(OP, "hidden_states", hidden_states, 3, "[B, N, d]")
+    check.require(OP, "hidden_states", hidden_states, "[B, N, d]", 3)
     batch, num_tokens, device = hidden_states.shape[0], hidden_states.shape[1], hidden_states.device
-    check.require_tensor(OP, "scores", scores)
-    num_scores = scores.shape[1] if scores.ndim > 1 else -1
-    layout = (batch, num_scores, 2) if scores.ndim == 3 else (batch, num_scores)
-    check.require(OP, "scores", scores, layout, "[B, V] or [B, V, 2]", check.FLOATS, device, "use scores.float()")
-    shape, long = (batch, num_tokens), (torch.int64,)
-    check.require(OP, "columns", columns, shape, "[B, N]", long, device, "use columns.long()")
-    if valid_mask is not None:
-        check.require(OP, "valid_mask", valid_mask, shape, "[B, N]", (torch.bool,), device, "use valid_mask.bool()")
-    if origins is not None:
-        check.require(OP, "origins", origins, shape, "[B, N]", long, device, "use origins.long()")
+    num_scores = scores.shape[1] if isinstance(scores, Tensor) and scores.ndim > 1 else -1
+    shape = (batch, num_scores, 2) if isinstance(scores, Tensor) and scores.ndim == 3 else (batch, num_scores)
+    check.require(OP, "scores", scores, "[B, V] or [B, V, 2]", shape, check.FLOATS, device, "use scores.float()")
+    shape = (batch, num_tokens)
+    check.require(OP, "columns", columns, "[B, N]", shape, check.LONG, device, "use columns.long()")
+    check.require_given(OP, "valid_mask", valid_mask, "[B, N]", shape, check.BOOL, device, "use valid_mask.bool()")
+    check.require_given(OP, "origins", origins, "[B, N]", shape, check.LONG, device, "use origins.long()")
     if raster is None:
         raster = torch.arange(num_scores, device=device).expand(batch, -1)
-    check.require(OP, "raster", raster, (batch, num_scores), "[B, V]", long, device, "use raster.long()")
+    check.require(OP, "raster", raster, "[B, V]", (batch, num_scores), check.LONG, device, "use raster.long()")
     if position_ids is not None:
-        check.require_dtype(OP, "position_ids", position_ids, check.INTEGERS, "use position_ids.long()")
-        check.require_device(OP, "position_ids", position_ids, device)
+        layout = "[..., B or 1, N0]"
         if position_ids.ndim not in (2, 3) or position_ids.shape[-2] not in (1, batch):
-            raise ValueError(f"{OP}: position_ids must be [..., B or 1, N0], got shape {tuple(position_ids.shape)}")
+            raise ValueError(f"{OP}: position_ids must be {layout}, got shape {tuple(position_ids.shape)}")
+        fix = "use position_ids.long()"
+        check.require(OP, "position_ids", position_ids, layout, position_ids.ndim, check.INTEGERS, device, fix)
     if len(tables) > MAX_TABLES:
         raise ValueError(f"{OP}: tables has {len(tables)} tensors, at most {MAX_TABLES}; gather others by out.origins")
     for number, table in enumerate(tables):
-        check.require_ndim(OP, f"tables[{number}]", table, 3, "[B or 1, N0, w]")
-        check.require_device(OP, f"tables[{number}]", table, device)
+        check.require(OP, f"tables[{number}]", table, "[B or 1, N0, w]", 3, (), device)
     if padding_side not in ("right", "left"):
         raise ValueError(f"{OP}: padding_side={padding_side!r} is unknown; use 'right' or 'left'")
     counts = None
     if isinstance(k, Tensor):
-        check.require_shape(OP, "k", k, (batch,), "[B] (or pass an int)")
-        check.require_dtype(OP, "k", k, check.INTEGERS, "use k.long()")
+        check.require(OP, "k", k, "[B] (or pass an int)", (batch,), check.INTEGERS, None, "use k.long()")
         if length is None or width is None:
             raise ValueError(f"{OP}: a tensor k needs length= and width=, so that nothing waits for the device")
         counts = k.to(device=device, dtype=torch.int64).clamp(0, width)
@@ -126,11 +122,13 @@ def prune_stage(
         obstacle = f"N={num_tokens} tokens, the kernels take N <= {MAX_TRITON_TOKENS}"
     choice = choose(OP, backend, device, obstacle)
     left, limit = padding_side == "left", width if isinstance(k, Tensor) else k
-    options = length, width, valid_mask, origins, raster, position_ids, list(tables), left
+    call = StageCall(
+        hidden_states, scores.detach(), columns, counts, limit, length, width, valid_mask, origins, raster,
+        position_ids, list(tables), left,
+    )  # fmt: skip
     if choice.name == "reference":
-        taken = [limit] * batch if counts is None else counts.tolist()
-        return prune_stage_reference(hidden_states, scores, columns, taken, *options)
-    *results, positions, gathered = _op(hidden_states, scores.detach(), columns, counts, limit, *options, choice.name)
+        return prune_stage_reference(call)
+    *results, positions, gathered = _op(*call, choice.name)
     return PruneStageOutput._make([*results, None if position_ids is None else positions, tuple(gathered)])
 
 
@@ -138,19 +136,19 @@ def _forward(*arguments: Any) -> Outputs:
     if arguments[-1] == "triton":
         from toprl_kernels.stage.triton import prune_stage_triton
 
-        return prune_stage_triton(*arguments[:-1])
-    return prune_stage_eager(*arguments[:-1])
+        return prune_stage_triton(StageCall(*arguments[:-1]))
+    return prune_stage_eager(StageCall(*arguments[:-1]))
 
 
-def _fake(hidden_states: Tensor, scores: Tensor, columns: Tensor, *arguments: Any) -> Outputs:
-    _, _, length, width, _, _, _, position_ids, tables, _, _ = arguments
-    samples = columns.shape[0]
-    indices, slots = columns.new_empty(samples, length), columns.new_empty(samples, width)
-    positions = columns.new_empty(0)
-    if position_ids is not None:
-        positions = position_ids.new_empty(*position_ids.shape[:-2], samples, length)
+def _fake(*arguments: Any) -> Outputs:
+    x = StageCall(*arguments[:-1])
+    samples = x.columns.shape[0]
+    indices, slots = x.columns.new_empty(samples, x.length), x.columns.new_empty(samples, x.width)
+    positions = x.columns.new_empty(0)
+    if x.position_ids is not None:
+        positions = x.position_ids.new_empty(*x.position_ids.shape[:-2], samples, x.length)
     return (
-        hidden_states.new_empty(samples, length, hidden_states.shape[2]),
+        x.hidden_states.new_empty(samples, x.length, x.hidden_states.shape[2]),
         indices,
         torch.empty_like(indices, dtype=torch.bool),
         torch.empty_like(indices),
@@ -159,7 +157,7 @@ def _fake(hidden_states: Tensor, scores: Tensor, columns: Tensor, *arguments: An
         torch.empty_like(slots),
         torch.empty_like(slots, dtype=torch.bool),
         positions,
-        [table.new_empty(samples, length, table.shape[2]) for table in tables],
+        [table.new_empty(samples, x.length, table.shape[2]) for table in x.tables],
     )
 
 

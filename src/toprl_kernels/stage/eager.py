@@ -5,41 +5,28 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from toprl_kernels.stage.reference import score_difference
+from toprl_kernels.stage.reference import StageCall, score_difference
 from toprl_kernels.topk.eager import compact_flags, gather_positions, gather_rows, select_ragged, unique_keys
 
 Outputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, list[Tensor]]
 
 
-def prune_stage_eager(
-    hidden_states: Tensor,
-    scores: Tensor,
-    columns: Tensor,
-    k: Tensor | None,
-    limit: int,
-    length: int,
-    width: int,
-    valid_mask: Tensor | None,
-    origins: Tensor | None,
-    raster: Tensor,
-    position_ids: Tensor | None,
-    tables: list[Tensor],
-    left: bool,
-) -> Outputs:
+def prune_stage_eager(x: StageCall) -> Outputs:
     """The fields of PruneStageOutput; position ids are empty when there are none."""
+    columns, length, width, origins, position_ids = x.columns, x.length, x.width, x.origins, x.position_ids
     samples = len(columns)
     stays, scored = columns < 0, columns >= 0
-    if valid_mask is not None:
-        stays, scored = stays & valid_mask, scored & valid_mask
-    by_token = score_difference(scores)
+    if x.valid_mask is not None:
+        stays, scored = stays & x.valid_mask, scored & x.valid_mask
+    by_token = score_difference(x.scores)
     if by_token.shape[1]:
         by_token = by_token.gather(1, columns.clamp(min=0))
     else:
         by_token = by_token.new_zeros(columns.shape)
     keys = unique_keys(by_token, scored).masked_fill_(stays, 2**63 - 1)
-    taken = scored.sum(dim=1, keepdim=True).clamp(max=limit)
-    taken = taken if k is None else taken.minimum(k[:, None])
-    indices = select_ragged(keys, taken + stays.sum(dim=1, keepdim=True), length, left)
+    taken = scored.sum(dim=1, keepdim=True).clamp(max=x.limit)
+    taken = taken if x.k is None else taken.minimum(x.k[:, None])
+    indices = select_ragged(keys, taken + stays.sum(dim=1, keepdim=True), length, x.left)
 
     valid, safe = indices >= 0, indices.clamp(min=0)
     column = columns.gather(1, safe).masked_fill_(~valid, -1)
@@ -49,7 +36,7 @@ def prune_stage_eager(
     listed, slots = places >= 0, places.clamp(min=0)
     numbers = slots.new_empty(slots.shape)
     if width:
-        numbers = raster.gather(1, column.gather(1, slots).clamp(min=0)).masked_fill_(~listed, -1)
+        numbers = x.raster.gather(1, column.gather(1, slots).clamp(min=0)).masked_fill_(~listed, -1)
     before = safe if origins is None else origins.gather(1, safe)
     before = before.masked_fill(~valid, 0)
     at = before.masked_fill(~valid, -1)
@@ -57,7 +44,7 @@ def prune_stage_eager(
     if position_ids is not None:
         positions = gather_positions(position_ids.expand(*position_ids.shape[:-2], samples, -1), at)
     return (
-        gather_rows(hidden_states, indices, True),
+        gather_rows(x.hidden_states, indices, True),
         indices,
         valid,
         torch.where(scored, scored.cumsum(1) - 1, -1),
@@ -66,5 +53,5 @@ def prune_stage_eager(
         numbers,
         listed,
         positions,
-        [gather_rows(table.expand(samples, -1, -1), at, True) for table in tables],
+        [gather_rows(table.expand(samples, -1, -1), at, True) for table in x.tables],
     )

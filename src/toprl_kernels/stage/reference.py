@@ -33,21 +33,29 @@ def score_difference(scores: Tensor) -> Tensor:
     return wide[..., 0] - wide[..., 1]
 
 
-def prune_stage_reference(
-    hidden_states: Tensor,  # [B, N, d]
-    scores: Tensor,  # [B, V] or [B, V, 2]
-    columns: Tensor,  # [B, N]
-    counts: list[int],
-    length: int,
-    width: int,
-    valid_mask: Tensor | None,  # [B, N]
-    origins: Tensor | None,  # [B, N]
-    raster: Tensor,  # [B, V]
-    position_ids: Tensor | None,  # [..., B or 1, N0]
-    tables: list[Tensor],  # [B or 1, N0, w]
-    left: bool,
-) -> PruneStageOutput:
-    """Keep all valid tokens without a score, and the ``counts`` best with one."""
+class StageCall(NamedTuple):
+    """Arguments of a call, checked: what the implementations get."""
+
+    hidden_states: Tensor  # [B, N, d]
+    scores: Tensor  # [B, V] or [B, V, 2]
+    columns: Tensor  # [B, N]
+    k: Tensor | None  # int64 [B]; None for ``limit`` of each sample
+    limit: int
+    length: int
+    width: int
+    valid_mask: Tensor | None  # [B, N]
+    origins: Tensor | None  # [B, N]
+    raster: Tensor  # [B, V]
+    position_ids: Tensor | None  # [..., B or 1, N0]
+    tables: list[Tensor]  # [B or 1, N0, w]
+    left: bool
+
+
+def prune_stage_reference(x: StageCall) -> PruneStageOutput:
+    """Keep all valid tokens without a score, and the best with one."""
+    scores, columns, length, width, left = x.scores, x.columns, x.length, x.width, x.left
+    valid_mask, raster, origins, position_ids = x.valid_mask, x.raster, x.origins, x.position_ids
+    counts = [x.limit] * len(columns) if x.k is None else x.k.tolist()
     samples, num_tokens = columns.shape
     chosen, new_columns, places, numbers = [], [], [], []
     for sample, values in enumerate(score_difference(scores).tolist()):
@@ -75,7 +83,7 @@ def prune_stage_reference(
         stacked = torch.stack([gather_reference(plane, before, length, left) for plane in planes])
         positions = stacked[0] if rows is None else stacked.view(*position_ids.shape[:-2], samples, length)
     return PruneStageOutput(
-        gather_reference(hidden_states, chosen, length, left),
+        gather_reference(x.hidden_states, chosen, length, left),
         indices,
         indices >= 0,
         slots_of(new_columns, length, left, device),
@@ -84,5 +92,5 @@ def prune_stage_reference(
         slots_of(numbers, width, False, device),
         listed,
         positions,
-        tuple(gather_reference(table.expand(samples, -1, -1), before, length, left) for table in tables),
+        tuple(gather_reference(table.expand(samples, -1, -1), before, length, left) for table in x.tables),
     )

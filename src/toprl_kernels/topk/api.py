@@ -10,7 +10,7 @@ from torch import Tensor
 from toprl_kernels import dispatch as check
 from toprl_kernels.dispatch import choose, register
 from toprl_kernels.topk.eager import scatter_heads, topk_compact_eager
-from toprl_kernels.topk.reference import TopkCompactOutput, reaching, topk_compact_reference
+from toprl_kernels.topk.reference import Selection, TopkCompactOutput, topk_compact_reference
 
 OP = "topk_compact"
 MAX_TRITON_TOKENS = 1 << 20
@@ -91,29 +91,24 @@ def topk_compact(
     """
     packed = cu_seqlens is not None
     if cu_seqlens is not None:
-        check.require_ndim(OP, "hidden_states", hidden_states, 2, "[N, d] with cu_seqlens")
-        check.require_ndim(OP, "cu_seqlens", cu_seqlens, 1, "[S + 1]")
-        check.require_dtype(OP, "cu_seqlens", cu_seqlens, check.INTEGERS, "use cu_seqlens.int()")
-        check.require_device(OP, "cu_seqlens", cu_seqlens, hidden_states.device)
+        check.require(OP, "hidden_states", hidden_states, "[N, d] with cu_seqlens", 2)
+        fix = "use cu_seqlens.int()"
+        check.require(OP, "cu_seqlens", cu_seqlens, "[S + 1]", 1, check.INTEGERS, hidden_states.device, fix)
         if segments is not None or padding_side == "left" or not len(cu_seqlens):
             raise ValueError(f"{OP}: cu_seqlens [S + 1] goes with neither segments nor padding_side='left'")
         hidden_states, scores = hidden_states[None], scores[None]
         valid_mask = None if valid_mask is None else valid_mask[None]
         position_ids = None if position_ids is None else position_ids.unsqueeze(-2)
-    else:
-        check.require_ndim(OP, "hidden_states", hidden_states, 3, "[B, N, d]")
+    check.require(OP, "hidden_states", hidden_states, "[B, N, d]", 3)
     shape, device = tuple(hidden_states.shape[:2]), hidden_states.device
-    check.require(OP, "scores", scores, shape, "[B, N]", check.FLOATS, device, "use scores.float()")
+    check.require(OP, "scores", scores, "[B, N]", shape, check.FLOATS, device, "use scores.float()")
     if position_ids is not None:
-        layout = (3, *shape) if position_ids.ndim == 3 else shape
-        check.require_shape(OP, "position_ids", position_ids, layout, "[B, N] or [3, B, N]")
-        check.require_dtype(OP, "position_ids", position_ids, check.INTEGERS, "use position_ids.long()")
-        check.require_device(OP, "position_ids", position_ids, device)
-    if valid_mask is not None:
-        fix = "use valid_mask.bool(), True = eligible"
-        check.require(OP, "valid_mask", valid_mask, shape, "[B, N]", (torch.bool,), device, fix)
-    if segments is not None:
-        check.require(OP, "segments", segments, shape, "[B, N]", check.INTEGERS, device, "use segments.long()")
+        planes, layout = (3, *shape) if position_ids.ndim == 3 else shape, "[B, N] or [3, B, N]"
+        fix = "use position_ids.long()"
+        check.require(OP, "position_ids", position_ids, layout, planes, check.INTEGERS, device, fix)
+    fix = "use valid_mask.bool(), True = eligible"
+    check.require_given(OP, "valid_mask", valid_mask, "[B, N]", shape, check.BOOL, device, fix)
+    check.require_given(OP, "segments", segments, "[B, N]", shape, check.INTEGERS, device, "use segments.long()")
     if padding_side not in ("right", "left"):
         raise ValueError(f"{OP}: padding_side={padding_side!r} is unknown; use 'right' or 'left'")
     number = len(cu_seqlens) - 1 if cu_seqlens is not None else None
@@ -129,7 +124,7 @@ def topk_compact(
 
     obstacle = None
     if hidden_states.dtype.is_complex:
-        obstacle = f"hidden_states has dtype {str(hidden_states.dtype).removeprefix('torch.')}, the kernels take real"
+        obstacle = f"hidden_states has dtype {check.dtype_name(hidden_states.dtype)}, the kernels take real"
     elif scores.dtype == torch.float64:
         obstacle = "scores has dtype float64, the kernels take float16, bfloat16, float32"
     elif shape[1] > MAX_TRITON_TOKENS:
@@ -137,13 +132,14 @@ def topk_compact(
     choice = choose(OP, backend, device, obstacle)
     bounds = cu_seqlens.long() if cu_seqlens is not None else segments if segments is None else segments.long()
     longest = shape[1] if max_seqlen is None else min(max_seqlen, shape[1])
-    left = padding_side == "left"
-    arguments = (counts, limit, length, valid_mask, position_ids, bounds, packed, longest, threshold, left)
+    selection = Selection(
+        hidden_states, scores.detach(), counts, limit, length, valid_mask, position_ids, bounds, packed, longest,
+        threshold, padding_side == "left", return_inverse,
+    )  # fmt: skip
     if choice.name == "reference":
-        out = _reference(hidden_states, scores, *arguments)
+        out = topk_compact_reference(selection)
     else:
-        results = _forward_op(hidden_states, scores.detach(), *arguments, return_inverse, choice.name)
-        out = TopkCompactOutput._make(results)
+        out = TopkCompactOutput._make(_forward_op(*selection, choice.name))
     out = out._replace(
         position_ids=None if position_ids is None else out.position_ids,
         inverse=out.inverse if return_inverse else None,
@@ -156,51 +152,17 @@ def topk_compact(
     return TopkCompactOutput._make([*first, *parts, out.cu_seqlens])
 
 
-def _reference(
-    hidden_states: Tensor,
-    scores: Tensor,
-    k: Tensor | None,
-    limit: int,
-    length: int,
-    valid_mask: Tensor | None,
-    position_ids: Tensor | None,
-    segments: Tensor | None,
-    packed: bool,
-    longest: int,
-    threshold: float | None,
-    left: bool,
-) -> TopkCompactOutput:
-    samples, num_tokens = scores.shape
-    valid_mask = reaching(scores, valid_mask, threshold)
-    ends: list[int] = []
-    if packed and segments is not None:
-        ends = segments.tolist()
-        segments = torch.tensor([[sum(end <= token for end in ends[1:]) for token in range(num_tokens)]])
-    per_sample = max(len(ends) - 1, 1)
-    counts = [[limit] * per_sample] * samples if k is None else k.reshape(samples, -1).tolist()
-    out = topk_compact_reference(
-        hidden_states, scores, counts, length,
-        valid_mask=valid_mask, position_ids=position_ids, segments=segments, left=left,
-    )  # fmt: skip
-    kept = [index for index in out.indices.flatten().tolist() if index >= 0]
-    bounds = torch.tensor([sum(index < end for index in kept) for end in ends], device=scores.device)
-    return out._replace(cu_seqlens=bounds)
-
-
 def _check_k(
     k: int | Tensor, shape: tuple[int, ...], segmented: bool, sequences: int | None, max_length: int | None
 ) -> int:
     """Check k and return the output length K."""
     batch, num_tokens = shape
     if isinstance(k, Tensor):
+        wanted: tuple[int, ...] = (batch,) if sequences is None else (sequences,)
+        layout = "[B] (or pass an int)" if sequences is None else "[S] with cu_seqlens (or pass an int)"
         if segmented:
-            check.require_ndim(OP, "k", k, 2, "[B, S] with segments")
-            check.require_shape(OP, "k", k, (batch, k.shape[1]), "[B, S] with segments")
-        elif sequences is not None:
-            check.require_shape(OP, "k", k, (sequences,), "[S] with cu_seqlens (or pass an int)")
-        else:
-            check.require_shape(OP, "k", k, (batch,), "[B] (or pass an int)")
-        check.require_dtype(OP, "k", k, check.INTEGERS, "use k.long()")
+            wanted, layout = (batch, k.shape[1] if k.ndim == 2 else -1), "[B, S] with segments"
+        check.require(OP, "k", k, layout, wanted, check.INTEGERS, None, "use k.long()")
         if max_length is None:  # the one synchronisation of a ragged call
             totals = k.clamp(min=0).sum(-1) if segmented or sequences is not None else k
             return min(max(int(totals.max()), 0), num_tokens) if totals.numel() else 0
@@ -248,21 +210,22 @@ def _forward(*arguments: Any) -> Outputs:
     if arguments[-1] == "triton":
         from toprl_kernels.topk.triton import topk_compact_triton
 
-        return topk_compact_triton(*arguments[:-1])
-    return topk_compact_eager(*arguments[:-1])
+        return topk_compact_triton(Selection(*arguments[:-1]))
+    return topk_compact_eager(Selection(*arguments[:-1]))
 
 
-def _forward_fake(hidden_states: Tensor, scores: Tensor, *arguments: Any) -> Outputs:
-    _, _, length, _, position_ids, segments, packed, _, _, _, inverse, _ = arguments
-    samples, num_tokens = scores.shape
-    indices = scores.new_empty(samples, length, dtype=torch.int64)
+def _forward_fake(*arguments: Any) -> Outputs:
+    x = Selection(*arguments[:-1])
+    samples, num_tokens = x.scores.shape
+    indices = x.scores.new_empty(samples, x.length, dtype=torch.int64)
+    positions = x.position_ids
     return (
-        hidden_states.new_empty(samples, length, hidden_states.shape[2]),
+        x.hidden_states.new_empty(samples, x.length, x.hidden_states.shape[2]),
         indices,
         torch.empty_like(indices, dtype=torch.bool),
-        indices.new_empty(0) if position_ids is None else position_ids.new_empty(*position_ids.shape[:-1], length),
-        indices.new_empty((samples, num_tokens) if inverse else 0),
-        indices.new_empty(segments.shape if packed else 0),
+        indices.new_empty(0) if positions is None else positions.new_empty(*positions.shape[:-1], x.length),
+        indices.new_empty((samples, num_tokens) if x.inverse else 0),
+        indices.new_empty(x.segments.shape if x.packed and x.segments is not None else 0),
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from toprl_kernels.topk.reference import as_type, by_bytes, reaching
+from toprl_kernels.topk.reference import Selection, as_type, by_bytes, reaching
 
 
 def unique_keys(scores: Tensor, valid_mask: Tensor | None) -> Tensor:
@@ -131,55 +131,36 @@ def gather_positions(position_ids: Tensor, indices: Tensor) -> Tensor:
     return position_ids.gather(-1, safe).masked_fill_(indices < 0, 0)
 
 
-def topk_compact_eager(
-    hidden_states: Tensor,
-    scores: Tensor,
-    k: Tensor | None,
-    limit: int,
-    length: int,
-    valid_mask: Tensor | None,
-    position_ids: Tensor | None,
-    segments: Tensor | None,
-    packed: bool,
-    longest: int,
-    threshold: float | None,
-    left: bool,
-    inverse: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Hidden states, indices, valid mask, position ids, inverse map and new cu_seqlens (empty when not asked for).
-
-    Args:
-        k: int64 [B], or [B, S] with segments; None for ``limit`` tokens of each.
-        segments: int64 [B, N], or, ``packed``, cu_seqlens [S + 1] with B = 1.
-        longest: tokens of the longest sequence of a packed batch; the kernels need it.
-    """
+def topk_compact_eager(x: Selection) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Hidden states, indices, valid mask, position ids, inverse map and new cu_seqlens (empty when not asked for)."""
+    scores, k, segments, length = x.scores, x.k, x.segments, x.length
     samples, num_tokens = scores.shape
-    valid_mask = reaching(scores, valid_mask, threshold)
+    valid_mask = reaching(scores, x.valid_mask, x.threshold)
     padded = k is not None or valid_mask is not None or segments is not None
     new_bounds = torch.empty(0, dtype=torch.int64, device=scores.device)
     if segments is not None:
         bounds = segments
-        if packed:
+        if x.packed:
             segments = torch.searchsorted(bounds[1:], torch.arange(num_tokens, device=bounds.device), right=True)[None]
-        quotas = bounds.new_full((1, len(bounds) - 1), limit) if k is None else k
+        quotas = bounds.new_full((1, len(bounds) - 1), x.limit) if k is None else k
         flags = choose_per_segment(scores, segments, quotas, valid_mask)
-        indices = compact_flags(flags, length, left)
-        if packed:
+        indices = compact_flags(flags, length, x.left)
+        if x.packed:
             new_bounds = torch.nn.functional.pad(flags[0].cumsum(0), (1, 0))[bounds].clamp_(max=length)
     elif padded:
-        taken = torch.full((1, 1), limit, device=scores.device) if k is None else k[:, None]
+        taken = torch.full((1, 1), x.limit, device=scores.device) if k is None else k[:, None]
         if valid_mask is not None:
             taken = taken.minimum(valid_mask.sum(dim=1, keepdim=True))
-        indices = select_ragged(unique_keys(scores, valid_mask), taken, length, left)
+        indices = select_ragged(unique_keys(scores, valid_mask), taken, length, x.left)
     else:
         indices = select_fixed(scores, length)
 
-    positions = indices.new_empty(0) if position_ids is None else gather_positions(position_ids, indices)
+    positions = indices.new_empty(0) if x.position_ids is None else gather_positions(x.position_ids, indices)
     slots = indices.new_empty(0)
-    if inverse:
+    if x.inverse:
         column = torch.where(indices >= 0, indices, num_tokens)  # one column takes the padding
         slots = indices.new_full((samples, num_tokens + 1), -1)
         slots.scatter_(1, column, torch.arange(length, device=scores.device).expand_as(column))
         slots = slots[:, :num_tokens].contiguous()
-    hidden = gather_rows(hidden_states, indices, padded)
+    hidden = gather_rows(x.hidden_states, indices, padded)
     return hidden, indices.contiguous(), indices >= 0, positions, slots, new_bounds

@@ -23,6 +23,24 @@ class TopkCompactOutput(NamedTuple):
     cu_seqlens: Tensor | None = None  # [S + 1], where each sequence begins in the output; None without cu_seqlens
 
 
+class Selection(NamedTuple):
+    """Arguments of a call, checked: what the implementations get."""
+
+    hidden_states: Tensor  # [B, N, d]
+    scores: Tensor  # [B, N]
+    k: Tensor | None  # int64 [B], or [B, S] with segments; None for ``limit`` tokens of each
+    limit: int
+    length: int  # K
+    valid_mask: Tensor | None  # [B, N]
+    position_ids: Tensor | None  # [B, N] or [3, B, N]
+    segments: Tensor | None  # int64 [B, N], or, ``packed``, cu_seqlens [S + 1] with B = 1
+    packed: bool
+    longest: int  # tokens of the longest sequence of a packed batch; the kernels need it
+    threshold: float | None
+    left: bool
+    inverse: bool
+
+
 def by_bytes(tensor: Tensor) -> Tensor:
     """View bool and float8 as uint8: neither kernels nor torch's indexing know all types of one byte."""
     return tensor.view(torch.uint8) if tensor.element_size() == 1 else tensor
@@ -71,18 +89,15 @@ def reaching(scores: Tensor, valid_mask: Tensor | None, threshold: float | None)
     return reaches if valid_mask is None else reaches & valid_mask
 
 
-def topk_compact_reference(
-    hidden_states: Tensor,  # [B, N, d]
-    scores: Tensor,  # [B, N]
-    counts: list[list[int]],  # k of each segment of each sample
-    length: int,  # K
-    *,
-    valid_mask: Tensor | None,  # [B, N]
-    position_ids: Tensor | None,  # [B, N] or [3, B, N]
-    segments: Tensor | None,  # [B, N], the segment of each token; None: one segment
-    left: bool,
-) -> TopkCompactOutput:
+def topk_compact_reference(x: Selection) -> TopkCompactOutput:
     """In each segment the best tokens; the first K of a sample in order of index."""
+    scores, segments, length, left = x.scores, x.segments, x.length, x.left
+    valid_mask, ends = reaching(scores, x.valid_mask, x.threshold), [0]
+    if x.packed and segments is not None:
+        ends = segments.tolist()
+        segments = torch.tensor([[sum(end <= token for end in ends[1:]) for token in range(scores.shape[1])]])
+    per_sample = max(len(ends) - 1, 1)
+    counts = [[x.limit] * per_sample] * len(scores) if x.k is None else x.k.reshape(len(scores), -1).tolist()
     chosen = []
     inverse = torch.full_like(scores, -1, dtype=torch.int64)
     for sample, values in enumerate(scores.tolist()):
@@ -96,10 +111,12 @@ def topk_compact_reference(
         for slot, token in enumerate(chosen[-1]):
             inverse[sample, token] = first + slot
     indices = slots_of(chosen, length, left, scores.device)
-    positions = position_ids
-    if position_ids is not None:
-        rows = position_ids if position_ids.ndim == 2 else position_ids.permute(1, 2, 0)
-        positions = gather_reference(rows, chosen, length, left)
-        positions = positions if position_ids.ndim == 2 else positions.permute(2, 0, 1)
-    hidden = gather_reference(hidden_states, chosen, length, left)
-    return TopkCompactOutput(hidden, indices, indices >= 0, positions, inverse)
+    positions = x.position_ids
+    if positions is not None:
+        rows = positions if positions.ndim == 2 else positions.permute(1, 2, 0)
+        gathered = gather_reference(rows, chosen, length, left)
+        positions = gathered if positions.ndim == 2 else gathered.permute(2, 0, 1)
+    hidden = gather_reference(x.hidden_states, chosen, length, left)
+    kept = [token for tokens in chosen for token in tokens]
+    bounds = torch.tensor([sum(token < end for token in kept) for end in ends], device=scores.device)
+    return TopkCompactOutput(hidden, indices, indices >= 0, positions, inverse, bounds)

@@ -11,45 +11,51 @@ several problems per row the selection writes flags, which a second one (of a si
 
 from __future__ import annotations
 
+from collections import namedtuple
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from toprl_kernels.configs import select
-from toprl_kernels.topk.reference import by_bytes
+from toprl_kernels.topk.reference import Selection, by_bytes
 from toprl_kernels.triton_common import ceil_div, host_int, next_power_of_2
 
 MAX_REGISTER_TOKENS = 4096  # above, the keys would spill
 CHUNK = 2048
 ROUNDS = 4  # bytes of a key
 
+# What kernels get, contiguous, None where there is none. The inputs; what travels along and its results, indices
+# [B, K], positions [P, B, K], inverse [B, N], lists [B, W]; the scratch of several chunks; and a tensor whose rows move
+Inputs = namedtuple("Inputs", "scores columns valid segments k num_tokens num_scores")
+Carried = namedtuple("Carried", "positions position_strides origins raster")
+Outputs = namedtuple("Outputs", "indices valid positions inverse counts columns origins slots raster listed")
+Scratch = namedtuple("Scratch", "histogram above always state")
+Moved = namedtuple("Moved", "source target batch head row column size")
+
 
 @triton.jit
-def load_keys(
-    scores_ptr, columns_ptr, valid_ptr, segments_ptr, row, segment, tokens, end, num_tokens, num_scores, threshold,
-    HAS_COLUMNS: tl.constexpr, DIFFERENCE: tl.constexpr, HAS_VALID: tl.constexpr, SEGMENTS: tl.constexpr,
-    HAS_THRESHOLD: tl.constexpr,
-):  # fmt: skip
+def load_keys(x, row, segment, tokens, end, threshold, DIFFERENCE: tl.constexpr, PACKED: tl.constexpr):
     """Order-preserving unsigned keys: 0 = not eligible, 1 = NaN, then -inf ... +inf; and which tokens always stay."""
     eligible = tokens < end
-    if HAS_VALID:
-        eligible = eligible & (tl.load(valid_ptr + row * num_tokens + tokens, mask=eligible, other=0) != 0)
-    if SEGMENTS == "ids":
-        eligible = eligible & (tl.load(segments_ptr + row * num_tokens + tokens, mask=eligible, other=-1) == segment)
+    if x.valid is not None:
+        eligible = eligible & (tl.load(x.valid + row * x.num_tokens + tokens, mask=eligible, other=0) != 0)
+    if x.segments is not None and not PACKED:
+        eligible = eligible & (tl.load(x.segments + row * x.num_tokens + tokens, mask=eligible, other=-1) == segment)
     always = tokens < 0
     column = tokens
-    if HAS_COLUMNS:
-        column = tl.load(columns_ptr + row * num_tokens + tokens, mask=eligible, other=-1).to(tl.int32)
+    if x.columns is not None:
+        column = tl.load(x.columns + row * x.num_tokens + tokens, mask=eligible, other=-1).to(tl.int32)
         always = eligible & (column < 0)
         eligible = eligible & (column >= 0)
     if DIFFERENCE:
-        source = scores_ptr + row * num_scores * 2 + column * 2
+        source = x.scores + row * x.num_scores * 2 + column * 2
         scores = tl.load(source, mask=eligible, other=0.0).to(tl.float32)
         scores = scores - tl.load(source + 1, mask=eligible, other=0.0).to(tl.float32)
     else:
-        scores = tl.load(scores_ptr + row * num_scores + column, mask=eligible, other=0).to(tl.float32)
-    if HAS_THRESHOLD:
+        scores = tl.load(x.scores + row * x.num_scores + column, mask=eligible, other=0).to(tl.float32)
+    if threshold is not None:
         eligible = eligible & (scores >= threshold)
     bits = (tl.where(scores == 0.0, 0.0, scores)).to(tl.uint32, bitcast=True)  # -0.0 becomes 0.0
     keys = tl.where((bits >> 31) != 0, bits ^ 0xFFFFFFFF, bits ^ 0x80000000).to(tl.uint32)
@@ -58,19 +64,23 @@ def load_keys(
 
 
 @triton.jit
-def bounds_of(segments_ptr, segment, num_tokens, SEGMENTS: tl.constexpr):
-    """First token of a problem and the one after its last."""
-    if SEGMENTS == "bounds":
-        return tl.load(segments_ptr + segment).to(tl.int32), tl.load(segments_ptr + segment + 1).to(tl.int32)
-    return num_tokens * 0, num_tokens + 0
+def problem_of(x, num_segments, PACKED: tl.constexpr):
+    """A program's row, segment, and the first token of its problem and the one after its last."""
+    row = (tl.program_id(0) // num_segments).to(tl.int64)
+    segment = tl.program_id(0) % num_segments
+    if PACKED:
+        start, end = tl.load(x.segments + segment).to(tl.int32), tl.load(x.segments + segment + 1).to(tl.int32)
+    else:
+        start, end = x.num_tokens * 0, x.num_tokens + 0
+    return row, segment, start, end
 
 
 @triton.jit
-def wanted(k_ptr, problem, num_eligible, limit, RAGGED: tl.constexpr):
+def wanted(x, problem, num_eligible, limit):
     """Tokens that a problem keeps."""
     count = tl.minimum(num_eligible, limit)
-    if RAGGED:
-        count = tl.minimum(count, tl.load(k_ptr + problem).to(tl.int32))
+    if x.k is not None:
+        count = tl.minimum(count, tl.load(x.k + problem).to(tl.int32))
     return count
 
 
@@ -99,10 +109,8 @@ def sum_chunks(histogram_ptr, num_chunks, chunk):
 
 @triton.jit(do_not_specialize=["limit", "threshold"])
 def topk_histogram_kernel(
-    scores_ptr, columns_ptr, valid_ptr, segments_ptr, k_ptr, histogram_ptr, above_ptr, always_ptr, state_ptr,
-    num_problems, num_segments, num_tokens, num_scores, num_chunks, limit, threshold,
-    ROUND: tl.constexpr, BLOCK_N: tl.constexpr, RAGGED: tl.constexpr, HAS_COLUMNS: tl.constexpr,
-    DIFFERENCE: tl.constexpr, HAS_VALID: tl.constexpr, SEGMENTS: tl.constexpr, HAS_THRESHOLD: tl.constexpr,
+    x, scratch, num_problems, num_segments, num_chunks, limit, threshold,
+    ROUND: tl.constexpr, BLOCK_N: tl.constexpr, DIFFERENCE: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
     """Histogram [rounds, problems, chunks, 256] of byte ROUND of the keys whose earlier bytes are the k-th key's.
 
@@ -110,9 +118,8 @@ def topk_histogram_kernel(
     ``above`` [problems, chunks] counts the keys that are larger in an earlier byte.
     """
     problem, chunk = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    row = (tl.program_id(0) // num_segments).to(tl.int64)
-    segment = tl.program_id(0) % num_segments
-    start, end = bounds_of(segments_ptr, segment, num_tokens, SEGMENTS)
+    row, segment, start, end = problem_of(x, num_segments, PACKED)
+    histogram_ptr, above_ptr, always_ptr, state_ptr = scratch
     digits = tl.arange(0, 256)
     slot = problem * num_chunks + chunk
     prefix = tl.zeros([], tl.int64)
@@ -122,7 +129,7 @@ def topk_histogram_kernel(
         state = state_ptr + ((ROUND - 1) * num_problems + problem) * 2
         seen = tl.zeros([], tl.int32)
         if ROUND == 1:
-            count = wanted(k_ptr, problem, tl.sum(total, 0), limit, RAGGED)
+            count = wanted(x, problem, tl.sum(total, 0), limit)
             remaining = count
             if chunk == 0:
                 tl.store(state + 1, count.to(tl.int64))
@@ -140,10 +147,7 @@ def topk_histogram_kernel(
             tl.store(state + 1, remaining.to(tl.int64))
 
     tokens = start + chunk * BLOCK_N + tl.arange(0, BLOCK_N)
-    keys, always = load_keys(
-        scores_ptr, columns_ptr, valid_ptr, segments_ptr, row, segment, tokens, end, num_tokens, num_scores, threshold,
-        HAS_COLUMNS, DIFFERENCE, HAS_VALID, SEGMENTS, HAS_THRESHOLD,
-    )  # fmt: skip  # [N]
+    keys, always = load_keys(x, row, segment, tokens, end, threshold, DIFFERENCE, PACKED)  # [N]
     counted = keys != 0
     wide = keys.to(tl.int64)
     if ROUND > 0:
@@ -174,40 +178,31 @@ def find_in_registers(keys, count):
 
 @triton.jit(do_not_specialize=["limit", "length", "width", "threshold"])
 def topk_select_kernel(
-    scores_ptr, columns_ptr, valid_ptr, segments_ptr, k_ptr, position_ptr, origins_ptr, raster_ptr,
-    indices_ptr, out_valid_ptr, out_position_ptr, inverse_ptr, counts_ptr,
-    out_columns_ptr, out_origins_ptr, out_slots_ptr, out_raster_ptr, out_listed_ptr,
-    histogram_ptr, above_ptr, always_ptr, state_ptr, stride_pr, stride_pb, stride_pn,
-    num_rows, num_segments, num_tokens, num_scores, num_chunks, limit, length, width, threshold,
-    ROUNDS: tl.constexpr, BLOCK_N: tl.constexpr, RAGGED: tl.constexpr, HAS_COLUMNS: tl.constexpr,
-    DIFFERENCE: tl.constexpr, HAS_VALID: tl.constexpr, SEGMENTS: tl.constexpr, HAS_THRESHOLD: tl.constexpr,
+    x, carried, out, scratch, num_rows, num_segments, num_chunks, limit, length, width, threshold,
+    ROUNDS: tl.constexpr, BLOCK_N: tl.constexpr, DIFFERENCE: tl.constexpr, PACKED: tl.constexpr,
     POSITION_ROWS: tl.constexpr, LEFT: tl.constexpr, INVERSE: tl.constexpr, FLAGS: tl.constexpr,
-    HAS_ORIGINS: tl.constexpr,
 ):  # fmt: skip
     """Find the k-th largest key of a problem, in registers or (ROUNDS > 0) from histograms, and write the selection.
 
-    Grid (problems, chunks). Outputs are contiguous [B, K] (positions [P, B, K], inverse [B, N], lists [B, W]).
+    Grid (problems, chunks).
     """
     problem, chunk = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    row = (tl.program_id(0) // num_segments).to(tl.int64)
-    segment = tl.program_id(0) % num_segments
-    start, end = bounds_of(segments_ptr, segment, num_tokens, SEGMENTS)
+    row, segment, start, end = problem_of(x, num_segments, PACKED)
+    num_tokens = x.num_tokens
+    histogram_ptr, above_ptr, always_ptr, state_ptr = scratch
     tokens = start + chunk * BLOCK_N + tl.arange(0, BLOCK_N)
-    keys, always = load_keys(
-        scores_ptr, columns_ptr, valid_ptr, segments_ptr, row, segment, tokens, end, num_tokens, num_scores, threshold,
-        HAS_COLUMNS, DIFFERENCE, HAS_VALID, SEGMENTS, HAS_THRESHOLD,
-    )  # fmt: skip  # [N]
+    keys, always = load_keys(x, row, segment, tokens, end, threshold, DIFFERENCE, PACKED)  # [N]
     above_seen = tl.zeros([], tl.int32)  # in earlier chunks
     equal_seen = tl.zeros([], tl.int32)
     always_seen = tl.zeros([], tl.int32)
     num_always = tl.zeros([], tl.int32)
     if ROUNDS == 0:
-        count = wanted(k_ptr, problem, tl.sum((keys != 0).to(tl.int32), 0), limit, RAGGED)
+        count = wanted(x, problem, tl.sum((keys != 0).to(tl.int32), 0), limit)
         found = find_in_registers(keys, count)
         above = keys > found.to(tl.uint32)
         equal = (keys == found.to(tl.uint32)) & (keys != 0)
         ties = count - tl.sum(above.to(tl.int32), 0)
-        if HAS_COLUMNS:
+        if x.columns is not None:
             num_always = tl.sum(always.to(tl.int32), 0)
     else:
         num_problems = tl.num_programs(0)
@@ -215,7 +210,7 @@ def topk_select_kernel(
         total, before = sum_chunks(histogram_ptr + last * 256, num_chunks, chunk)
         prefix = tl.zeros([], tl.int64)
         if ROUNDS == 1:
-            count = wanted(k_ptr, problem, tl.sum(total, 0), limit, RAGGED)
+            count = wanted(x, problem, tl.sum(total, 0), limit)
             remaining = count
         else:
             count = tl.load(state_ptr + problem * 2 + 1).to(tl.int32)
@@ -231,7 +226,7 @@ def topk_select_kernel(
             slot = problem * num_chunks + other
             if ROUNDS > 1:
                 above_seen += tl.where(other < chunk, tl.load(above_ptr + slot), 0)
-            if HAS_COLUMNS:
+            if x.columns is not None:
                 stays = tl.load(always_ptr + slot)
                 num_always += stays
                 always_seen += tl.where(other < chunk, stays, 0)
@@ -245,69 +240,69 @@ def topk_select_kernel(
     taken = above | (equal & (equal_before < ties))
     ranks = (pairs >> 16) + above_seen + tl.minimum(equal_before, ties)  # among the chosen by score
     if FLAGS:
-        tl.store(counts_ptr + problem, count.to(tl.int64), mask=chunk == 0)
-        tl.store(out_valid_ptr + row * num_tokens + tokens, 1, mask=taken)
+        tl.store(out.counts + problem, count.to(tl.int64), mask=chunk == 0)
+        tl.store(out.valid + row * num_tokens + tokens, 1, mask=taken)
         return
     slots, chosen, total_kept = ranks, taken, count
-    if HAS_COLUMNS:
+    if x.columns is not None:
         stays = always.to(tl.int32)
         slots = ranks + always_seen + tl.cumsum(stays, 0) - stays
         chosen = taken | always
         total_kept = count + num_always
     first = length - total_kept if LEFT else 0
     slots = slots + first
-    if HAS_COLUMNS:  # a caller's length may be too short
+    if x.columns is not None:  # a caller's length may be too short
         chosen = chosen & (slots >= 0) & (slots < length)
-    out = row * length
+    first_slot = row * length
     is_slot = (tokens >= first) & (tokens < first + total_kept)
     padding = (tokens < length) & (is_slot == 0)  # length <= num_tokens, so every slot has its turn
-    tl.store(indices_ptr + out + slots, tokens, mask=chosen)
-    tl.store(indices_ptr + out + tokens, -1, mask=padding)
-    tl.store(out_valid_ptr + out + tokens, is_slot, mask=tokens < length)
+    tl.store(out.indices + first_slot + slots, tokens, mask=chosen)
+    tl.store(out.indices + first_slot + tokens, -1, mask=padding)
+    tl.store(out.valid + first_slot + tokens, is_slot, mask=tokens < length)
     if INVERSE:
-        tl.store(inverse_ptr + row * num_tokens + tokens, tl.where(chosen, slots, -1), mask=tokens < num_tokens)
+        tl.store(out.inverse + row * num_tokens + tokens, tl.where(chosen, slots, -1), mask=tokens < num_tokens)
     origin = tokens.to(tl.int64)
-    if HAS_ORIGINS:
-        origin = tl.load(origins_ptr + row * num_tokens + tokens, mask=chosen, other=0)
+    if carried.origins is not None:
+        origin = tl.load(carried.origins + row * num_tokens + tokens, mask=chosen, other=0)
     for plane in tl.static_range(POSITION_ROWS):
-        source = position_ptr + plane * stride_pr + row * stride_pb + origin * stride_pn
-        target = out_position_ptr + (row + plane * num_rows) * length
+        stride_p, stride_b, stride_n = carried.position_strides
+        source = carried.positions + plane * stride_p + row * stride_b + origin * stride_n
+        target = out.positions + (row + plane * num_rows) * length
         tl.store(target + slots, tl.load(source, mask=chosen, other=0), mask=chosen)
         tl.store(target + tokens, 0, mask=padding)
-    if HAS_COLUMNS:
-        tl.store(out_origins_ptr + out + slots, origin, mask=chosen)
-        tl.store(out_origins_ptr + out + tokens, 0, mask=padding)
-        tl.store(out_columns_ptr + out + slots, tl.where(taken, ranks, -1), mask=chosen)
-        tl.store(out_columns_ptr + out + tokens, -1, mask=padding)
+    if x.columns is not None:
+        tl.store(out.origins + first_slot + slots, origin, mask=chosen)
+        tl.store(out.origins + first_slot + tokens, 0, mask=padding)
+        tl.store(out.columns + first_slot + slots, tl.where(taken, ranks, -1), mask=chosen)
+        tl.store(out.columns + first_slot + tokens, -1, mask=padding)
         listed, unlisted = row * width, (tokens >= count) & (tokens < width)
         taken = chosen & taken & (ranks < width)
-        tl.store(out_slots_ptr + listed + ranks, slots, mask=taken)
-        tl.store(out_slots_ptr + listed + tokens, 0, mask=unlisted)
-        column = tl.load(columns_ptr + row * num_tokens + tokens, mask=taken, other=0)
-        raster = tl.load(raster_ptr + row * num_scores + column, mask=taken, other=0)
-        tl.store(out_raster_ptr + listed + ranks, raster, mask=taken)
-        tl.store(out_raster_ptr + listed + tokens, -1, mask=unlisted)
-        tl.store(out_listed_ptr + listed + tokens, tokens < count, mask=tokens < width)
+        tl.store(out.slots + listed + ranks, slots, mask=taken)
+        tl.store(out.slots + listed + tokens, 0, mask=unlisted)
+        column = tl.load(x.columns + row * num_tokens + tokens, mask=taken, other=0)
+        raster = tl.load(carried.raster + row * x.num_scores + column, mask=taken, other=0)
+        tl.store(out.raster + listed + ranks, raster, mask=taken)
+        tl.store(out.raster + listed + tokens, -1, mask=unlisted)
+        tl.store(out.listed + listed + tokens, tokens < count, mask=tokens < width)
 
 
 @triton.jit
-def copy_rows(source_ptr, out_ptr, index, rows, in_range, dims, size, stride_n, stride_d):
+def copy_rows(x, sample, head, first_row, index, rows, in_range, dims):
     """[R, D] rows, zero where the index is -1."""
-    dim_ok = (dims < size)[None, :]
-    source = source_ptr + index[:, None] * stride_n + dims.to(tl.int64)[None, :] * stride_d
+    dim_ok = (dims < x.size)[None, :]
+    source = x.source + sample * x.batch + head * x.head
+    source = source + index[:, None] * x.row + dims.to(tl.int64)[None, :] * x.column
     tile = tl.load(source, mask=(index >= 0)[:, None] & dim_ok, other=0)
-    tl.store(out_ptr + rows.to(tl.int64)[:, None] * size + dims[None, :], tile, mask=in_range[:, None] & dim_ok)
+    target = x.target + first_row * x.size + rows.to(tl.int64)[:, None] * x.size + dims[None, :]
+    tl.store(target, tile, mask=in_range[:, None] & dim_ok)
 
 
 @triton.jit(do_not_specialize=["length"])
 def topk_gather_kernel(
-    a_ptr, b_ptr, c_ptr, d_ptr, indices_ptr, origins_ptr, out_a_ptr, out_b_ptr, out_c_ptr, out_d_ptr,
-    stride_ab, stride_ah, stride_an, stride_ad, stride_bb, stride_bh, stride_bn, stride_bd,
-    stride_cb, stride_ch, stride_cn, stride_cd, stride_db, stride_dh, stride_dn, stride_dd,
-    num_heads, num_row_blocks, length, size_a, size_b, size_c, size_d, num_blocks,
-    BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_W: tl.constexpr, HAS_ORIGINS: tl.constexpr,
+    first, others, indices_ptr, origins_ptr, num_heads, num_row_blocks, length, num_blocks,
+    BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_W: tl.constexpr,
 ):  # fmt: skip
-    """out[b, h, r] = x[b, h, indices[b, r]] of up to four tensors, zero where the index is -1.
+    """out[b, h, r] = x[b, h, indices[b, r]] of several tensors, zero where the index is -1.
 
     The first is cut into blocks of its last dimension, the others are not; they go by ``origins`` where there are any.
     Grid (B * H * row blocks, blocks + other tensors).
@@ -320,25 +315,15 @@ def topk_gather_kernel(
     index = tl.load(indices_ptr + sample * length + rows, mask=in_range, other=-1)  # [R]
     out = matrix.to(tl.int64) * length
     if part < num_blocks:
-        dims = part * BLOCK_D + tl.arange(0, BLOCK_D)
-        source = a_ptr + sample * stride_ab + head * stride_ah
-        copy_rows(source, out_a_ptr + out * size_a, index, rows, in_range, dims, size_a, stride_an, stride_ad)
+        copy_rows(first, sample, head, out, index, rows, in_range, part * BLOCK_D + tl.arange(0, BLOCK_D))
     else:
         origin = index
-        if HAS_ORIGINS:
+        if origins_ptr is not None:
             origin = tl.load(origins_ptr + sample * length + rows, mask=in_range, other=0)
             origin = tl.where(index >= 0, origin, -1)
-        columns = tl.arange(0, BLOCK_W)
-        # pointers of several types need names of their own
-        if part == num_blocks:
-            source_b = b_ptr + sample * stride_bb + head * stride_bh
-            copy_rows(source_b, out_b_ptr + out * size_b, origin, rows, in_range, columns, size_b, stride_bn, stride_bd)
-        elif part == num_blocks + 1:
-            source_c = c_ptr + sample * stride_cb + head * stride_ch
-            copy_rows(source_c, out_c_ptr + out * size_c, origin, rows, in_range, columns, size_c, stride_cn, stride_cd)
-        else:
-            source_d = d_ptr + sample * stride_db + head * stride_dh
-            copy_rows(source_d, out_d_ptr + out * size_d, origin, rows, in_range, columns, size_d, stride_dn, stride_dd)
+        for number in tl.static_range(len(others)):
+            if part == num_blocks + number:
+                copy_rows(others[number], sample, head, out, origin, rows, in_range, tl.arange(0, BLOCK_W))
 
 
 @triton.jit(do_not_specialize=["length"])
@@ -365,8 +350,8 @@ def topk_scatter_kernel(
 def select_tokens(
     scores: Tensor,  # [B, V], or [B, V, 2] for keep and drop logits
     num_tokens: int,
-    length: int,
     *,
+    length: int,
     k: Tensor | None,
     limit: int,
     valid_mask: Tensor | None = None,
@@ -415,15 +400,15 @@ def select_tokens(
     def launch(by: Tensor, mask: Tensor | None, number: int, rounds: int, target: Tensor, flags: bool) -> None:
         """Select by scores, to flags if these have several problems, or by flags, which needs a single round."""
         first = by is scores
-        fill = indices  # for pointers that are not read
-        ragged = k is not None and first
-        inputs = [by, columns, mask, segments if first else None, k if ragged else None]
-        given = [fill if part is None else by_bytes(part) for part in inputs]
-        carried = [fill if part is None else part for part in (position_ids, origins, raster)]
-        names = ("positions", "inverse"), ("columns", "origins", "slots", "raster", "listed")
-        outputs = [indices, target.view(torch.uint8), *(out[name] for name in names[0]), counts]
-        outputs += [by_bytes(out.get(name, fill)) for name in names[1]]
-        limits = limit if first else length, length, width, threshold or 0.0
+        given = [by, columns, mask, segments if first else None, k if first else None]
+        dense = [part if part is None else by_bytes(part) for part in given]
+        inputs = Inputs._make([*dense, num_tokens, by.shape[1]])
+        strides = None if position_ids is None else position_ids.stride()
+        outputs = Outputs(
+            indices, target.view(torch.uint8), out["positions"], out["inverse"], counts,
+            *(by_bytes(out[name]) if name in out else None for name in Outputs._fields[5:]),
+        )  # fmt: skip
+        limits = limit if first else length, threshold if first else None
         size = longest if packed and first else num_tokens
         chunks = 1 if size <= MAX_REGISTER_TOKENS else ceil_div(size, CHUNK)
         rounds = 0 if chunks == 1 else rounds
@@ -432,23 +417,19 @@ def select_tokens(
         grid = (rows * number, chunks)
         histogram = new(rounds, *grid, 256, dtype=torch.int32)
         above, stays = new(2, *grid, dtype=torch.int32).unbind()
-        state = new(max(rounds, 1), rows * number, 2)
+        scratch = Scratch(histogram, above, stays, new(max(rounds, 1), rows * number, 2))
         keys = dict(
-            BLOCK_N=block, RAGGED=ragged, HAS_COLUMNS=columns is not None, DIFFERENCE=by.ndim == 3,
-            HAS_VALID=mask is not None, SEGMENTS=("bounds" if packed else "ids") if flags else "none",
-            HAS_THRESHOLD=threshold is not None and first, num_warps=config.num_warps, enable_fp_fusion=True,
+            BLOCK_N=block, DIFFERENCE=by.ndim == 3, PACKED=packed and first, num_warps=config.num_warps,
+            enable_fp_fusion=True,
         )  # fmt: skip
         for number_of_round in range(rounds):
             topk_histogram_kernel[grid](
-                *given, histogram, above, stays, state, rows * number, number, num_tokens, by.shape[1], chunks,
-                limits[0], limits[3], ROUND=number_of_round, **keys,
-            )  # fmt: skip
+                inputs, scratch, rows * number, number, chunks, *limits, ROUND=number_of_round, **keys
+            )
         topk_select_kernel[grid](
-            *given, *carried, *outputs, histogram, above, stays, state,
-            *((0, 0, 0) if position_ids is None else position_ids.stride()),
-            rows, number, num_tokens, by.shape[1], chunks, *limits,
-            ROUNDS=rounds, POSITION_ROWS=0 if position_ids is None else position_ids.shape[0], LEFT=left,
-            INVERSE=inverse, FLAGS=flags, HAS_ORIGINS=origins is not None, **keys,
+            inputs, Carried(position_ids, strides, origins, raster), outputs, scratch, rows, number, chunks,
+            limits[0], length, width, limits[1], ROUNDS=rounds, LEFT=left, INVERSE=inverse, FLAGS=flags,
+            POSITION_ROWS=0 if position_ids is None else position_ids.shape[0], **keys,
         )  # fmt: skip
 
     with torch.cuda.device_of(scores):
@@ -481,23 +462,20 @@ def _as_real(tensor: Tensor) -> Tensor:
 
 
 def gather_heads(tensors: list[Tensor], indices: Tensor, origins: Tensor | None = None) -> list[Tensor]:
-    """x[b, h, indices[b, r]] of up to four tensors [B, H, N, d] in one launch; the others than the first by origins."""
+    """x[b, h, indices[b, r]] of several tensors [B, H, N, d] in one launch; the others than the first by origins."""
     samples, heads = tensors[0].shape[:2]
     length = indices.shape[1]
     outputs = [x.new_empty(samples, heads, length, x.shape[3]) for x in tensors]
     if samples and heads and length:
         sources, targets = [_as_real(x) for x in tensors], [_as_real(x) for x in outputs]
-        fill = 4 - len(tensors)
         sizes = [source.shape[3] for source in sources]
-        strides = [stride for source in sources for stride in source.stride()] + [0] * 4 * fill
         rows, block_d, block_w, num_warps = row_config("topk_gather", sizes, indices.device)
-        blocks, row_blocks, indices = ceil_div(sizes[0], block_d), ceil_div(length, rows), indices.contiguous()
+        blocks, row_blocks = ceil_div(sizes[0], block_d), ceil_div(length, rows)
+        first, *others = map(Moved, sources, targets, *zip(*(x.stride() for x in sources), strict=True), sizes)
         with torch.cuda.device_of(indices):
-            topk_gather_kernel[(samples * heads * row_blocks, blocks + len(tensors) - 1)](
-                *sources, *[indices] * fill, indices, indices if origins is None else origins,
-                *targets, *[indices] * fill, *strides, heads, row_blocks, length, *sizes, *[1] * fill, blocks,
-                BLOCK_R=rows, BLOCK_D=block_d, BLOCK_W=block_w, HAS_ORIGINS=origins is not None,
-                num_warps=num_warps, enable_fp_fusion=True,
+            topk_gather_kernel[(samples * heads * row_blocks, blocks + len(others))](
+                first, tuple(others), indices.contiguous(), origins, heads, row_blocks, length, blocks,
+                BLOCK_R=rows, BLOCK_D=block_d, BLOCK_W=block_w, num_warps=num_warps, enable_fp_fusion=True,
             )  # fmt: skip
     return outputs
 
@@ -517,26 +495,11 @@ def scatter_heads(gradient: Tensor, indices: Tensor, num_tokens: int) -> Tensor:
     return output
 
 
-def topk_compact_triton(
-    hidden_states: Tensor,
-    scores: Tensor,
-    k: Tensor | None,
-    limit: int,
-    length: int,
-    valid_mask: Tensor | None,
-    position_ids: Tensor | None,
-    segments: Tensor | None,
-    packed: bool,
-    longest: int,
-    threshold: float | None,
-    left: bool,
-    inverse: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+def topk_compact_triton(x: Selection) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Same contract as :func:`topk_compact_eager`."""
-    out = select_tokens(
-        scores, scores.shape[1], length, k=k, limit=limit, valid_mask=valid_mask, position_ids=position_ids,
-        segments=segments, packed=packed, longest=longest, threshold=threshold, left=left, inverse=inverse,
-    )  # fmt: skip
-    indices, bounds = out["indices"], out["bounds"] if packed else out["indices"].new_empty(0)
+    options = x._asdict()
+    hidden_states = options.pop("hidden_states")
+    out = select_tokens(num_tokens=x.scores.shape[1], **options)
+    indices, bounds = out["indices"], out["bounds"] if x.packed else out["indices"].new_empty(0)
     (hidden,) = gather_heads([hidden_states[:, None]], indices)
     return hidden[:, 0], indices, out["valid"], out["positions"], out["inverse"], bounds
