@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from PIL import Image
 from torch import Tensor
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, AutoConfig, PreTrainedConfig
 from transformers.image_utils import load_image
 
 from toprl_models.families import family_of, min_stage_of
@@ -177,10 +177,12 @@ class CancelWhenGone:
                     return
 
         tasks = [asyncio.ensure_future(self.app(scope, messages.get, send)), asyncio.ensure_future(listen())]
-        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-        answered = tasks[0].done()
-        for task in tasks:
-            task.cancel()
+        try:
+            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            answered = tasks[0].done()
+            for task in tasks:
+                task.cancel()
         await asyncio.wait(tasks)
         if answered:
             await tasks[0]  # raises what the app raised
@@ -239,6 +241,8 @@ def prepare(config: PreTrainedConfig, options: argparse.Namespace) -> tuple[Poli
         ValueError: unknown method, an impossible budget, or a policy that does not go with method or model.
         TypeError: a class of models that cannot be pruned.
     """
+    if type(config) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+        raise TypeError(f"a {config.model_type} model takes no images; name an image-text model of docs/families.md")
     method = method_of(options.method)
     if options.policy is not None and not method.trained:
         raise ValueError(f"--policy {options.policy}: --method {method.name} takes no policy; leave one of the two out")
@@ -298,7 +302,8 @@ def make_server(arguments: Sequence[str] | None = None) -> uvicorn.Server:
     """
     parser, options = parse(arguments)
     try:
-        policy, schedule = prepare(AutoConfig.from_pretrained(options.model), options)
+        name, _, revision = ModelManager.process_model_name(options.model).partition("@")
+        policy, schedule = prepare(AutoConfig.from_pretrained(name, revision=revision), options)
         models = PrunedModels(
             policy,
             schedule,

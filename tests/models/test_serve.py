@@ -234,20 +234,33 @@ def test_a_client_that_disconnects_from_a_stream(served: Served) -> None:
     assert not not_stopped
 
 
-def test_a_client_that_does_not_wait_for_its_answer(served: Served) -> None:
-    """Its request stops; one of its that is still in the queue is dropped."""
+def test_clients_that_do_not_wait_for_their_answers(served: Served) -> None:
+    """The next request comes after theirs in the queue, and none of them ran to its end."""
     import openai
 
     with ThreadPoolExecutor(2) as pool:
-        waits = [pool.submit(served.ask, SCENE, QUESTIONS[0], MANY, timeout=0.3) for _ in range(2)]
+        waits = [pool.submit(served.ask, SCENE, QUESTIONS[0], MANY, timeout=0.5) for _ in range(2)]
         for wait in waits:
             with pytest.raises(openai.APITimeoutError):
                 wait.result()
     served.ask(SCENE, QUESTIONS[1])
-    (_, _, new, stopped), (*_, not_stopped) = served.requests(2)
-    assert stopped and int(new) < MANY
-    assert not not_stopped
-    assert any("dropped before its turn" in line for line in served.lines)
+    *gone, (_, _, new, stopped) = served.requests(1)
+    assert all(stopped and int(new) < MANY for _, _, new, stopped in gone)
+    assert int(new) == FEW and not stopped
+
+
+def test_a_client_that_has_gone_before_its_turn() -> None:
+    from toprl_models.serve import ClientGone, in_turn
+
+    model, processor = tiny.load()
+    inputs = processor(images=SCENE, text=tiny.prompt(QUESTIONS[0]), return_tensors="pt")
+    length = inputs["input_ids"].shape[1]
+    gone = ClientGone()
+    with attach(model, FastV(), schedule=schedule_for(model, "fastv", keep=0.25)) as pruner:
+        call = in_turn(model.generate, pruner, threading.Lock())
+        assert call(**inputs, max_new_tokens=1, stopping_criteria=[gone]).shape[1] == length + 1
+        gone.event.set()
+        assert call(**inputs, max_new_tokens=1, stopping_criteria=[gone]).shape[1] == length
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -275,7 +288,8 @@ def test_a_request_without_image(served: Served) -> None:
 
 def test_health_while_a_request_runs(served: Served) -> None:
     stream = served.ask(SCENE, QUESTIONS[0], MANY, stream=True)
-    next(stream)
+    for _ in range(3):
+        next(stream)
     with urllib.request.urlopen(f"{served.url}/health", timeout=10) as response:
         assert json.load(response) == {"status": "ok"}
     stream.close()
@@ -320,7 +334,7 @@ def test_a_trained_policy(tmp_path: Path) -> None:
         ([MODEL, *COMMAND, "--num_visual", "64"], "--num_visual 64: .*leave it out"),
         ([MODEL, "--method", "toprl", "--keep", "0.25"], "'toprl' needs a trained policy: the folder"),
         ([MODEL, *COMMAND, "--policy", "x"], "--policy x: --method fastv takes no policy; leave one of the two out"),
-        ([MODEL, "--policy", "nowhere", "--keep", "0.25"], "policy=nowhere: give a folder"),
+        ([MODEL, "--policy", "no/policy/here", "--keep", "0.25"], "policy=no/policy/here: give a folder"),
         ([MODEL, *COMMAND, "--max_pixels", "0"], "--max_pixels 0 must be positive"),
         ([MODEL, *COMMAND, "--continuous_batching"], "--continuous_batching would run unpruned; leave it out"),
         ([MODEL, *COMMAND, "--continuous-batching"], "--continuous_batching would run unpruned; leave it out"),
@@ -336,3 +350,12 @@ def test_a_command_line_that_is_wrong(arguments: list[str], message: str, capsys
         make_server(arguments)
     assert stopped.value.code == 2
     assert re.search(message, capsys.readouterr().err.split("error: ")[-1], flags=re.DOTALL)
+
+
+def test_a_model_without_images_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    from toprl_models.serve import make_server
+
+    tiny.load()[0].config.text_config.save_pretrained(tmp_path)
+    with pytest.raises(SystemExit):
+        make_server([str(tmp_path), *COMMAND])
+    assert "a llama model takes no images; name an image-text model" in capsys.readouterr().err
