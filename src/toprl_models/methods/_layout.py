@@ -10,12 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from toprl_models.runtime.scores import attention_of
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 # Parameters that are a class token: CLIP's, and that of ViT and its relatives
 CLASS_TOKENS = ("class_embedding", "cls_token")
@@ -43,9 +42,10 @@ def projector_of(model: PreTrainedModel) -> nn.Module | None:
     Raises:
         ValueError: there are several candidates.
     """
-    found = {
-        name: module for name, module in model.base_model.named_children() if not isinstance(module, PreTrainedModel)
-    }
+    from transformers import PreTrainedModel
+
+    children = model.base_model.named_children()
+    found = {name: module for name, module in children if not isinstance(module, PreTrainedModel)}
     if len(found) > 1:
         raise ValueError(f"model: which of {', '.join(found)} of {type(model).__name__} makes visual tokens?")
     return next(iter(found.values()), None)
