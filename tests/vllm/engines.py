@@ -95,7 +95,8 @@ def by_attach(model: Any, processor: Any, request: Request, options: dict[str, A
     read = PruningOptions.read(options)
     policy = read.prepare(model.config)
     inputs = _inputs(processor, request)
-    if len(request.images) == 1:
+    # VisionZip shares a prompt's tokens among pictures of the same size evenly
+    if len(request.images) == 1 or read.method == "visionzip":
         with attach(model, policy, schedule=read.schedule):
             return _generated(model, inputs)
     raster, start = [], 0

@@ -66,6 +66,7 @@ def chat(url: str) -> dict[str, Any]:
         "max_tokens": 1,
         "temperature": 0,
         "logprobs": True,
+        "add_special_tokens": True,  # the template has no beginning
     }
     request = urllib.request.Request(
         f"{url}/v1/chat/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
