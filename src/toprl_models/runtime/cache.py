@@ -6,6 +6,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -208,7 +209,7 @@ class LayerKeys:
         view: the cache as this layer has it; None without a cache.
         past: keys that were cached before.
         valid: bool ``[B, keys]``, False for padding; None where none is.
-        origins: int64 ``[B or 1, keys]``, the slot of each in the sequence; None where it is their number.
+        origins: returns int64 ``[B or 1, keys]``, the slot of each in the sequence; None where it is their number.
         whole: tokens of the sequence, those of this pass included.
         earlier: int64 ``[B]``, by how much earlier passes moved later positions down; None: by nothing.
         is_static_step: whether one token enters a cache of fixed size. Its length is on the device, and a compiled step
@@ -218,7 +219,7 @@ class LayerKeys:
     view: LayerView | None
     past: int
     valid: Tensor | None
-    origins: Tensor | None = None
+    origins: Callable[[], Tensor | None] = lambda: None
     whole: int = 0
     earlier: Tensor | None = None
     is_static_step: bool = False
@@ -240,7 +241,7 @@ def layer_keys(
     """
     segment, keeps = forward.segment, number == forward.current
     if cache is None:
-        return LayerKeys(None, 0, segment.valid, segment.slots, forward.length)
+        return LayerKeys(None, 0, segment.valid, lambda: segment.slots, forward.length)
     state: CacheState | None = getattr(cache, "_toprl_state", None)
     if forward.prunes and keeps:
         state = enter_cache(forward, cache, num_stages)
@@ -262,11 +263,14 @@ def layer_keys(
     if past:  # without a state earlier turns had no images, but may have had padding
         stored = state.masks.get(number) if state is not None else forward.past_valid
     valid = extend_mask(stored, segment.valid, past, hidden_states)
-    origins = key_origins(forward, number, state, int(past), hidden_states)
+    # asked for now where it is noted, else when a mask needs it
+    find: Callable[[], Tensor | None] = partial(key_origins, forward, number, state, int(past), hidden_states)
     lacks = state.lacks.get(number, 0) if state is not None and past else 0
     whole = forward.past + forward.length if forward.prunes else int(past) + hidden_states.shape[1] + lacks
     if state is not None and keeps:
         if forward.prunes or not past:
+            origins = find()
+            find = partial(_same, origins)
             state.origins.pop(number, None)
             state.lacks.pop(number, None)
             if origins is not None:
@@ -277,7 +281,11 @@ def layer_keys(
                 state.masks[number] = valid
         if segment.shift is not None:
             state.shifts[number] = segment.shift if earlier is None else segment.shift + earlier
-    return LayerKeys(view, past, valid, origins, whole, earlier)
+    return LayerKeys(view, past, valid, find, whole, earlier)
+
+
+def _same(value: Tensor | None) -> Tensor | None:
+    return value
 
 
 def key_origins(
@@ -286,8 +294,8 @@ def key_origins(
     """Find the slot in the sequence of ``past`` cached keys and of this pass: int64 [B or 1, n]; None: its own."""
     slots = forward.segment.slots if forward.prunes else None
     stored = state.origins.get(number) if state is not None and past else None
-    if slots is None and stored is None:
-        return None
+    if stored is None and (slots is None or not (past or forward.past)):
+        return slots
     known = 0 if stored is None else min(past, stored.shape[1])  # decoding may have been rolled back
     later = torch.arange(known, past + (hidden_states.shape[1] if slots is None else 0), device=hidden_states.device)
     if stored is not None:

@@ -166,7 +166,8 @@ def picked_mask(original: Tensor | BlockMask, slots: Tensor | None, keys: LayerK
     device = original.device if isinstance(original, Tensor) else original.kv_indices.device
     length, first = (num_queries, 0) if keys.view is None else keys.view.get_mask_sizes(num_queries)
     total = int(keys.past) + num_queries
-    origins = torch.arange(total, device=device)[None] if keys.origins is None else keys.origins.to(device)
+    known = keys.origins()
+    origins = torch.arange(total, device=device)[None] if known is None else known.to(device)
     columns = origins[:, first:].expand(batch, -1) - max(keys.whole - original.shape[-1], 0)
     closed = columns < 0 if keys.valid is None else (columns < 0) | ~keys.valid[:, first:].to(device)
     free = length - columns.shape[1]  # of a static cache
