@@ -56,7 +56,7 @@ class Subject:
         return {"method": f"{self.folder}/mine.py:Largest" if name == "mine" else name, "keep": keep}
 
     def expected(self, requests: list[Request], options: dict[str, Any] | None) -> list[Answer]:
-        return [by_attach(self.model, self.processor, request, options) for request in requests]
+        return by_attach(self.model, self.processor, requests, options)
 
 
 @functools.cache
