@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from toprl_models import Policy, Schedule, StageContext, attach
+from toprl_models import Policy, RandomPolicy, Schedule, StageContext, attach
 from toprl_models.integrations.vllm.options import PruningOptions
 
 NEW_TOKENS = 4
@@ -88,27 +88,44 @@ class Kept(Policy):
         return torch.isin(context.visual_index, torch.tensor(self.raster)).float()
 
 
-def by_attach(model: Any, processor: Any, request: Request, options: dict[str, Any] | None) -> Answer:
-    """The answer of transformers, alone in its batch; each of several images is pruned as if it were alone."""
-    if options is None or not request.images:
-        return _generated(model, _inputs(processor, request))
+def by_attach(model: Any, processor: Any, requests: Sequence[Request], options: dict[str, Any] | None) -> list[Answer]:
+    """The answers of transformers, one by one; each of several images is pruned as if it were alone."""
+    if options is None:
+        return [_generated(model, _inputs(processor, request)) for request in requests]
     read = PruningOptions.read(options)
-    policy = read.prepare(model.config)
+    prepared = read.prepare(model.config)
+
+    def policy() -> Policy:
+        if isinstance(prepared, RandomPolicy):
+            prepared.generator.manual_seed(0)  # draws anew
+        return prepared
+
+    return [
+        _pruned(model, processor, request, read, policy)
+        if request.images
+        else _generated(model, _inputs(processor, request))
+        for request in requests
+    ]
+
+
+def _pruned(
+    model: Any, processor: Any, request: Request, options: PruningOptions, policy: Callable[[], Policy]
+) -> Answer:
     inputs = _inputs(processor, request)
     # VisionZip shares a prompt's tokens among pictures of the same size evenly
-    if len(request.images) == 1 or read.method == "visionzip":
-        with attach(model, policy, schedule=read.schedule):
+    if len(request.images) == 1 or options.method == "visionzip":
+        with attach(model, policy(), schedule=options.schedule):
             return _generated(model, inputs)
     raster, start = [], 0
     placeholder = request.text.split()[1]
     for image in request.images:
         alone = _inputs(processor, Request(f"w5 {placeholder} w6", [image]))
-        with attach(model, read.prepare(model.config), schedule=read.schedule) as pruner, torch.no_grad():
+        with attach(model, policy(), schedule=options.schedule) as pruner, torch.no_grad():
             model(**alone)
         (trace,) = pruner.trace
         raster += [start + number for number in trace.indices[0].tolist()]
         start += trace.num_visual[0]
-    with attach(model, Kept(raster, policy.positions), schedule=Schedule(((0, len(raster)),))):
+    with attach(model, Kept(raster, policy().positions), schedule=Schedule(((0, len(raster)),))):
         return _generated(model, inputs)
 
 
