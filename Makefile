@@ -78,7 +78,7 @@ $(VLLM)/.installed: pyproject.toml constraints-vllm.txt
 	$(VLLM_PIP) uninstall -q -y torchaudio torchcodec
 	@touch $@
 
-test-vllm: $(VLLM)/.installed ## the plug-in for vLLM on a CPU, in an environment of its own (3.3 GB)
+test-vllm: $(VLLM)/.installed ## the plug-in for vLLM on a CPU, in an environment of its own (3.4 GB)
 	OMP_NUM_THREADS=2 $(VLLM)/bin/python -m pytest tests/vllm
 
 test-exhaustive: $(STAMP) ## hours: every combination of sizes and dtypes, and the kernels broken on purpose
