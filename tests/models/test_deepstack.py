@@ -226,7 +226,9 @@ def assert_cut_by_hand(model: Any, inputs: dict[str, Any]) -> None:
 
 
 # the other classes are younger than the oldest supported transformers, or were rewritten since
-MARKS_OF = {name: () if name.startswith("Qwen3VL") else pytest.mark.since("5.23") for name in KIN}
+MARKS_OF: dict[str, Any] = {name: [pytest.mark.since("5.23"), pytest.mark.exhaustive] for name in KIN}
+MARKS_OF["Qwen3VL"] = ()
+MARKS_OF["Granite4Vision"] = pytest.mark.since("5.23")  # the other form of planes
 each = pytest.mark.parametrize("name", [pytest.param(name, marks=marks) for name, marks in MARKS_OF.items()])
 
 
