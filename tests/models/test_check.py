@@ -49,6 +49,7 @@ def test_one_model_by_its_config(capsys: pytest.CaptureFixture[str], tmp_path: P
     assert "mode mask: yes" in printed and printed.endswith("verdict: exact\n")
 
 
+@pytest.mark.since("5.23")
 @pytest.mark.parametrize(
     ("name", "lines"),
     [
@@ -76,6 +77,7 @@ def test_structure_by_the_config(
     assert "verdict" not in printed
 
 
+@pytest.mark.since("5.23")
 @pytest.mark.parametrize(
     ("name", "reason"),
     [

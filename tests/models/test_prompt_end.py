@@ -83,11 +83,11 @@ def test_each_source_tells_the_same_end(family: str, reader: str) -> None:
         ):
             again, same = kept(model, longer, reader, **told)
             assert torch.equal(again, indices), told
-            torch.testing.assert_close(same, scores, atol=1e-6, rtol=0)
+            torch.testing.assert_close(same, scores, atol=2e-6, rtol=0)  # rounding of sums over other lengths
         with attach(model, READERS[reader](), schedule=schedule()) as pruner, pruner.prompt_length(length):
             model(**longer)
             model.base_model(**longer)
-        torch.testing.assert_close(pruner.trace[0].scores, scores, atol=1e-6, rtol=0)
+        torch.testing.assert_close(pruner.trace[0].scores, scores, atol=2e-6, rtol=0)
     # the check can fail: without a source the answer is taken for the question
     assert (kept(model, with_answer(inputs, WORDS[0]), reader)[1] - scores).abs().max() > 1e-4
 
@@ -162,7 +162,7 @@ def test_a_draft_is_no_prompt(family: str, reader: str) -> None:
         plain = generate(model, inputs)
         scores = pruner.trace[0].scores
         drafted = generate(model, inputs, prompt_lookup_num_tokens=2)
-        torch.testing.assert_close(pruner.trace[0].scores, scores, atol=1e-6, rtol=0)
+        torch.testing.assert_close(pruner.trace[0].scores, scores, atol=2e-6, rtol=0)
     assert torch.equal(plain.tokens, drafted.tokens)
 
 
@@ -198,10 +198,10 @@ def test_fine_tuning_with_peft_keeps_what_generation_keeps(order: str) -> None:
         wrapped = peft.get_peft_model(model, config) if wrapped is None else wrapped
         longer = with_answer(inputs, WORDS[0])
         wrapped(**longer, labels=labels_of(longer, length)).loss.backward()
-        torch.testing.assert_close(pruner.trace[0].scores, scores, atol=1e-6, rtol=0)
+        torch.testing.assert_close(pruner.trace[0].scores, scores, atol=2e-6, rtol=0)
         with pruner.prompt_length(length):
             wrapped(**longer)
-        torch.testing.assert_close(pruner.trace[0].scores, scores, atol=1e-6, rtol=0)
+        torch.testing.assert_close(pruner.trace[0].scores, scores, atol=2e-6, rtol=0)
 
 
 def test_guidance_prunes_the_prompt_and_not_the_negative_one() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from tests.models.tiny_families import NUM_LAYERS, build_inputs, build_model
 from toprl_kernels import flops
 from toprl_models import METHODS as REGISTERED
 from toprl_models import Method, Policy, Schedule, method_of, schedule_for
+from toprl_models.families import FAMILIES
 
 AUTHORS = {
     # k = (32 B - 576 K) / (32 - K) with K = 2
@@ -93,8 +95,10 @@ def test_a_share_is_the_budget_of_a_share() -> None:
     assert schedule_for("fastv", keep=0.5, num_layers=28).layers == (2,)
 
 
-def test_stages_begin_where_the_family_lets_them() -> None:
+def test_stages_begin_where_the_family_lets_them(monkeypatch: pytest.MonkeyPatch) -> None:
     model = build_model("qwen3_vl")
+    row = replace(FAMILIES["Qwen3VLForConditionalGeneration"], min_stage=2)
+    monkeypatch.setitem(FAMILIES, "Qwen3VLForConditionalGeneration", row)
     assert schedule_for(model, "fastv", keep=0.5).layers == (2,)
     assert schedule_for(model, "pyramiddrop", keep=0.5).layers == (2, 3, 4)
     assert schedule_for(model, "fastv", keep=0.75, layers=(4,)).layers == (4,)

@@ -36,7 +36,6 @@ Change = tuple[tuple, dict[str, Any]]
 class _PerThread(threading.local):
     """Per-thread state of the current forward pass."""
 
-    began: bool = False  # whether this call of the model has reached the decoder
     told: Told | None = None  # of the call of the whole model that is under way
     prompt_length: int | Tensor | None = None  # of Pruner.prompt_length()
     generation: Generation | None = None
@@ -71,6 +70,7 @@ class Runtime:
         self._watched: tuple[scores.Watched, Length, Tensor | None] | None = None
         self._asking = False
         self._warned = False
+        self._began = False  # whether the decoder was reached since the model was called
         self.running = guards.OneForward()
         self.thread = _PerThread()
         self.enabled = True
@@ -104,12 +104,12 @@ class Runtime:
         @functools.wraps(forward)
         def call(*args: Any, **kwargs: Any) -> Any:
             self.thread.told = Told.pop_from(kwargs)
-            self.thread.began = False
             try:
                 output = forward(*args, **kwargs)
             finally:
                 self.thread.told = None
-            if self.enabled and not self.thread.began and self._ids.brought(kwargs):
+            began, self._began = self._began, False
+            if self.enabled and not began and self._ids.brought(kwargs):
                 raise RuntimeError(
                     f"{type(self.model).__name__} got images, but no forward pass of {type(self.decoder).__name__} was "
                     "seen, so that nothing was pruned: this model cannot be supported"
@@ -177,7 +177,7 @@ class Runtime:
         if not self.enabled:
             return None
         self.running.check()
-        self.thread.began, call, self._call = True, self._call, None
+        self._began, call, self._call = True, self._call, None
         inputs, self._inputs = self._inputs, {}
         embeddings: Tensor = (
             args[0] if args else kwargs["hidden_states" if "hidden_states" in kwargs else "inputs_embeds"]
