@@ -38,6 +38,7 @@ def test_every_family_is_described(capsys: pytest.CaptureFixture[str]) -> None:
     assert "tested: images" in printed
 
 
+@pytest.mark.since("5.23")
 def test_pages_repeat_the_generated_tables() -> None:
     assert (ROOT / "docs/families.md").read_text() == check.page() + "\n", "run make feature-matrix"
 
