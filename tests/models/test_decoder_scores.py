@@ -9,13 +9,13 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import transformers
 from torch import Tensor, nn
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from tests.models.agreement import ATOL, MIXED, generate, kept_slots, masked_by_hand, single_row
 from tests.models.conftest import HashPolicy
@@ -144,6 +144,8 @@ def prompts(model: Any) -> list[tuple[dict[str, Tensor], dict[str, Tensor], Call
 def assert_scores(model: Any, policy: Policy, layer: int, source: int) -> None:
     """Compare with the unattached model's own weights of layer ``source``: head mean, last row, visual columns."""
     kinds = getattr(model.get_decoder().config, "layer_types", None) or ["full_attention"] * 6
+    if policy.attention_from == "previous" and kinds[source] == "conv":
+        source -= 1  # the last attention layer before the stage
     source = sum(kind != "conv" for kind in kinds[:source])  # transformers lists the weights of attention layers alone
     for inputs, more, first_turn in prompts(model):
         arguments, visual = inputs | more, visual_mask(inputs)
@@ -279,7 +281,7 @@ def test_stage_around_the_first_attention_layer(layer: int) -> None:
     assert_cut_by_hand(model_of("LFM2"), Schedule(((layer, 0.5), (layer + 1, 0.25))))
 
 
-@pytest.mark.parametrize(("policy", "layer"), [(FastV(), 3), (PyramidDrop(positions="original"), 4)])
+@pytest.mark.parametrize(("policy", "layer"), [(FastV(), 1), (PyramidDrop(positions="original"), 4)])
 def test_a_convolution_has_no_scores(policy: Policy, layer: int) -> None:
     with pytest.raises(ValueError, match=r"Lfm2DecoderLayer has no single softmax attention .* cannot be supported"):
         attach(model_of("LFM2"), policy, schedule=Schedule(((layer, 0.5),)))
@@ -287,15 +289,18 @@ def test_a_convolution_has_no_scores(policy: Policy, layer: int) -> None:
 
 def test_a_convolution_cannot_be_masked() -> None:
     model = model_of("LFM2")
-    with pytest.raises(ValueError, match=r"Lfm2DecoderLayer \(decoder layer 4, conv\) keeps a state"):
+    with pytest.raises(ValueError, match=r"Lfm2DecoderLayer \(decoder layer 4\) keeps a state"):
         attach(model, HashPolicy(), schedule=Schedule(((3, 0.5),)), mode="mask")
 
 
 def test_attention_beside_a_recurrence_is_refused() -> None:
-    layers, config = nn.ModuleList([nn.Identity()]), SimpleNamespace(layer_types=["hybrid"])
+    class Both(nn.Module):
+        def forward(self, states: Tensor, cache: Any) -> Any:
+            return ALL_ATTENTION_FUNCTIONS(states) + cache.update_conv_state(states)
+
     for mode in ("compact", "mask"):
-        with pytest.raises(ValueError, match=r"Identity \(decoder layer 0, hybrid\) keeps a state .* this decoder$"):
-            refuse_recurrent(layers, config, 0, mode)
+        with pytest.raises(ValueError, match=r"Both \(decoder layer 0\) keeps a state .* this decoder$"):
+            refuse_recurrent(nn.ModuleList([Both()]), 0, mode)
 
 
 def test_temperature_of_slots_is_refused() -> None:
