@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 
-from tests.models.test_outputs import in_float64
 from tests.models.tiny_families import EOS_ID, FAMILY_NAMES, TINY, build_inputs, build_model
 from toprl_kernels import masked_attention
 from toprl_models import Schedule, TopRLPolicy, tiny
@@ -202,6 +201,18 @@ def test_the_gradient_is_that_of_the_definition(scenes, monkeypatch):
     for one, other in zip(found, expected, strict=True):
         assert other.abs().max() > 1e-5
         torch.testing.assert_close(one.double(), other, atol=2e-4 * other.abs().max().item(), rtol=0)
+
+
+def in_float64(model: Any) -> Any:
+    """Return the model in float64 throughout: its RMSNorm casts to float32, too coarse for finite differences."""
+
+    def forward(norm: Any, states: torch.Tensor) -> torch.Tensor:
+        return norm.weight * states * torch.rsqrt(states.square().mean(-1, keepdim=True) + norm.variance_epsilon)
+
+    for module in model.double().get_decoder().modules():
+        if type(module).__name__.endswith("RMSNorm"):
+            module.forward = functools.partial(forward, module)
+    return model
 
 
 @pytest.mark.parametrize("budget", [0.0, 20.0])
