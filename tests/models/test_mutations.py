@@ -134,7 +134,8 @@ def numbers_are_copied_in_time(patch: pytest.MonkeyPatch) -> None:
         (renumbered_positions, test_families.test_survivors_keep_their_positions),
         (gapped_positions_reach_the_layers, flash),
         (gapped_positions_reach_the_layers, test_families.test_survivors_keep_their_positions),
-        (columns_are_counted_in_the_short_sequence, flex),
+        # earlier releases do not show this slip
+        pytest.param(columns_are_counted_in_the_short_sequence, flex, marks=pytest.mark.since("5.23")),
         (no_modality_gate, test_families.test_a_generated_image_id_prunes_nothing),
         (fillers_of_short_rows_are_keys, overtaken),
         (decoding_forgets_the_fillers, overtaken),
