@@ -141,7 +141,8 @@ def _takes_mask(layer: nn.Module) -> bool:
 
 def first_attention(layers: Any) -> int:
     """Return the first layer with keys: a cache reports its length by that layer."""
-    return next((index for index in range(len(layers)) if index not in keyless_layers(layers)), 0)
+    keyless = keyless_layers(layers)
+    return next((index for index in range(len(layers)) if index not in keyless), 0)
 
 
 def _overridden(cls: type) -> set[str]:

@@ -118,7 +118,8 @@ class _Case:
         self.depth = len(self.decoder.layers)
         first = min_stage_of(self.model, family_of(self.model))
         self.first = Schedule(((first, 0.5),))
-        self.layers = [i for i in range(first, self.depth) if i not in blocked_stages(self.decoder)]
+        blocked = blocked_stages(self.decoder)
+        self.layers = [i for i in range(first, self.depth) if i not in blocked]
         inner = [layer for layer in self.layers if layer] or self.layers
         middle = [layer for layer in inner if layer <= max(first + 1, self.depth // 2)][-1]
         self.several = Schedule(tuple(zip(sorted({inner[0], middle, inner[-1]}), (0.5, 0.25, 2), strict=False)))

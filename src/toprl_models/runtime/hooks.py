@@ -228,9 +228,6 @@ class Runtime:
                 "the layer ran outside of the model's forward pass, where the pruner knows nothing of the prompt: "
                 "detach() first; for gradient checkpointing use the model's own, model.gradient_checkpointing_enable()"
             )
-        if len(args) > 1:
-            names = [*inspect.signature(type(self.layers[index]).forward).parameters][1:]
-            args, kwargs = args[:1], dict(zip(names[1:], args[1:], strict=False)) | kwargs
         hidden_states = args[0] if args else kwargs["hidden_states"]
         if not forward.prunes:
             if number not in forward.segments:
@@ -389,8 +386,12 @@ class _LayerHook:
     def __init__(self, runtime: Runtime, index: int) -> None:
         self.runtime, self.index = runtime, index
         self.number = sum(layer <= index for layer in runtime.schedule.layers)  # stages at or before this layer
+        # of the arguments after hidden_states
+        self.names = [*inspect.signature(type(runtime.layers[index]).forward).parameters][2:]
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Change | None:
+        if len(args) > 1:
+            args, kwargs = args[:1], dict(zip(self.names, args[1:], strict=False)) | kwargs
         try:
             return self.runtime.before_layer(self.index, self.number, args, kwargs)
         except TypeError as error:
