@@ -39,6 +39,7 @@ class _PerThread(threading.local):
     told: Told | None = None  # of the call of the whole model that is under way
     prompt_length: int | Tensor | None = None  # of Pruner.prompt_length()
     generation: Generation | None = None
+    began: bool = False  # whether the decoder was reached since the model was called
     survivors: Survivors | None = None  # of the last pass, for its loss
     fixed: FixedPrompt | None = None  # of Pruner.fixed_prompt()
 
@@ -70,7 +71,6 @@ class Runtime:
         self._watched: tuple[scores.Watched, Length, Tensor | None] | None = None
         self._asking = False
         self._warned = False
-        self._began = False  # whether the decoder was reached since the model was called
         self.running = guards.OneForward()
         self.thread = _PerThread()
         self.enabled = True
@@ -108,7 +108,7 @@ class Runtime:
                 output = forward(*args, **kwargs)
             finally:
                 self.thread.told = None
-            began, self._began = self._began, False
+            began, self.thread.began = self.thread.began, False
             if self.enabled and not began and self._ids.brought(kwargs):
                 raise RuntimeError(
                     f"{type(self.model).__name__} got images, but no forward pass of {type(self.decoder).__name__} was "
@@ -177,7 +177,7 @@ class Runtime:
         if not self.enabled:
             return None
         self.running.check()
-        self._began, call, self._call = True, self._call, None
+        self.thread.began, call, self._call = True, self._call, None
         inputs, self._inputs = self._inputs, {}
         embeddings: Tensor = (
             args[0] if args else kwargs["hidden_states" if "hidden_states" in kwargs else "inputs_embeds"]
