@@ -26,11 +26,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from toprl_models import Policy, PyramidDrop, Schedule, TopRLPolicy, attach
 from toprl_models.methods.toprl import CONDITIONS
 from training.analyses import plots
-from training.analyses.lab import Lab, digest
+from training.analyses.lab import Lab
 from training.analyses.measure import model_of
 from training.analyses.verdicts import Estimate, bootstrap, estimate, runs, shown, standard_error
 from training.analyses.words import markdown_table
 from training.evaluation.records import write_whole
+from training.fingerprint import digest_of
 from training.ppo import PPOConfig, main
 from training.reproduce import compact, environment
 from training.rollout import ArgmaxPolicy
@@ -97,7 +98,8 @@ def numbers(rows: list[str]) -> np.ndarray:
 def train(arguments: dict[str, Any], folder: Path) -> Result:
     """One agent: scores and kept tokens by schedule, and by its own arg-max."""
     flags = arguments["ppo"]
-    config = PPOConfig(output_dir=str(folder / "trainings" / digest(arguments)), eval_every=0, resume="auto", **flags)
+    output = str(folder / "trainings" / digest_of(arguments))
+    config = PPOConfig(output_dir=output, eval_every=0, resume="auto", **flags)
     policy = TopRLPolicy.from_pretrained(main(config, _data(config.task, "train", config.train_size)))
     data = _data(config.task, "test", arguments["test_size"])
     plans: dict[str, tuple[Policy, tuple[float, ...]]] = {name_of(keep): (policy, keep) for keep in KEEPS}

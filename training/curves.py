@@ -22,9 +22,10 @@ from transformers import HfArgumentParser
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from training.analyses import plots
-from training.analyses.lab import Lab, digest
+from training.analyses.lab import Lab
 from training.analyses.words import markdown_table
 from training.evaluation.records import write_whole
+from training.fingerprint import digest_of
 from training.ppo import PPOConfig, main
 from training.reproduce import compact, environment
 from training.rewards import alphas
@@ -62,7 +63,7 @@ class CurvesConfig:
 
 def train(arguments: dict[str, Any], folder: Path) -> dict[str, Any]:
     """One training; its validations and the mean seconds of its iterations."""
-    output = folder / "trainings" / digest(arguments)
+    output = folder / "trainings" / digest_of(arguments)
     main(PPOConfig(output_dir=str(output), cache_dir=str(folder / "cache"), resume="auto", **arguments))
     validations, metrics = (
         [json.loads(line) for line in (output / f"{name}.jsonl").read_text().splitlines()]

@@ -13,7 +13,6 @@ and the table as table.md and table.html. What the numbers mean: docs/evaluation
 
 from __future__ import annotations
 
-import hashlib
 import inspect
 import json
 import os
@@ -25,20 +24,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import HfArgumentParser
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from toprl_models.plugins import files_of
 from training.evaluation.config import EvaluateConfig
-from training.evaluation.methods import Trained, load_policies
+from training.evaluation.methods import Trained, load_policies, row_for
 from training.evaluation.records import Store, write_whole
 from training.evaluation.results import summarise
 from training.evaluation.runner import Ranks, Runner
 from training.evaluation.tables import console_tables, html_page, markdown
+from training.fingerprint import code_facts, model_facts, processor_digest, samples_digest, versions
 from training.tasks import Task, check_stages, load_model, make_task
 from training.tasks.factory import SCENES
 
@@ -75,29 +73,31 @@ def make_tasks(config: EvaluateConfig, names: Sequence[str]) -> dict[str, Task]:
 def settings_of(config: EvaluateConfig, runner: Runner, model_name: str) -> dict[str, Any]:
     """Everything that a number depends on: a stopped evaluation goes on only under the same."""
     return {
+        **model_facts(runner.model),
         "model": model_name,
         "revision": getattr(runner.model.config, "_commit_hash", None),
         "dtype": config.dtype,
-        "device": runner.model.device.type,
-        "attention": runner.model.config.get_text_config()._attn_implementation,
-        "tasks": {name: task.describe() for name, task in runner.tasks.items()},
+        "tasks": {name: _task_facts(task, runner.processor) for name, task in runner.tasks.items()},
         "methods": config.methods(),
         "policies": [one.digest for one in runner.policies],
         "keep": config.keep,
         "budget": config.budget,
         "stages": {name: runner.layers_of(name) for name in config.methods()},
-        **({"method_files": digests} if (digests := _method_files(config)) else {}),
+        "code": code_facts(row.method for name in config.methods() if (row := row_for(name)).method),
         "seeds": config.seeds,
         "batch_size": runner.batch_size,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
+        **versions(),
     }
 
 
-def _method_files(config: EvaluateConfig) -> dict[str, str]:
-    """Digest the files whose classes are evaluated."""
-    files = [file for name in config.methods() for file in files_of(name)]
-    return {str(file): hashlib.sha256(file.read_bytes()).hexdigest()[:16] for file in files}
+def _task_facts(task: Task, processor: Any) -> dict[str, Any]:
+    """Read every sample once: what is unreadable shows before hours of work, and what has changed is noticed."""
+    samples = (task[index] for index in range(len(task)))
+    return {
+        **task.describe(),
+        "content": samples_digest(task, samples),
+        "processor": processor_digest(processor, task, task[0]),
+    }
 
 
 def environment_of(runner: Runner, world: int) -> dict[str, Any]:
@@ -137,7 +137,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any] | None:
 def _evaluate(config: EvaluateConfig, runner: Runner, ranks: Ranks, model_name: str) -> dict[str, Any] | None:
     folder = config.folder(list(runner.tasks))
     store, console = Store(folder, ranks.rank), Console()
-    settings = settings_of(config, runner, model_name)
+    settings = settings_of(config, runner, model_name) if ranks.rank == 0 else {}
     try:
         if ranks.rank == 0:
             runner.check_methods()

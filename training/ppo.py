@@ -29,6 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from toprl_models import Schedule, TopRLPolicy
 from toprl_models.methods.toprl import model_signature
+from training.fingerprint import code_facts, model_facts, processor_digest
 from training.rewards import (
     alphas,
     check_budget,
@@ -44,7 +45,7 @@ from training.tasks import check_stages, device_of, load_model, make_task
 from training.trainer.checkpoint import CheckpointError, Writer, load_checkpoint, start_anew
 from training.trainer.config import PPOConfig
 from training.trainer.console import Console
-from training.trainer.data import TrainingData, measured, training_data
+from training.trainer.data import TrainingData, measured, unanswered
 from training.trainer.episodes import concatenate
 from training.trainer.features import FeatureCache
 from training.trainer.launch import sigterm_raises, torchrun_ranks
@@ -92,12 +93,14 @@ class Trainer:
                 f"--rollout_size {config.rollout_size}: {ranks.size} processes need at least one episode each"
             )
         self.iteration, self.best = 0, None  # iterations done; reward of the best validation
+        self._read_data(data)
         self._open_folder()
-        self._load_data(data)
+        self._measure(measured_before=data is not None)
 
     def _open_folder(self) -> None:
         config = self.config
-        if config.resume == "auto" and (state := load_checkpoint(self.folder / "checkpoints", self.policy, config)):
+        checkpoints = self.folder / "checkpoints"
+        if config.resume == "auto" and (state := load_checkpoint(checkpoints, self.policy, config, self.fingerprint)):
             self.optimizer.load_state_dict(state["optimizer"])
             self.generator.set_state(state["generator"])
             self.iteration, self.best = state["iteration"], state["best"]
@@ -113,24 +116,36 @@ class Trainer:
         self.watch = Watch(config, self.log.rows)
         self.writer = Writer(self.folder, config.keep_checkpoints)
 
-    def _load_data(self, data: TrainingData | None) -> None:
+    def _read_data(self, data: TrainingData | None) -> None:
+        """Read every sample, before anything is measured or overwritten."""
+        config = self.config
+        features = FeatureCache(config.feature_cache_mb, min(config.stage_layers))
+        self.held_out: TrainingData | None = None
+        if data is None:
+            held_out = validation_task(config) if config.eval_every else None
+            options = {name: value for name in ("dataset_path", "metric") if (value := getattr(config, name))}
+            data = unanswered(make_task(config.task, "train", config.train_size, seed=config.seed, **options), features)
+            self.held_out = unanswered(held_out, features) if held_out is not None else None
+        self.data = data
+        self.fingerprint = {
+            "samples": data.content,
+            "held_out": self.held_out.content if self.held_out else None,
+            "processor": processor_digest(self.processor, data.task, data.samples[0]),
+            "model": {name: value for name, value in model_facts(self.model).items() if name in ("config", "weights")},
+            "code": code_facts(),
+        }
+
+    def _measure(self, measured_before: bool) -> None:
+        """Answer all samples once with the unpruned model."""
         config = self.config
         batch_size = config.rollout_batch_size or config.rollout_size
         cache_dir = config.cache_dir or self.folder / "cache"
-        features = FeatureCache(config.feature_cache_mb, min(config.stage_layers))
-        held_out_task = validation_task(config) if config.eval_every and data is None else None
-        if data is None:
-            options = {name: value for name in ("dataset_path", "metric") if (value := getattr(config, name))}
-            task = make_task(config.task, "train", config.train_size, seed=config.seed, **options)
-            data = training_data(self.model, self.processor, task, batch_size, cache_dir, features, self.ranks)
-        self.held_out: TrainingData | None = None
-        if held_out_task is not None:
-            self.held_out = training_data(
-                self.model, self.processor, held_out_task, batch_size, cache_dir, features, self.ranks
-            )
-        elif config.eval_every:
-            data, self.held_out = split_off(data, config.eval_size)
-        self.data = data
+        for data in (self.data, self.held_out):
+            if data is not None and not measured_before:
+                data.measure_quality(self.model, self.processor, batch_size, cache_dir, self.ranks)
+        if config.eval_every and self.held_out is None:
+            self.data, self.held_out = split_off(self.data, config.eval_size)
+        data = self.data
         self.unpruned = data.quality
         if config.reward_q == "prob_ratio":
             self.unpruned = measured(
@@ -158,6 +173,7 @@ class Trainer:
             "generator": self.generator.get_state(),
             "best": self.best,
             "config": asdict(self.config),
+            "fingerprint": self.fingerprint,
         }
 
     def iterate(self) -> dict[str, Any]:

@@ -34,7 +34,10 @@ from training.analyses.lab import Lab
 from training.analyses.page import write_page
 from training.analyses.plots import save, styled
 from training.analyses.registry import ANALYSES
-from training.evaluation.records import differences, write_whole
+from training.evaluation.records import write_whole
+from training.fingerprint import differences, samples_digest
+from training.tasks import make_task
+from training.tasks.benchmarks import BENCHMARKS
 
 
 def compact(value: Any) -> str:
@@ -55,6 +58,19 @@ def environment(device: str) -> dict[str, Any]:
     }
 
 
+def contents_of(config: ReproduceConfig) -> dict[str, str]:
+    """Digest the samples that analyses and trainings take from data sets; scenes follow from code and seed."""
+    found = {}
+    for name in dict.fromkeys([*config.task, *config.ablation_task]):
+        splits = BENCHMARKS[name].splits if name in BENCHMARKS else ()
+        takes = [("test", config.size, 0), *(("train", config.train_size, seed) for seed in config.seeds)]
+        for split, size, seed in takes:
+            if split in splits:
+                task = make_task(name, split, size, seed, config.path_of(name))
+                found[f"{name}/{split}/{seed}"] = samples_digest(task, (task[i] for i in range(len(task))))
+    return found
+
+
 def read(folder: Path) -> dict[str, dict[str, Any]]:
     """Results that are there, by name."""
     files = {name: folder / "results" / f"{name}.json" for name in ANALYSES}
@@ -64,7 +80,7 @@ def read(folder: Path) -> dict[str, dict[str, Any]]:
 def reproduce(analysis: Analysis, config: ReproduceConfig, lab: Lab) -> bool:
     """Compute and store an analysis unless its results are there; whether it was computed."""
     path = Path(config.output_dir) / "results" / f"{analysis.name}.json"
-    settings = json.loads(json.dumps(analysis.settings(config)))  # tuples become lists, as in the file
+    settings = json.loads(json.dumps({**analysis.settings(config), "made_with": lab.made_with}))  # as in the file
     if path.is_file() and not config.overwrite:
         changed = differences(json.loads(path.read_text())["settings"], settings)
         if not changed:
@@ -132,7 +148,7 @@ def main(arguments: list[str]) -> None:
     if chosen.list:
         print(overview())
         return
-    with Lab(Path(config.work_dir), config.workers) as lab:
+    with Lab(Path(config.work_dir), config.workers, contents_of(config)) as lab:
         for name in ANALYSES if chosen.all else chosen.names:
             if reproduce(ANALYSES[name], config, lab):
                 publish(config, [name])

@@ -32,6 +32,7 @@ from training.trainer.checkpoint import (
 from training.trainer.config import PPOConfig
 
 CONFIG = PPOConfig()
+FINGERPRINT = {"samples": "a", "code": {"training": "b"}}
 
 
 def make_policy(number: float = 0.0) -> TopRLPolicy:
@@ -44,7 +45,8 @@ def make_policy(number: float = 0.0) -> TopRLPolicy:
 
 
 def make_state(number: int, config: PPOConfig = CONFIG):
-    return {"iteration": number, "tensor": torch.full((1000,), float(number)), "config": dataclasses.asdict(config)}
+    rest = {"config": dataclasses.asdict(config), "fingerprint": FINGERPRINT}
+    return {"iteration": number, "tensor": torch.full((1000,), float(number)), **rest}
 
 
 def save(folder: Path, number: int, keep: int = 2) -> None:
@@ -54,7 +56,7 @@ def save(folder: Path, number: int, keep: int = 2) -> None:
 def loaded(folder: Path) -> int:
     """The iteration of what is loaded; all its parts are of one save."""
     policy = make_policy(-1)
-    state = load_checkpoint(folder, policy, CONFIG)
+    state = load_checkpoint(folder, policy, CONFIG, FINGERPRINT)
     if state is None:
         return 0
     number = state["iteration"]
@@ -270,11 +272,11 @@ def test_a_damaged_checkpoint_is_named_and_not_loaded(tmp_path, capsys, harm, na
 def test_flags_that_must_and_that_need_not_be_the_same(tmp_path):
     save(tmp_path, 1)
     changed = {"resume": "auto", "output_dir": "moved", "device": "cpu", "save_every": 1, "keep_checkpoints": 9}
-    assert load_checkpoint(tmp_path, make_policy(), dataclasses.replace(CONFIG, **changed)) is not None
+    assert load_checkpoint(tmp_path, make_policy(), dataclasses.replace(CONFIG, **changed), FINGERPRINT) is not None
     for name, value in {"gamma": 0.5, "iterations": 41, "seed": 1}.items():
         with pytest.raises(ValueError, match=rf"other flags: {{'{name}': \(.*, {value}\)}} \(theirs, ours\)"):
-            load_checkpoint(tmp_path, make_policy(), dataclasses.replace(CONFIG, **{name: value}))
-    assert load_checkpoint(tmp_path / "none", make_policy(), CONFIG) is None
+            load_checkpoint(tmp_path, make_policy(), dataclasses.replace(CONFIG, **{name: value}), FINGERPRINT)
+    assert load_checkpoint(tmp_path / "none", make_policy(), CONFIG, FINGERPRINT) is None
 
 
 def test_the_best_policy_is_replaced_whole(tmp_path):

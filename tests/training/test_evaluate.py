@@ -453,9 +453,9 @@ def test_compositions_and_classes_in_files(policy_folder, tmp_path):
     assert plans[names[2]]["layers"] == LAYERS
     table = (tmp_path / "out" / "table.md").read_text()
     assert "DivPrune + FastV: 0, 1" in table and "| Brightest |" in table
-    assert list(results["settings"]["method_files"]) == [f"{tmp_path}/my_file.py"]
+    assert f"{tmp_path}/my_file.py" in results["settings"]["code"]
     (tmp_path / "my_file.py").write_text(OWN_METHOD + "# changed\n")
-    with pytest.raises(ValueError, match="method_files"):
+    with pytest.raises(ValueError, match=r"code\..*my_file\.py: was"):
         evaluate(config)
 
 

@@ -185,17 +185,6 @@ def test_it_learns_to_find_the_digit(tmp_path):
     assert rows[-1]["accuracy"] > 0.8
 
 
-@pytest.fixture
-def own_data(tmp_path):
-    """Scenes as anyone's JSONL file."""
-    task, rows = make_task("ocr", "train", 24), []
-    for i in range(len(task)):
-        task[i].image.save(tmp_path / f"{i}.png")
-        rows.append({"image": f"{i}.png", "question": task[i].question, "answer": task[i].answer})
-    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(tmp_path / "train.jsonl")
-
-
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_training_on_own_data(own_data, tmp_path, dtype):
     changes = {"task": "custom", "dataset_path": own_data, "metric": "exact_match", "iterations": 2, "dtype": dtype}

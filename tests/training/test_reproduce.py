@@ -106,7 +106,7 @@ def test_what_is_there_is_not_made_again(done, monkeypatch, capsys):
 def test_agents_are_shared(done):
     """Strips, main, transfer, video and ablations of one task and seed use one policy."""
     config = ReproduceConfig(iterations=1, train_size=16)
-    arguments = measure.training(config, "ocr", 0, (1, 2, 3))
+    arguments = measure.training(config, "ocr", 0, (1, 2, 3)) | {"made_with": Lab(done, 0).made_with}
     assert path_of(measure.train, arguments, done / "work").is_file()
     policies = [path.name for path in (done / "work/policies").glob("ocr_seed0_*")]
     assert len(policies) == 1 + 10  # the shared one and an ablation each

@@ -17,9 +17,9 @@ from torch import Tensor
 from toprl_models import tiny
 from training.tasks import encode, make_task
 from training.trainer import data as data_module
-from training.trainer.data import FeatureCache, TrainingData, measured, pad_token_of, training_data
+from training.trainer.data import FeatureCache, TrainingData, identity_of, measured, pad_token_of, training_data
 from training.trainer.profile import Phases
-from training.trainer.quality_cache import column_path, identity_of, measure_once, read_column
+from training.trainer.quality_cache import column_path, measure_once, read_column
 from training.trainer.ranks import Ranks
 
 SIZE, BATCH = 20, 8
@@ -99,7 +99,8 @@ def test_what_q_depends_on_is_in_the_name(model_and_processor, task, tmp_path):
     samples = [task[i] for i in range(SIZE)]
 
     def name(model=model, processor=processor, task=task, samples=samples, batch_size=BATCH, column="quality"):
-        identity = identity_of(model, processor, task, samples, batch_size, column)
+        data = TrainingData(task, samples, torch.zeros(SIZE))
+        identity = identity_of(model, processor, data, batch_size, column)
         return column_path(tmp_path, column, identity).name
 
     trained, _ = tiny.load()
@@ -152,7 +153,9 @@ def test_a_corrupt_file_is_named(damage, tmp_path):
 def test_a_file_of_something_else_is_named(tmp_path):
     path = tmp_path / "quality-0.safetensors"
     measure_once("quality", path, {"data": "a", "model": 1}, 4, 4, lambda rows: torch.ones(4), Ranks())
-    with pytest.raises(ValueError, match=r"quality-0\.safetensors holds numbers of another data; delete it"):
+    with pytest.raises(
+        ValueError, match=r"quality-0\.safetensors holds .* something else \(data: was .*delete it"
+    ):
         measure_once("quality", path, {"data": "b", "model": 1}, 4, 4, refuse, Ranks())
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import multiprocessing
 import os
@@ -16,13 +15,9 @@ from typing import Any
 import torch
 
 from training.evaluation.records import write_whole
+from training.fingerprint import code_facts, digest_of, versions
 
 Job = Callable[[dict[str, Any], Path], dict[str, Any]]
-
-
-def digest(value: Any) -> str:
-    """Ten hexadecimal digits of a JSON value."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:10]
 
 
 def _one_thread() -> None:
@@ -42,18 +37,20 @@ def run_job(job: Job, arguments: dict[str, Any], folder: Path) -> dict[str, Any]
 
 
 def path_of(job: Job, arguments: dict[str, Any], folder: Path) -> Path:
-    return folder / "jobs" / f"{job.__name__}-{digest(arguments)}.json"
+    return folder / "jobs" / f"{job.__name__}-{digest_of(arguments)}.json"
 
 
 class Lab:
     """Does jobs, at most ``workers`` at once, each on one thread; 0 does them in this process.
 
     A job is a function at the top level of a module, of its arguments (JSON) and the work folder, that gives JSON. What
-    it gave is stored under a digest of its name and arguments.
+    it gave is stored under a digest of its name, its arguments and ``made_with``: the code, the versions of libraries
+    and the ``contents`` of the data, which all are added to the arguments.
     """
 
-    def __init__(self, folder: Path, workers: int) -> None:
+    def __init__(self, folder: Path, workers: int, contents: dict[str, str] | None = None) -> None:
         self.folder, self.workers = folder, workers
+        self.made_with = {"code": code_facts(), **versions(), "contents": contents or {}}
         self.seconds = 0.0  # of the jobs asked for since the last reset, whenever they were done
         self._pool: ProcessPoolExecutor | None = None
 
@@ -66,6 +63,7 @@ class Lab:
 
     def map(self, job: Job, arguments: Sequence[dict[str, Any]], what: str) -> list[dict[str, Any]]:
         """The results of ``job`` on each of ``arguments``, in their order."""
+        arguments = [{**one, "made_with": self.made_with} for one in arguments]
         records: dict[int, dict[str, Any]] = {}
         missing = []
         for number, one in enumerate(arguments):

@@ -14,13 +14,14 @@ from matplotlib.figure import Figure
 from toprl_models.schedule import stage_layers_for
 from training.analyses import plots
 from training.analyses.config import LARGE_TRAINED, Analysis, ReproduceConfig, Result, level_of
-from training.analyses.lab import Lab, digest
+from training.analyses.lab import Lab
 from training.analyses.measure import facts_of, train, training
 from training.analyses.verdicts import Estimate, Verdict, bootstrap, changed, estimate, judge, runs
 from training.analyses.words import listed, markdown_table
 from training.evaluate import evaluate as evaluate_command
 from training.evaluation.config import EvaluateConfig
 from training.evaluation.methods import METHODS
+from training.fingerprint import digest_of
 
 CONTROLS = ("random", "untrained")
 # rows that are not rivals of TOP-RL in the paper's table: TOP-RL itself, and variants of it
@@ -29,7 +30,7 @@ NO_RIVALS = ("full", "toprl", "oneshot", "untrained", "argmax")
 
 def compare(arguments: dict[str, Any], folder: Path) -> dict[str, Any]:
     """One task through training/evaluate.py; gives the score of each sample, per method, budget and run."""
-    output = folder / "evaluations" / f"{arguments['task']}_{digest(arguments)}"
+    output = folder / "evaluations" / f"{arguments['task']}_{digest_of(arguments)}"
     policies = [str(folder / policy) for policy in arguments["policies"]]
     paths = [f"{arguments['task']}={arguments['path']}"] if arguments["path"] else []
     config = EvaluateConfig(

@@ -17,9 +17,11 @@ from toprl_models.families import count_visual
 from training import ppo
 from training.analyses import clips
 from training.analyses.config import ReproduceConfig
-from training.analyses.lab import Lab, digest
+from training.analyses.lab import Lab
 from training.evaluation.methods import make_method
+from training.fingerprint import digest_of
 from training.tasks import Sample, Task, answer, encode, load_model, make_task
+from training.trainer.data import TrainingData, training_data
 
 Stages = Sequence[Sequence[float]]  # (layer, keep): a fraction where keep is a float, tokens where it is an int
 LAST_ROWS = 5  # iterations that "at the end of training" means
@@ -82,14 +84,14 @@ def stages_for(budget: float, layers: Sequence[int], found: dict[str, Any]) -> l
 
 
 @lru_cache(maxsize=2)
-def _training_data(spec: str, task: str, size: int, seed: int, path: str | None, batch_size: int) -> ppo.TrainingData:
+def _training_data(spec: str, task: str, size: int, seed: int, path: str | None, batch_size: int) -> TrainingData:
     model, processor = model_of(json.loads(spec))
-    return ppo.training_data(model, processor, task_of(task, "train", size, seed, path), batch_size)
+    return training_data(model, processor, task_of(task, "train", size, seed, path), batch_size)
 
 
 def train(arguments: dict[str, Any], folder: Path) -> dict[str, Any]:
     """One agent; gives its folder below the work folder and the last rows of its log."""
-    name = f"{arguments['ppo']['task'].replace('/', '-')}_seed{arguments['ppo']['seed']}_{digest(arguments)}"
+    name = f"{arguments['ppo']['task'].replace('/', '-')}_seed{arguments['ppo']['seed']}_{digest_of(arguments)}"
     output = folder / "policies" / name
     config = ppo.PPOConfig(output_dir=str(output), resume="auto", **arguments["ppo"])
     data = _training_data(

@@ -16,6 +16,7 @@ from toprl_models import METHODS as REGISTERED
 from toprl_models import Compose, Policy, StageContext, TopRLPolicy, method_of
 from toprl_models.methods.toprl import model_signature
 from toprl_models.registry import Method
+from training.fingerprint import weights_digest
 from training.rollout import ArgmaxPolicy
 
 
@@ -180,10 +181,7 @@ def load_policies(names: Sequence[str]) -> list[Trained]:
             policy = TopRLPolicy.from_pretrained(name).eval()
         except OSError as error:
             raise ValueError(f"--policy {name}: no such folder, and the Hub gives no policy: {error}") from error
-        digest = hashlib.sha256()
-        for key, value in sorted(policy.state_dict().items()):
-            digest.update(key.encode() + value.float().contiguous().numpy().tobytes())
-        found.append(Trained(name, policy, digest.hexdigest()[:16]))
+        found.append(Trained(name, policy, weights_digest(policy)))
     for what, values in (
         ("stage layers", {one.policy.stage_layers for one in found}),
         ("models", {one.model for one in found}),

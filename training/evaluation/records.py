@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+from training.fingerprint import differences
+
 FULL, FREE = "full", "free"  # the "budget" of the unpruned run, and of methods that choose how many tokens to keep
 
 
@@ -29,15 +31,6 @@ class Cell:
     @classmethod
     def of(cls, record: dict[str, Any]) -> Cell:
         return cls(record["task"], record["method"], record["budget"], record["seed"])
-
-
-def differences(theirs: Any, ours: Any, name: str = "") -> list[str]:
-    """ "name: theirs, now ours" for everything in which two nested settings differ."""
-    if isinstance(theirs, dict) and isinstance(ours, dict):
-        keys = dict.fromkeys([*theirs, *ours])
-        parts = [differences(theirs.get(k), ours.get(k), f"{name}.{k}" if name else k) for k in keys]
-        return [one for part in parts for one in part]
-    return [] if theirs == ours else [f"{name}: was {json.dumps(theirs)}, now {json.dumps(ours)}"]
 
 
 def write_whole(path: Path, text: str) -> None:

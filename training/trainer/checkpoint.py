@@ -26,6 +26,7 @@ import torch
 from safetensors.torch import load_model
 
 from toprl_models import TopRLPolicy
+from training.fingerprint import differences
 from training.trainer.config import PPOConfig
 
 CHECKSUMS, STATE = "checksums.sha256", "trainer_state.pt"
@@ -163,7 +164,9 @@ def damage(folder: Path) -> str | None:
     return None if lines else f"{CHECKSUMS} is empty"
 
 
-def load_checkpoint(folder: Path, policy: TopRLPolicy, config: PPOConfig) -> dict[str, Any] | None:
+def load_checkpoint(
+    folder: Path, policy: TopRLPolicy, config: PPOConfig, fingerprint: dict[str, Any]
+) -> dict[str, Any] | None:
     """The trainer state of the newest whole checkpoint, its weights put into ``policy``; None where there is none.
 
     A renamed checkpoint is whole unless the disk lost or changed something. One that is not is named on the console and
@@ -171,7 +174,8 @@ def load_checkpoint(folder: Path, policy: TopRLPolicy, config: PPOConfig) -> dic
 
     Raises:
         CheckpointError: there are checkpoints, but none is whole.
-        ValueError: flags differ from those of the checkpoint, other than ``MAY_CHANGE``.
+        ValueError: flags differ from those of the checkpoint, other than ``MAY_CHANGE``; or samples, model or code do,
+            which ``fingerprint`` tells.
     """
     problems = []
     for candidate in reversed(checkpoints(folder)):
@@ -188,6 +192,11 @@ def load_checkpoint(folder: Path, policy: TopRLPolicy, config: PPOConfig) -> dic
             names = sorted(name for name in {*theirs, *ours} if theirs.get(name) != ours.get(name))
             different = {name: (theirs.get(name), ours.get(name)) for name in names}
             raise ValueError(f"--resume auto: the checkpoint was made with other flags: {different} (theirs, ours)")
+        if changed := differences(state.get("fingerprint", {}), fingerprint):
+            raise ValueError(
+                f"--resume auto: {candidate} was made with other samples, model or code ({'; '.join(changed)}); bring "
+                "those back, or train anew: --overwrite, or another --output_dir"
+            )
         load_model(policy, candidate / "model.safetensors")
         return state
     if problems:

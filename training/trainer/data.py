@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from training.fingerprint import model_facts, processor_digest, samples_digest, versions
 from training.tasks import Sample, Task, answer, device_of, encode
 from training.trainer.features import FeatureCache, collate, takes_features
 from training.trainer.prefix import skipping
-from training.trainer.quality_cache import column_path, identity_of, measure_once
+from training.trainer.quality_cache import column_path, measure_once
 from training.trainer.ranks import Ranks
 
 FEATURE_CACHE_MB = 1024  # the default of --feature_cache_mb
@@ -31,6 +34,24 @@ class TrainingData:
     samples: list[Sample]
     quality: Tensor
     features: FeatureCache = field(default_factory=lambda: FeatureCache(FEATURE_CACHE_MB))
+
+    @cached_property
+    def content(self) -> str:
+        """Digest of everything that is shown, asked and compared with."""
+        return samples_digest(self.task, self.samples)
+
+    def measure_quality(
+        self,
+        model: Any,
+        processor: Any,
+        batch_size: int,
+        cache_dir: str | Path | None = None,
+        ranks: Ranks = ONE_PROCESS,
+    ) -> None:
+        """Answer all samples once with the unpruned model; arguments as of ``training_data``."""
+        self.features.plan(model, processor, self.task, self.samples)
+        folder = None if cache_dir is None else Path(cache_dir)
+        self.quality = unpruned_quality(model, processor, self, batch_size, folder, ranks)
 
     def inputs(self, model: Any, processor: Any, rows: Sequence[int]) -> dict[str, Any]:
         """What the model is called with for the samples of these numbers, on its device.
@@ -49,6 +70,16 @@ class TrainingData:
             return nullcontext()
         encoded = [self.features.encoded(model, processor, self.task, self.samples[row]) for row in rows]
         return skipping(model, [one.prefix for one in encoded if one.prefix])
+
+
+def unanswered(task: Task, features: FeatureCache) -> TrainingData:
+    """Read all samples of ``task``; nothing is measured yet.
+
+    Raises:
+        ValueError: a sample is unreadable; the message names file and row.
+    """
+    samples = [task[i] for i in range(len(task))]
+    return TrainingData(task, samples, torch.zeros(len(samples)), features)
 
 
 def pad_token_of(processor: Any) -> int:
@@ -108,10 +139,31 @@ def measured(
     identity: dict[str, Any] = {}
     path = None
     if cache_dir is not None:
-        identity = identity_of(model, processor, data.task, data.samples, batch_size, column)
-        identity["generation"]["features"] = data.features.enabled and takes_features(model)
+        identity = identity_of(model, processor, data, batch_size, column)
         path = column_path(cache_dir, column, identity)
     return measure_once(column, path, identity, len(data.samples), batch_size, batch, ranks, device_of(model))
+
+
+def identity_of(model: Any, processor: Any, data: TrainingData, batch_size: int, column: str) -> dict[str, Any]:
+    """Everything that the unpruned model's answers to the samples depend on, as JSON data.
+
+    ``batch_size`` is a part of it: other batch mates are another rounding, and runs that are to be bitwise equal must
+    not depend on who filled the cache.
+    """
+    identity = {
+        "column": column,
+        "model": model_facts(model),
+        "data": {**data.task.describe(), "content": data.content},
+        "processor": processor_digest(processor, data.task, data.samples[0]),
+        "generation": {
+            "max_new_tokens": data.task.max_new_tokens,
+            "config": model.generation_config.to_diff_dict(),
+            "batch_size": batch_size,
+            "features": data.features.enabled and takes_features(model),
+        },
+        "versions": versions(),
+    }
+    return json.loads(json.dumps(identity, default=str))  # as it comes back from a file
 
 
 def training_data(
@@ -123,7 +175,7 @@ def training_data(
     features: FeatureCache | None = None,
     ranks: Ranks = ONE_PROCESS,
 ) -> TrainingData:
-    """All samples of ``task``, answered once by the unpruned model.
+    """Read all samples of ``task`` and answer them once with the unpruned model.
 
     Args:
         batch_size: samples that the model answers at once.
@@ -134,10 +186,6 @@ def training_data(
     Raises:
         ValueError: a file in ``cache_dir`` is corrupt.
     """
-    samples = [task[i] for i in range(len(task))]
-    features = FeatureCache(FEATURE_CACHE_MB) if features is None else features
-    features.plan(model, processor, task, samples)
-    data = TrainingData(task, samples, torch.zeros(len(samples)), features)
-    folder = None if cache_dir is None else Path(cache_dir)
-    data.quality = unpruned_quality(model, processor, data, batch_size, folder, ranks)
+    data = unanswered(task, FeatureCache(FEATURE_CACHE_MB) if features is None else features)
+    data.measure_quality(model, processor, batch_size, cache_dir, ranks)
     return data

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Callable
@@ -10,16 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn.functional import pad
 
-from training.tasks import Sample, Task, encode
+from training.fingerprint import differences, digest_of
 from training.trainer.ranks import Ranks
-
-SAMPLED = 64  # weights of each parameter that go into the fingerprint of a model
 
 
 def measure_once(
@@ -72,7 +68,7 @@ def measure_once(
 
 def column_path(folder: Path, column: str, identity: dict[str, Any]) -> Path:
     """The file of one column of numbers; another model, other data or other settings are another file."""
-    return folder / f"{column}-{digest_of(identity)[:16]}.safetensors"
+    return folder / f"{column}-{digest_of(identity)}.safetensors"
 
 
 def read_column(path: Path, identity: dict[str, Any], total: int) -> Tensor:
@@ -89,8 +85,8 @@ def read_column(path: Path, identity: dict[str, Any], total: int) -> Tensor:
     except (SafetensorError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"--cache_dir: {path} is corrupt ({error}); delete it, and it is measured again") from error
     if found != identity:
-        names = sorted(name for name in {*found, *identity} if found.get(name) != identity.get(name))
-        raise ValueError(f"--cache_dir: {path} holds numbers of another {', '.join(names)}; delete it or rename it")
+        changed = "; ".join(differences(found, identity))
+        raise ValueError(f"--cache_dir: {path} holds numbers of something else ({changed}); delete it or rename it")
     if values.dtype != torch.float32 or values.ndim != 1 or len(values) > total or not values.isfinite().all():
         shape = f"{values.dtype} {tuple(values.shape)}"
         raise ValueError(f"--cache_dir: {path} is corrupt ({shape}, not finite float32 [{total}]); delete it")
@@ -106,68 +102,3 @@ def write_column(path: Path, identity: dict[str, Any], values: Tensor) -> None:
         os.replace(aside, path)
     finally:
         aside.unlink(missing_ok=True)
-
-
-def identity_of(
-    model: Any, processor: Any, task: Task, samples: list[Sample], batch_size: int, column: str
-) -> dict[str, Any]:
-    """All that the unpruned model's answers to ``samples`` depend on, as JSON data.
-
-    ``batch_size`` is one of them: other batch mates are another rounding, and runs that are to be bitwise equal must
-    not depend on who filled the cache.
-    """
-    identity = {
-        "column": column,
-        "model": {
-            "name": model.config._name_or_path,
-            "config": digest_of(model.config.to_dict()),
-            "weights": weights_digest(model),
-            "dtype": str(model.dtype),
-            "attention": model.config.get_text_config()._attn_implementation,
-            "device": model.device.type,
-        },
-        "data": {**task.describe(), "content": samples_digest(processor, task, samples)},
-        "generation": {
-            "max_new_tokens": task.max_new_tokens,
-            "config": model.generation_config.to_diff_dict(),
-            "batch_size": batch_size,
-        },
-        "versions": {"torch": str(torch.__version__), "transformers": transformers.__version__},
-    }
-    return json.loads(json.dumps(identity, default=str))  # as it comes back from a file
-
-
-def digest_of(value: Any) -> str:
-    """Hexadecimal digest of JSON data."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
-
-
-def weights_digest(model: Any) -> str:
-    """Digest of names, shapes and 64 evenly spread values of every parameter and buffer: training changes them all.
-
-    Of weights that are offloaded (on "meta"), names and shapes alone.
-    """
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        if tensor.device.type != "meta" and tensor.numel():
-            flat = tensor.detach().flatten()
-            digest.update(_bytes(flat[:: max(1, len(flat) // SAMPLED)]))
-    return digest.hexdigest()
-
-
-def samples_digest(processor: Any, task: Task, samples: list[Sample]) -> str:
-    """Digest of what is shown, asked and compared with, and of what the processor makes of the first sample."""
-    digest = hashlib.sha256()
-    for sample in samples:
-        text = [sample.key, task.text(sample), sample.answer, sample.answers, sample.choices, sample.bbox]
-        digest.update(json.dumps([*text, sample.info], sort_keys=True, default=str).encode())
-        for picture in sample.video or sample.all_images:
-            digest.update(f"{picture.mode} {picture.size}".encode() + picture.tobytes())
-    for name, value in sorted(encode(processor, task, samples[:1], "cpu").items()):
-        digest.update(name.encode() + (_bytes(value) if isinstance(value, Tensor) else str(value).encode()))
-    return digest.hexdigest()
-
-
-def _bytes(tensor: Tensor) -> bytes:
-    return tensor.contiguous().cpu().view(torch.uint8).numpy().tobytes()
