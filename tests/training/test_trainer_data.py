@@ -153,9 +153,7 @@ def test_a_corrupt_file_is_named(damage, tmp_path):
 def test_a_file_of_something_else_is_named(tmp_path):
     path = tmp_path / "quality-0.safetensors"
     measure_once("quality", path, {"data": "a", "model": 1}, 4, 4, lambda rows: torch.ones(4), Ranks())
-    with pytest.raises(
-        ValueError, match=r"quality-0\.safetensors holds .* something else \(data: was .*delete it"
-    ):
+    with pytest.raises(ValueError, match=r"quality-0\.safetensors holds .* something else \(data: was .*delete it"):
         measure_once("quality", path, {"data": "b", "model": 1}, 4, 4, refuse, Ranks())
 
 
