@@ -9,10 +9,11 @@ import torch
 from toprl_models import TopRLPolicy, tiny
 from training.analyses.clips import FRAMES, ClipTask
 from training.analyses.measure import task_of
-from training.ppo import PPOConfig, main, training_data
+from training.ppo import PPOConfig, main
 from training.rewards import stage_rewards
 from training.scenes import SceneDataset
 from training.tasks import answer, encode, make_task
+from training.trainer.data import training_data
 
 QUALITY, RETAINED = torch.tensor([1.0, 0.0]), torch.tensor([[0.5, 0.25], [1.0, 0.5]])
 ALPHA = torch.tensor([0.9, 1.0])

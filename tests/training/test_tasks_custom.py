@@ -153,8 +153,11 @@ def test_nothing_to_look_at(tmp_path):
 @pytest.mark.parametrize(
     ("metric", "row", "message"),
     [
-        ("exact_match", {"answer": ""}, "'answer' is empty"),
-        ("exact_match", {"answer": None, "answers": []}, "'answer' is empty"),
+        ("exact_match", {"answer": ""}, "'answer' is blank"),
+        ("exact_match", {"answer": None, "answers": []}, "'answer' is blank"),
+        ("exact_match", {"answer": "  "}, "'answer' is blank"),
+        ("exact_match", {"answers": ["x", " "]}, "'answers' has a blank one"),
+        ("exact_match", {"answer": "x", "question": " "}, "'question' is blank"),
         (
             "exact_match",
             {"answer": "x", "question": "<image>\nWhat?"},

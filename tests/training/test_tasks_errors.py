@@ -6,6 +6,7 @@ import json
 import sys
 
 import pytest
+from PIL import Image
 
 from tests.training.tables import (
     columns_of,
@@ -213,6 +214,40 @@ def test_unreadable_files(tmp_path, content):
     (tmp_path / "train.parquet").write_text("no parquet")
     with pytest.raises(ValueError, match=r"train.parquet could not be read as parquet"):
         make_task("custom", "train", 4, dataset_path=str(tmp_path), metric="exact_match")
+
+
+def test_other_encodings_are_named_with_file_and_line(tmp_path):
+    rows = [
+        json.dumps({"image": "a", "question": text, "answer": "x"}, ensure_ascii=False) for text in ("?", "Straße?")
+    ]
+    for encoding, line in (("latin-1", 2), ("utf-16", 1)):
+        (tmp_path / "test.jsonl").write_bytes("\n".join(rows).encode(encoding))
+        with pytest.raises(ValueError, match=rf"test.jsonl, line {line} is not UTF-8 \(.*save the file as UTF-8"):
+            make_task("custom", "test", 4, dataset_path=str(tmp_path), metric="exact_match")
+
+
+@pytest.mark.parametrize(("mode", "suffix"), [("I;16", "png"), ("I", "png"), ("F", "tiff")])
+def test_images_of_more_than_eight_bits_are_refused(tmp_path, mode, suffix):
+    """PIL would make them white or black without a word."""
+    Image.new(mode, (8, 6), 1000).save(tmp_path / f"a.{suffix}")
+    write_jsonl(tmp_path / "test.jsonl", [{"image": f"a.{suffix}", "question": "?", "answer": "x"}])
+    task = make_task("custom", "test", 4, dataset_path=str(tmp_path), metric="exact_match")
+    with pytest.raises(ValueError, match="row 0: column 'image' is an image of PIL's mode .*save it as 8-bit"):
+        task[0]
+
+
+def test_repeated_ids_are_refused(tmp_path):
+    write_jsonl(tmp_path / "test.jsonl", [{"image": "a", "question": "?", "answer": "x", "id": n} for n in (7, 8, 7)])
+    with pytest.raises(ValueError, match="row 2: column 'id' repeats 7 of row 0"):
+        make_task("custom", "test", 4, dataset_path=str(tmp_path), metric="exact_match")
+
+
+@pytest.mark.parametrize(("column", "values"), [("question", ["a", " ", "c", "d"]), ("answer", ["a", "", "c", "d"])])
+def test_blank_cells_of_benchmarks_are_refused(tmp_path, column, values):
+    write_benchmark(tmp_path, "gqa", "testdev", **{column: values})
+    task = make_task("gqa", "test", 9, dataset_path=str(tmp_path))
+    with pytest.raises(ValueError, match=f"row 1: column '{column}' is blank"):
+        task[1]
 
 
 # --- questions and answers in two files, videos ---

@@ -73,6 +73,8 @@ def custom_fields(row: dict[str, Any], metric: str) -> dict[str, Any]:
     if "<image>" in question or "<video>" in question:
         raise BadCell("question", "has an <image> or <video> placeholder", "remove it: images go before the question")
     answers = tuple(str(a) for a in row.get("answers") or ())
+    if metric != "vqa_accuracy" and not all(answer.strip() for answer in answers):  # an annotator may have said nothing
+        raise BadCell("answers", "has a blank one", "remove it or drop the row")
     answer = str(row["answer"]) if row.get("answer") is not None else answers[0] if answers else ""
     fields: dict[str, Any] = {"question": question, "answer": answer, "answers": answers}
     if row.get("id") is not None:
@@ -83,8 +85,6 @@ def custom_fields(row: dict[str, Any], metric: str) -> dict[str, Any]:
         return fields | {"bbox": tuple(row["bbox"])}
     if metric == "choice":
         return fields | {"choices": tuple(map(str, row["choices"])), "answer": _letter(answer, row["choices"])}
-    if not answer:
-        raise BadCell("answer", "is empty")
     if metric == "f1_yes" and yes_no(answer) == "other":
         raise BadCell("answer", f"is {answer!r}, not yes or no")
     if metric == "vqa_accuracy" and len(answers) < 4:

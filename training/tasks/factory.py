@@ -100,6 +100,8 @@ def make_task(
     metric_of(list)  # what it needs is missing now or not at all: no download for nothing
     source = spec.splits[split]
     table = Table(*loaded, spec.columns) if loaded else load_table(name, source, spec.columns, dataset_path, revision)
+    if name == "custom" and "id" in spec.columns:
+        _refuse_repeated_ids(table)
     images = videos = None
     if source.image_config:
         joined = replace(source, config=source.image_config)
@@ -107,6 +109,14 @@ def make_task(
     if spec.video:
         videos = _videos(name, video_dir or dataset_path)
     return TableTask(spec, split, table, size, seed, metric_of, images, videos, num_frames, options)
+
+
+def _refuse_repeated_ids(table: Table) -> None:
+    first: dict[str, int] = {}
+    for number, value in enumerate(table.column("id")):
+        if value is not None and first.setdefault(str(value), number) != number:
+            problem = f"repeats {value!r} of row {first[str(value)]}"
+            raise table.error(number, "id", problem, "give every row its own id, or leave the column out")
 
 
 def _foreign(spec: Spec, dataset_path: str | None) -> list[str]:

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 FORMATS = {".parquet": "parquet", ".json": "json", ".jsonl": "json"}
 EMPTY = "the split is empty; download it again or choose another split"
 NO_ROWS = "corresponds to no data"  # what datasets calls a file without a row
+# PIL's modes of more than 8 bits per channel; its convert("RGB") clips them to white, or to black
+DEEP_MODES = ("I", "F", "I;16", "I;16B", "I;16L", "I;16N")
 
 
 @dataclass(frozen=True)
@@ -78,10 +80,10 @@ class Table:
         return row
 
     def image(self, number: int, column: str, value: Any) -> Image.Image:
-        """The image of a cell - a path, encoded bytes, or both as ``datasets`` stores them - upright and in RGB.
+        """Decode the image of a cell - a path, encoded bytes, or both as ``datasets`` stores them - upright, in RGB.
 
         Raises:
-            ValueError: missing file, or not a readable image.
+            ValueError: missing file, not a readable image, or one of more than 8 bits per channel.
         """
         content, path = value, None
         if isinstance(value, dict):
@@ -94,10 +96,14 @@ class Table:
                     raise ValueError("neither bytes nor path")
                 content = (self.folder or Path()).joinpath(path).read_bytes()
             image = Image.open(io.BytesIO(content))
-            return ImageOps.exif_transpose(image).convert("RGB")
+            mode, picture = image.mode, ImageOps.exif_transpose(image).convert("RGB")
         except Exception as error:  # PIL's decoders raise whatever a broken file makes them raise
             problem = f"is not a readable image ({type(error).__name__}: {error})"
             raise self.error(number, column, problem, "replace the file or drop the row") from error
+        if mode in DEEP_MODES:
+            problem = f"is an image of PIL's mode {mode}: more than 8 bits per channel"
+            raise self.error(number, column, problem, "scale its values to 0..255 and save it as 8-bit RGB or grey")
+        return picture
 
     def error(self, number: int, column: str, problem: str, fix: str) -> ValueError:
         return ValueError(f"{self.where}, row {number}: column {column!r} {problem}; {fix}")
@@ -148,6 +154,9 @@ def load(task: str, source: Source, dataset_path: str | None = None, revision: s
     where = f"{task}: {dataset_path}, {part}"
     files = find_files(task, Path(dataset_path), source)
     kind = FORMATS[files[0].suffix]
+    if kind == "json":
+        for file in files:
+            _refuse_other_encodings(where, file)
     try:
         if not any(file.stat().st_size for file in files):
             raise ValueError(NO_ROWS)
@@ -242,6 +251,17 @@ def find_files(task: str, path: Path, source: Source) -> list[Path]:
             f"{task}: dataset_path={str(path)!r} has several {wanted}: {', '.join(map(str, found))}; name one of them"
         )
     return found
+
+
+def _refuse_other_encodings(where: str, path: Path) -> None:
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                line.decode()
+            except UnicodeDecodeError as error:
+                raise ValueError(
+                    f"{where}: {path.name}, line {number} is not UTF-8 ({error}); save the file as UTF-8"
+                ) from error
 
 
 def _encoded(data: Dataset) -> Dataset:

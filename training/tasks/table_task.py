@@ -183,7 +183,13 @@ class TableTask:
         if self.spec.several:
             row = {**row, self.spec.several: row[self.spec.several][part]}
         try:
-            return self.spec.fields(row)
+            fields = self.spec.fields(row)
+            if "question" in self.spec.columns and not fields["question"].strip():
+                raise BadCell("question", "is blank")
+            references = fields.get("answers") or (fields["answer"],)
+            if "bbox" not in fields and not any(text.strip() for text in references):
+                raise BadCell("answers" if fields.get("answers") else "answer", "is blank")
+            return fields
         except BadCell as error:
             raise self.table.error(number, error.column, error.problem, error.fix) from error
 
