@@ -22,8 +22,8 @@ python training/reproduce.py cliff transfer    # some of them
 python training/reproduce.py --all             # all of them
 ```
 
-Results that are there with the same settings, data and code are not made again (`--overwrite` does), finished jobs and trained agents
-in `runs/reproduce` are used again by whatever needs them, and a stopped run goes on where it was.
+Results that are there with the same settings, data and code are not made again (`--overwrite` does), finished jobs and
+trained agents in `runs/reproduce` are used again by whatever needs them, and a stopped run goes on where it was.
 
 {model}
 
