@@ -19,12 +19,12 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
-from transformers import HfArgumentParser
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from toprl_models import Policy, PyramidDrop, Schedule, TopRLPolicy, attach
 from toprl_models.methods.toprl import CONDITIONS
+from training import cli
 from training.analyses import plots
 from training.analyses.lab import Lab
 from training.analyses.measure import model_of
@@ -233,4 +233,4 @@ def draw(folder: Path, result: Result) -> None:
 
 
 if __name__ == "__main__":
-    make(HfArgumentParser(ConditioningConfig, description=__doc__.split("\n")[0]).parse_args_into_dataclasses()[0])
+    cli.run(lambda arguments: make(cli.parse(ConditioningConfig, __doc__, arguments)))

@@ -17,10 +17,10 @@ from statistics import fmean, stdev
 from typing import Any
 
 from matplotlib.figure import Figure
-from transformers import HfArgumentParser
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from training import cli
 from training.analyses import plots
 from training.analyses.lab import Lab
 from training.analyses.words import markdown_table
@@ -190,4 +190,4 @@ def make(config: CurvesConfig) -> None:
 
 
 if __name__ == "__main__":
-    make(HfArgumentParser(CurvesConfig, description=__doc__.split("\n")[0]).parse_args_into_dataclasses()[0])
+    cli.run(lambda arguments: make(cli.parse(CurvesConfig, __doc__, arguments)))

@@ -23,11 +23,11 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import HfArgumentParser
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from toprl_models import Schedule, TopRLPolicy, attach
+from training import cli
 from training.report import gallery_entry, write_report
 from training.scenes import KINDS
 from training.tasks import answer, encode, load_model, make_task
@@ -191,4 +191,4 @@ def main(config: DemoConfig) -> None:
 
 
 if __name__ == "__main__":
-    main(HfArgumentParser(DemoConfig, description=__doc__.split("\n")[0]).parse_args_into_dataclasses()[0])
+    cli.run(lambda arguments: main(cli.parse(DemoConfig, __doc__, arguments)))

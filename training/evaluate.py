@@ -26,10 +26,10 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from transformers import HfArgumentParser
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from training import cli
 from training.evaluation.config import EvaluateConfig
 from training.evaluation.methods import Trained, load_policies, row_for
 from training.evaluation.records import Store, write_whole
@@ -180,15 +180,5 @@ def main(config: EvaluateConfig) -> None:
         print(f"written: {config.folder(list(results['tasks']))}/ (samples.jsonl, results.json, table.md, table.html)")
 
 
-def parse(arguments: list[str]) -> EvaluateConfig:
-    """Flags, or one YAML or JSON file that holds them."""
-    parser = HfArgumentParser(EvaluateConfig, description=__doc__.split("\n")[0])
-    if len(arguments) == 1 and arguments[0].endswith((".yaml", ".yml")):
-        return parser.parse_yaml_file(arguments[0])[0]
-    if len(arguments) == 1 and arguments[0].endswith(".json"):
-        return parser.parse_json_file(arguments[0])[0]
-    return parser.parse_args_into_dataclasses(arguments)[0]
-
-
 if __name__ == "__main__":
-    main(parse(sys.argv[1:]))
+    cli.run(lambda arguments: main(cli.parse(EvaluateConfig, __doc__, arguments)))

@@ -23,12 +23,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import HfArgumentParser
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from toprl_models import Schedule, TopRLPolicy
 from toprl_models.methods.toprl import model_signature
+from training import cli
 from training.fingerprint import code_facts, model_facts, processor_digest
 from training.rewards import (
     alphas,
@@ -357,10 +357,4 @@ def main(config: PPOConfig, data: TrainingData | None = None) -> Path:
 
 
 if __name__ == "__main__":
-    parser = HfArgumentParser(PPOConfig, description=__doc__.split("\n")[0])
-    if len(sys.argv) == 2 and sys.argv[1].endswith((".yaml", ".yml")):
-        main(parser.parse_yaml_file(sys.argv[1])[0])
-    elif len(sys.argv) == 2 and sys.argv[1].endswith(".json"):
-        main(parser.parse_json_file(sys.argv[1])[0])
-    else:
-        main(parser.parse_args_into_dataclasses()[0])
+    cli.run(lambda arguments: main(cli.parse(PPOConfig, __doc__, arguments)))

@@ -31,11 +31,11 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
-from transformers import HfArgumentParser
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from toprl_models import tiny
+from training import cli
 from training.scenes import (
     KINDS,
     NUM_PATCHES,
@@ -338,4 +338,4 @@ def main(config: PretrainConfig) -> None:
 
 
 if __name__ == "__main__":
-    main(HfArgumentParser(PretrainConfig).parse_args_into_dataclasses()[0])
+    cli.run(lambda arguments: main(cli.parse(PretrainConfig, __doc__, arguments)))

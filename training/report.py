@@ -27,6 +27,7 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from training import cli
 from training.charts import CHART_STYLE, CURVES, curves_figure, retained_figure, svg
 from training.evaluation.methods import METHODS
 from training.tasks import Sample, exact_match
@@ -394,7 +395,4 @@ def write_report(folder: Path) -> Path:
 if __name__ == "__main__":
     if len(sys.argv) != 2:
         sys.exit("usage: python training/report.py FOLDER (for example runs/demo)")
-    try:
-        print(f"report: {write_report(Path(sys.argv[1]))}")
-    except (FileNotFoundError, ValueError) as problem:
-        sys.exit(f"error: {problem}")
+    cli.run(lambda arguments: print(f"report: {write_report(Path(arguments[0]))}"))

@@ -25,10 +25,10 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import HfArgumentParser
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from training import cli
 from training.analyses.config import Analysis, ReproduceConfig
 from training.analyses.lab import Lab
 from training.analyses.page import write_page
@@ -129,7 +129,7 @@ def parse(arguments: list[str]) -> tuple[ReproduceConfig, Namespace]:
     Raises:
         ValueError: an unknown name, or nothing to do.
     """
-    parser = HfArgumentParser(ReproduceConfig, description=__doc__.split("\n")[0])
+    parser = cli.parser_of(ReproduceConfig, __doc__)
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(ANALYSES)}")
     parser.add_argument("--all", action="store_true", help="every analysis")
     parser.add_argument("--list", action="store_true", help="print names and expected minutes")
@@ -156,7 +156,4 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except (FileNotFoundError, ValueError) as problem:
-        sys.exit(f"error: {problem}")
+    cli.run(main)

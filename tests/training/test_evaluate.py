@@ -14,7 +14,8 @@ from tests.training.evaluation_helpers import KEPT, LAYERS, config_of, read_samp
 from toprl_kernels import flops
 from toprl_models import Schedule, StageContext, TopRLPolicy, attach, tiny
 from toprl_models.families import count_visual
-from training.evaluate import EvaluateConfig, evaluate, main, make_tasks, parse
+from training import cli
+from training.evaluate import EvaluateConfig, evaluate, main, make_tasks
 from training.evaluation import runner as runner_module
 from training.evaluation.measure import answer_timed
 from training.evaluation.methods import METHODS, RandomBySample, load_policies, make_method, policies_for
@@ -324,15 +325,16 @@ def test_options_of_tasks():
 
 
 def test_flags_from_the_command_line_and_from_a_file(tmp_path):
-    flags = parse("--task textvqa gqa --method fastv --budget 192 64 --stages 2 8 16 --seeds 0 1 --overwrite".split())
+    text = "--task textvqa gqa --method fastv --budget 192 64 --stages 2 8 16 --seeds 0 1 --overwrite"
+    flags = cli.parse(EvaluateConfig, "", text.split())
     assert (flags.task, flags.budget, flags.stages, flags.seeds) == (["textvqa", "gqa"], [192, 64], [2, 8, 16], [0, 1])
     assert flags.overwrite and flags.budgets() == ["192", "64"] and flags.methods() == ["full", "fastv"]
     file = tmp_path / "table1.yaml"
     file.write_text("task: [textvqa, gqa]\nmethod: [fastv]\nbudget: [192, 64]\nstages: [2, 8, 16]\noverwrite: true\n")
-    given = parse([str(file)])
+    given = cli.parse(EvaluateConfig, "", [str(file)])
     assert (given.task, given.budgets(), given.stages, given.overwrite) == (flags.task, ["192", "64"], [2, 8, 16], True)
     with pytest.raises(ValueError, match="slowv"):
-        parse(["--method", "slowv", "--keep", "4"])
+        cli.parse(EvaluateConfig, "", ["--method", "slowv", "--keep", "4"])
 
 
 # -- errors ----------------------------------------------------------------------------------------------------------
