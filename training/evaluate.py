@@ -37,7 +37,7 @@ from training.evaluation.results import summarise
 from training.evaluation.runner import Ranks, Runner
 from training.evaluation.tables import console_tables, html_page, markdown
 from training.fingerprint import code_facts, model_facts, processor_digest, samples_digest, versions
-from training.tasks import Task, check_stages, load_model, make_task
+from training.tasks import Task, check_stages, device_of, load_model, make_task
 from training.tasks.factory import SCENES
 
 SCENES_TAKEN = 512  # scenes are endless: so many where --limit does not say
@@ -55,12 +55,18 @@ def task_names(config: EvaluateConfig, policies: Sequence[Trained]) -> list[str]
     return names
 
 
-def make_tasks(config: EvaluateConfig, names: Sequence[str]) -> dict[str, Task]:
-    """The tasks, on the split that results are reported on unless --task_option says another."""
+def make_tasks(config: EvaluateConfig, names: Sequence[str], policies: Sequence[Trained] = ()) -> dict[str, Task]:
+    """The tasks, on the split that results are reported on unless --task_option says another.
+
+    What --dataset_path and --task_option do not say is taken from the policy that was trained on the task.
+    """
     known = [*inspect.signature(make_task).parameters][4:]
     found: dict[str, Task] = {}
     for name in names:
         options = config.task_arguments(name, names)
+        trained = next((one for one in policies if one.task == name), None)
+        if trained is not None:
+            options = trained.task_options(options)
         split = options.pop("split", "test")
         for option in options:
             if option not in known:
@@ -77,6 +83,7 @@ def settings_of(config: EvaluateConfig, runner: Runner, model_name: str) -> dict
         "model": model_name,
         "revision": getattr(runner.model.config, "_commit_hash", None),
         "dtype": config.dtype,
+        "quantization": config.quantization,
         "tasks": {name: _task_facts(task, runner.processor) for name, task in runner.tasks.items()},
         "methods": config.methods(),
         "policies": [one.digest for one in runner.policies],
@@ -121,12 +128,19 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any] | None:
         if device == "cuda" and ranks.world > 1:
             device = f"cuda:{ranks.local_rank}"
         model_name = config.model_name_or_path or (policies[0].model if policies else "tiny")
-        model, processor = load_model(model_name, device, getattr(torch, config.dtype))
+        model, processor = load_model(
+            model_name,
+            device,
+            getattr(torch, config.dtype),
+            config.attn_implementation or None,
+            config.device_map or None,
+            config.quantization or None,
+        )
         if config.stages:
             check_stages("--stages", config.stages, model)
-        tasks = make_tasks(config, names)
+        tasks = make_tasks(config, names, policies)
         for one in policies:
-            one.policy.to(device)
+            one.policy.to(device_of(model))
         batch_size = config.batch_size or (128 if model_name == "tiny" else 8)
         runner = Runner(config, model, processor, tasks, policies, batch_size)
         return _evaluate(config, runner, ranks, model_name)

@@ -43,7 +43,7 @@ from training.rewards import (
 from training.rollout import Rollout, rollout
 from training.tasks import check_stages, device_of, load_model, make_task
 from training.trainer.checkpoint import CheckpointError, Writer, load_checkpoint, start_anew
-from training.trainer.config import PPOConfig
+from training.trainer.config import PPOConfig, local_name
 from training.trainer.console import Console
 from training.trainer.data import TrainingData, measured, unanswered
 from training.trainer.episodes import concatenate
@@ -72,21 +72,12 @@ class Trainer:
             getattr(torch, config.dtype),
             config.attn_implementation or None,
             config.device_map or None,
+            config.quantization or None,
         )
         check_stages("--stage_layers", config.stage_layers, self.model)
         self.device = device_of(self.model)
         self.phases = Phases(self.device)
         self.schedule = Schedule(tuple((layer, 1.0) for layer in config.stage_layers))
-        self.policy = TopRLPolicy(
-            self.model.config.get_text_config().hidden_size,
-            config.stage_layers,
-            actor_size=config.actor_size,
-            base_model=model_signature(self.model),
-            condition_on=config.condition_on,
-            metadata={"task": config.task, "model": config.model_name_or_path, "ppo": asdict(config)},
-        ).to(self.device)
-        self.policy.check(self.model, self.schedule)
-        self.optimizer = torch.optim.Adam(self.policy.parameters(), lr=config.learning_rate, eps=1e-5)
         self.alpha = alphas(len(config.stage_layers), config.eta, config.alpha_schedule)
         if config.rollout_size < ranks.size:
             raise ValueError(
@@ -94,8 +85,26 @@ class Trainer:
             )
         self.iteration, self.best = 0, None  # iterations done; reward of the best validation
         self._read_data(data)
+        self.policy = TopRLPolicy(
+            self.model.config.get_text_config().hidden_size,
+            config.stage_layers,
+            actor_size=config.actor_size,
+            base_model=model_signature(self.model),
+            condition_on=config.condition_on,
+            metadata=self._metadata(),
+        ).to(self.device)
+        self.policy.check(self.model, self.schedule)
+        self.optimizer = torch.optim.Adam(self.policy.parameters(), lr=config.learning_rate, eps=1e-5)
         self._open_folder()
         self._measure(measured_before=data is not None)
+
+    def _metadata(self) -> dict[str, Any]:
+        """What the policy remembers of its training; nothing of it names a place on this machine."""
+        config, facts = self.config, self.data.task.describe()
+        data = {"name": local_name(config.dataset_path) or facts["dataset"], "content": self.data.content}
+        model = local_name(config.model_name_or_path)
+        flags = config.published()
+        return {"task": config.task, "metric": facts["metric"], "data": data, "model": model, "ppo": flags}
 
     def _open_folder(self) -> None:
         config = self.config
@@ -161,8 +170,8 @@ class Trainer:
         self.usable = usable_samples(config.reward_q, self.unpruned)
         if not len(self.usable):
             raise RuntimeError(
-                f"--task {config.task}: the unpruned model answers none of {len(data.samples)} samples; "
-                "nothing to learn"
+                f"--task {config.task}: the unpruned model answers none of {len(data.samples)} samples, so that "
+                "Q_p / Q is undefined: take --reward_q prob_ratio, or data that the model can do"
             )
 
     def state(self) -> dict[str, Any]:

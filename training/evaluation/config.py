@@ -10,7 +10,7 @@ from typing import Any
 from toprl_models import Schedule, plugins, schedule_for
 from toprl_models.registry import Method
 from training.evaluation.methods import METHODS, row_for
-from training.tasks import DTYPES
+from training.tasks import DTYPES, QUANTIZATIONS
 
 
 @dataclass
@@ -68,7 +68,16 @@ class EvaluateConfig:
         default=0, metadata={"help": "samples per forward pass; 0 takes 128 for the tiny model and 8 for others"}
     )
     dtype: str = field(default="float32", metadata={"help": "of the model's weights", "choices": list(DTYPES)})
+    attn_implementation: str = field(
+        default="", metadata={"help": "sdpa, eager, flash_attention_2, ...; empty leaves it to the model"}
+    )
+    quantization: str = field(
+        default="", metadata={"help": "of the model's weights; needs bitsandbytes", "choices": ["", *QUANTIZATIONS]}
+    )
     device: str = field(default="", metadata={"help": "cpu, cuda, ...; empty picks CUDA where there is one"})
+    device_map: str = field(
+        default="", metadata={"help": 'auto, a device, or JSON as {"": 0}, instead of --device; needs accelerate'}
+    )
     overwrite: bool = field(default=False, metadata={"help": "delete the results in --output_dir and start again"})
 
     def __post_init__(self) -> None:
@@ -89,6 +98,10 @@ class EvaluateConfig:
             raise ValueError(f"--limit {self.limit} --batch_size {self.batch_size}: must not be negative")
         if self.dtype not in DTYPES:
             raise ValueError(f"--dtype {self.dtype} must be one of {', '.join(DTYPES)}")
+        if self.quantization not in ("", *QUANTIZATIONS):
+            raise ValueError(f"--quantization {self.quantization} must be one of {', '.join(QUANTIZATIONS)}")
+        if self.device and self.device_map:
+            raise ValueError(f"--device {self.device} --device_map {self.device_map}: give one of them")
         scheduled = [name for name in self.methods() if row_for(name).scheduled]
         if (self.keep and self.budget) or (scheduled and not self.keep and not self.budget):
             raise ValueError("give either --keep (tokens per stage) or --budget (average tokens over all layers)")

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -152,11 +153,17 @@ class RandomBySample(Policy):
 
 @dataclass(frozen=True)
 class Trained:
-    """A policy of --policy; ``digest`` of its weights tells whether a stopped evaluation used the same."""
+    """A policy of --policy.
+
+    Attributes:
+        digest: of its weights.
+        flags: of the run that made it, as far as they lie beside the policy: places on this machine are only there.
+    """
 
     name: str
     policy: TopRLPolicy
     digest: str
+    flags: dict[str, Any] = field(default_factory=dict)
 
     @property
     def task(self) -> str | None:
@@ -164,7 +171,24 @@ class Trained:
 
     @property
     def model(self) -> str:
-        return self.policy.metadata.get("model", "tiny")
+        return self.flags.get("model_name_or_path") or self.policy.metadata.get("model", "tiny")
+
+    def task_options(self, given: dict[str, Any]) -> dict[str, Any]:
+        """Complete the options ``given`` to ``make_task`` by what the policy was trained on.
+
+        Raises:
+            ValueError: there is only the file that it was trained on, or nobody knows where the data are.
+        """
+        options = {"metric": metric} if (metric := self.policy.metadata.get("ppo", {}).get("metric")) else {}
+        if "dataset_path" in given:
+            return options | given
+        path = self.flags.get("dataset_path", "")
+        if Path(path).is_file():
+            raise ValueError(f"--policy {self.name}: {path} is what it was trained on; name test data: --dataset_path")
+        if self.task == "custom" and not path:
+            data = self.policy.metadata.get("data", {}).get("name", "own data")
+            raise ValueError(f"--policy {self.name}: it was trained on {data}; name test data: --dataset_path")
+        return options | given | ({"dataset_path": path} if path else {})
 
 
 def load_policies(names: Sequence[str]) -> list[Trained]:
@@ -181,7 +205,7 @@ def load_policies(names: Sequence[str]) -> list[Trained]:
             policy = TopRLPolicy.from_pretrained(name).eval()
         except OSError as error:
             raise ValueError(f"--policy {name}: no such folder, and the Hub gives no policy: {error}") from error
-        found.append(Trained(name, policy, weights_digest(policy)))
+        found.append(Trained(name, policy, weights_digest(policy), _flags_beside(Path(name))))
     for what, values in (
         ("stage layers", {one.policy.stage_layers for one in found}),
         ("models", {one.model for one in found}),
@@ -189,6 +213,14 @@ def load_policies(names: Sequence[str]) -> list[Trained]:
         if len(values) > 1:
             raise ValueError(f"--policy: different {what} {sorted(values)}; evaluate them apart")
     return found
+
+
+def _flags_beside(folder: Path) -> dict[str, Any]:
+    """Read the config.json of the run whose policy, best policy or checkpoint ``folder`` is; {} where there is none."""
+    for parent in folder.resolve().parents[:2]:
+        if (parent / "config.json").is_file() and (parent / "metrics.jsonl").is_file():
+            return json.loads((parent / "config.json").read_text())
+    return {}
 
 
 def policies_for(task: str, policies: Sequence[Trained]) -> list[Trained]:

@@ -3,11 +3,21 @@
 from training.metrics import exact_match
 from training.tasks.base import Sample, Task
 from training.tasks.factory import TASKS, make_task
-from training.tasks.model import DTYPES, answer, check_stages, device_of, encode, load_model, read_answers
+from training.tasks.model import (
+    DTYPES,
+    QUANTIZATIONS,
+    answer,
+    check_stages,
+    device_of,
+    encode,
+    load_model,
+    read_answers,
+)
 from training.tasks.scene_task import SceneTask
 
 __all__ = [
     "DTYPES",
+    "QUANTIZATIONS",
     "TASKS",
     "Sample",
     "SceneTask",

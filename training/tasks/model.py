@@ -17,6 +17,7 @@ from toprl_models.families import family_of, min_stage_of
 from toprl_models.processors import load_processor
 from training.tasks.base import Sample, Task
 
+QUANTIZATIONS = ("4bit", "8bit")  # of a model's weights, by bitsandbytes
 DTYPES = ("float32", "bfloat16", "float16")  # of a model's weights, as flags name them
 
 
@@ -26,6 +27,7 @@ def load_model(
     dtype: torch.dtype = torch.float32,
     attn_implementation: str | None = None,
     device_map: str | None = None,
+    quantization: str | None = None,
 ) -> tuple[Any, Any]:
     """Frozen model and processor.
 
@@ -36,13 +38,15 @@ def load_model(
         attn_implementation: "sdpa", "eager", "flash_attention_2", ...; the model's default where it is None.
         device_map: "auto", a device, or a JSON object from modules to devices; needs accelerate. One GPU can be named
             in it, beside "cpu" and "disk".
+        quantization: "4bit" (NF4) or "8bit" weights by bitsandbytes; computation stays in ``dtype``.
 
     Raises:
         ValueError: the model cannot be loaded so, or ``device_map`` is no JSON.
-        ImportError: ``device_map`` without accelerate, or a processor without the packages that it needs.
+        ImportError: ``device_map`` without accelerate, ``quantization`` without bitsandbytes, or a processor without
+            the packages that it needs.
     """
     transformers.utils.logging.disable_progress_bar()  # it would tear the training bar apart
-    if name_or_path == "tiny" and device_map is None:
+    if name_or_path == "tiny" and device_map is None and quantization is None:
         model, processor = tiny.load(device=device, dtype=dtype)
         if attn_implementation:
             model.set_attn_implementation(attn_implementation)
@@ -54,6 +58,9 @@ def load_model(
         options["attn_implementation"] = attn_implementation
     if device_map is not None:
         options["device_map"] = parse_device_map(device_map)
+    if quantization is not None:
+        options["quantization_config"] = _quantization_config(quantization, dtype)
+        options.setdefault("device_map", {"": device})  # quantised weights are made where they stay
     folder = str(tiny.CHECKPOINT) if name_or_path == "tiny" else name_or_path
     chosen = "".join(f" --{name} {value}" for name, value in options.items() if name != "dtype")
     wrong = (
@@ -69,7 +76,16 @@ def load_model(
     except (OSError, ValueError, ImportError) as error:
         raise ValueError(f"{wrong} ({error})") from error
     model.requires_grad_(False)
-    return (model if device_map is not None else model.to(device)).eval(), processor
+    return (model if "device_map" in options else model.to(device)).eval(), processor
+
+
+def _quantization_config(name: str, dtype: torch.dtype) -> transformers.BitsAndBytesConfig:
+    for package in ("bitsandbytes", "accelerate"):
+        if importlib.util.find_spec(package) is None:
+            raise ImportError(f"--quantization {name} needs {package}: pip install bitsandbytes accelerate")
+    if name == "8bit":
+        return transformers.BitsAndBytesConfig(load_in_8bit=True)
+    return transformers.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
 
 
 def check_stages(flag: str, layers: Sequence[int], model: Any) -> None:

@@ -3,17 +3,40 @@
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
 
 from toprl_models.methods.toprl import CONDITIONS
 from training.rewards import ALPHA_SCHEDULES, REWARD_QS, REWARD_TERMS, REWARDS
-from training.tasks import DTYPES
+from training.tasks import DTYPES, QUANTIZATIONS
 from training.trainer.log import TRACKERS
 
 RATIO_LEVELS = ("token", "mean", "joint")
 OBJECTIVES = ("ppo", "straight_through", "hybrid")
 BASELINES = ("critic", "group")
 ON_COLLAPSE = ("warn", "stop", "ignore")
+
+
+# flags that tell how and where a run is done, not what comes out
+LOCAL = (
+    "output_dir",
+    "cache_dir",
+    "dataset_path",
+    "device",
+    "device_map",
+    "ddp_timeout",
+    "resume",
+    "overwrite",
+    "report_to",
+    "save_every",
+    "keep_checkpoints",
+)
+
+
+def local_name(path: str) -> str:
+    """Name a local file or folder without the place where it lies; other names, as of the Hub, stay."""
+    return Path(path).resolve().name if path and Path(path).exists() else path
 
 
 @dataclass
@@ -25,6 +48,10 @@ class PPOConfig:
     dtype: str = field(default="float32", metadata={"help": "of the model's weights", "choices": list(DTYPES)})
     attn_implementation: str = field(
         default="", metadata={"help": "sdpa, eager, flash_attention_2, ...; empty leaves it to the model"}
+    )
+    quantization: str = field(
+        default="",
+        metadata={"help": "of the frozen model's weights; needs bitsandbytes", "choices": ["", *QUANTIZATIONS]},
     )
     device_map: str = field(
         default="", metadata={"help": 'auto, a device, or JSON as {"": 0}, instead of --device; needs accelerate'}
@@ -139,6 +166,11 @@ class PPOConfig:
     resume: str = field(default="never", metadata={"help": '"auto" continues', "choices": ["never", "auto"]})
     overwrite: bool = field(default=False, metadata={"help": "delete the run in --output_dir and start again"})
 
+    def published(self) -> dict[str, Any]:
+        """Return the flags that a policy may tell everybody."""
+        flags = {name: value for name, value in asdict(self).items() if name not in LOCAL}
+        return flags | {"model_name_or_path": local_name(self.model_name_or_path)}
+
     def __post_init__(self) -> None:
         for name in ("train_size", "iterations", "rollout_size", "ppo_epochs", "minibatch_size", "save_every"):
             if getattr(self, name) < 1:
@@ -184,6 +216,8 @@ class PPOConfig:
             raise ValueError(
                 f"--group_size {self.group_size} must be at least 2 and divide --rollout_size {self.rollout_size}"
             )
+        if self.quantization not in ("", *QUANTIZATIONS):
+            raise ValueError(f"--quantization {self.quantization} must be one of {', '.join(QUANTIZATIONS)}")
         if self.device and self.device_map:
             raise ValueError(f"--device {self.device} --device_map {self.device_map}: give one of them")
         if not self.ddp_timeout > 0:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 from types import TracebackType
 from typing import Any
 
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
 
 from training.trainer.config import PPOConfig
 from training.trainer.launch import Terminated
@@ -20,10 +21,16 @@ class Console:
     """
 
     def __init__(self, config: PPOConfig, done: int, quiet: bool) -> None:
-        columns = (TextColumn("[bold]{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"))
+        columns: tuple[ProgressColumn, ...] = (
+            TextColumn("[bold]{task.description}"),
+            BarColumn(),
+            TextColumn("{task.completed}/{task.total}"),
+        )
         self.status = ""
         self._config, self._quiet = config, quiet
-        self._progress = Progress(*columns, TimeRemainingColumn(), TextColumn("{task.fields[status]}"), disable=quiet)
+        columns += (TimeRemainingColumn(), TextColumn("{task.fields[status]}"))
+        self._progress = Progress(*columns, disable=quiet or not sys.stdout.isatty())
+        self._lines = not quiet and self._progress.disable  # a log file gets a line per iteration instead of a bar
         self._bar = self._progress.add_task(config.task, total=config.iterations, completed=done, status="")
 
     def __enter__(self) -> Console:
@@ -40,6 +47,9 @@ class Console:
         kept = "/".join(f"{share:.2f}" for share in row["retained"])
         self.status = f"reward {row['reward']:.3f} kept {kept} acc {row['accuracy']:.3f} kl {row['kl_k3']:.3f}"
         self._progress.update(self._bar, advance=1, status=self.status)
+        if self._lines:
+            count = f"{row['iteration'] + 1}/{self._config.iterations}"
+            print(f"{self._config.task} {count}: {self.status} ({row['seconds']:.1f} s)", flush=True)
 
     def stopped(self, error: BaseException, iteration: int) -> None:
         """The run ends before its last iteration; ``iteration`` of them are in the newest checkpoint."""

@@ -86,13 +86,13 @@ def validate(
         ValueError: the unpruned model answers none of the samples.
     """
     began = time.perf_counter()
-    # what --reward_q prob_ratio stands for is the metric of the answers, so that they are measured here
-    reward_q = "metric" if config.reward_q == "metric" else "ratio"
+    # Q_p / Q needs right answers of the unpruned model; prob_ratio is for data where there may be none
+    reward_q = "ratio" if config.reward_q == "ratio" else "metric"
     usable = usable_samples(reward_q, data.quality)
     if not len(usable):
         raise ValueError(
             f"--eval_size {config.eval_size}: the unpruned model answers none of the {len(data.samples)} held-out "
-            "samples, so that they have no reward; take more, or --eval_every 0"
+            "samples, so that Q_p / Q is undefined; take more, --reward_q prob_ratio, or --eval_every 0"
         )
     quality, retained, num_visual = _answer(model, processor, ArgmaxPolicy(policy), schedule, data, config, ranks)
     topk_quality, topk_retained, _ = _answer(model, processor, policy, topk_schedule(config), data, config, ranks)
