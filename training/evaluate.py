@@ -156,9 +156,14 @@ def _evaluate(config: EvaluateConfig, runner: Runner, ranks: Ranks, model_name: 
         if ranks.rank == 0:
             runner.check_methods()
             runner.probe()
+            if config.dry_run:
+                print(*runner.plan(), sep="\n")
+                return None
             for line in store.open(settings, config.overwrite):
                 console.print(line, highlight=False)
         ranks.wait()
+        if config.dry_run:
+            return None
         total = sum(len(runner.tasks[cell.task]) for cell in runner.all_cells())
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         with Progress(*columns, console=console, disable=ranks.rank > 0) as bar:

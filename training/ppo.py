@@ -3,6 +3,7 @@
     python training/ppo.py                                        # ocr on the embedded tiny LLaVA, about a minute
     python training/ppo.py --task shape --stage_layers 1 2 3      # another question kind, other stages
     python training/ppo.py --output_dir runs/ocr --resume auto    # go on where a stopped run was
+    python training/ppo.py --task custom --dataset_path my.jsonl --metric exact_match --dry_run  # what it would take
     python training/ppo.py config.yaml                            # flags from a YAML or JSON file
     torchrun --nproc_per_node 8 training/ppo.py config.yaml       # the same policy, on 8 GPUs
 
@@ -41,21 +42,22 @@ from training.rewards import (
     usable_samples,
 )
 from training.rollout import Rollout, rollout
-from training.tasks import check_stages, device_of, load_model, make_task
+from training.tasks import check_stages, device_of, load_model
 from training.trainer.checkpoint import CheckpointError, Writer, load_checkpoint, start_anew
 from training.trainer.config import PPOConfig, local_name
 from training.trainer.console import Console
 from training.trainer.data import TrainingData, measured, unanswered
+from training.trainer.dry_run import dry_run
 from training.trainer.episodes import concatenate
 from training.trainer.features import FeatureCache
-from training.trainer.launch import sigterm_raises, torchrun_ranks
+from training.trainer.launch import device_name, sigterm_raises, torchrun_ranks
 from training.trainer.log import Log
 from training.trainer.objectives import update
 from training.trainer.profile import Phases
 from training.trainer.ranks import Ranks
 from training.trainer.straight_through import StraightThrough
 from training.trainer.teacher_forcing import answer_log_prob, pruned_log_prob
-from training.trainer.validation import split_off, validate, validation_task
+from training.trainer.validation import split_off, tasks_of, validate
 from training.trainer.watch import Watch, naming_checkpoint, require_finite
 
 
@@ -131,9 +133,8 @@ class Trainer:
         features = FeatureCache(config.feature_cache_mb, min(config.stage_layers))
         self.held_out: TrainingData | None = None
         if data is None:
-            held_out = validation_task(config) if config.eval_every else None
-            options = {name: value for name in ("dataset_path", "metric") if (value := getattr(config, name))}
-            data = unanswered(make_task(config.task, "train", config.train_size, seed=config.seed, **options), features)
+            train, held_out = tasks_of(config)
+            data = unanswered(train, features)
             self.held_out = unanswered(held_out, features) if held_out is not None else None
         self.data = data
         self.fingerprint = {
@@ -365,5 +366,13 @@ def main(config: PPOConfig, data: TrainingData | None = None) -> Path:
         return Trainer(config, data, ranks, device).train()
 
 
+def command(config: PPOConfig) -> None:
+    """Do what the flags say."""
+    if config.dry_run:
+        dry_run(config, lambda small: Trainer(small, None, Ranks(), device_name(small.device)))
+    else:
+        main(config)
+
+
 if __name__ == "__main__":
-    cli.run(lambda arguments: main(cli.parse(PPOConfig, __doc__, arguments)))
+    cli.run(lambda arguments: command(cli.parse(PPOConfig, __doc__, arguments)))

@@ -82,6 +82,17 @@ def test_an_evaluation_of_changed_weights_is_refused(tmp_path):
         evaluate(config)
 
 
+def test_a_dry_run_tells_what_there_is_to_run(own_data, tmp_path, capsys):
+    options = ["custom.metric=exact_match", "custom.split=train"]
+    given = {"task": ["custom"], "dataset_path": [own_data], "task_option": options, "seeds": [0], "keep": []}
+    config = config_of(tmp_path / "out", method=["fastv"], **given, budget=[32.0], limit=0, dry_run=True)
+    assert evaluate(config) is None
+    shown = capsys.readouterr().out
+    assert "custom: 24 samples; visual tokens per sample: p5 64, p50 64, p95 64" in shown and "; 2 runs over" in shown
+    assert "fastv, budget 32: " in shown and "on one process" in shown
+    assert not (tmp_path / "out" / "settings.json").exists()
+
+
 def test_every_sample_is_read_before_the_model_is_asked(own_data, tmp_path, monkeypatch):
     (tmp_path / "23.png").write_bytes((tmp_path / "23.png").read_bytes()[:200])
     monkeypatch.setattr("training.evaluation.runner.answer_timed", refuse)

@@ -84,9 +84,33 @@ def test_a_device_map_needs_accelerate(monkeypatch):
         load_model("tiny", "cpu", device_map="auto")
 
 
+def test_quantised_weights(monkeypatch):
+    asked = {}
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
+
+    def from_pretrained(folder, **options):
+        asked.update(options)
+        return tiny.load()[0]
+
+    monkeypatch.setattr(transformers.AutoModelForImageTextToText, "from_pretrained", from_pretrained)
+    load_model("tiny", "cpu", torch.bfloat16, quantization="4bit")
+    config = asked["quantization_config"]
+    assert config.load_in_4bit and config.bnb_4bit_quant_type == "nf4" and asked["device_map"] == {"": "cpu"}
+    assert config.bnb_4bit_compute_dtype == torch.bfloat16
+    load_model("tiny", "cpu", quantization="8bit", device_map="auto")
+    assert asked["quantization_config"].load_in_8bit and asked["device_map"] == "auto"
+
+
+def test_quantised_weights_need_bitsandbytes(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ImportError, match="--quantization 4bit needs bitsandbytes: pip install bitsandbytes"):
+        load_model("tiny", "cpu", quantization="4bit")
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        ({"quantization": "3bit"}, "--quantization 3bit must be one of 4bit, 8bit"),
         ({"device": "cpu", "device_map": "auto"}, "--device cpu --device_map auto: give one of them"),
         ({"rollout_batch_size": -1}, "--rollout_batch_size -1 must be 0 or more"),
         ({"feature_cache_mb": -0.5}, "--feature_cache_mb -0.5 must be 0 or more"),

@@ -5,13 +5,17 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
 
 from toprl_models import Schedule, TopRLPolicy, tiny
 from training import ppo
-from training.ppo import PPOConfig, main
+from training.evaluate import evaluate
+from training.evaluation.config import EvaluateConfig
+from training.ppo import PPOConfig, command, main
 from training.rollout import rollout
 from training.tasks import encode, make_task
 from training.trainer import data
@@ -196,6 +200,58 @@ def test_training_on_own_data(own_data, tmp_path, dtype):
     scenes = main(small(tmp_path / "scenes", train_size=24, iterations=2, dtype=dtype))
     if dtype == "float32":  # the same pictures and questions under another name: the same training
         assert all(torch.equal(one, weights(scenes)[name]) for name, one in policy.state_dict().items())
+
+
+def test_a_policy_remembers_its_task_but_no_place_of_this_machine(own_data, tmp_path):
+    """Nothing but --policy is needed where the run's folder is still there and its data have a test split."""
+    shutil.copy(own_data, tmp_path / "test.jsonl")
+    given = {"task": "custom", "dataset_path": str(tmp_path), "metric": "exact_match", "iterations": 1}
+    folder = main(small(tmp_path / "run", train_size=16, **given))
+    assert str(tmp_path) not in (folder / "config.json").read_text()
+    metadata = TopRLPolicy.from_pretrained(folder).metadata
+    assert metadata["metric"] == "exact_match" and metadata["data"]["name"] == tmp_path.name
+    config = EvaluateConfig(policy=[str(folder)], method=["toprl"], keep=[8, 4, 2], limit=8, device="cpu")
+    results = evaluate(config)
+    assert results["tasks"]["custom"]["n"] == 8 and results["tasks"]["custom"]["metric"] == "exact_match"
+    folder.rename(tmp_path / "published")
+    config = EvaluateConfig(policy=[str(tmp_path / "published")], method=["toprl"], keep=[8, 4, 2], limit=8)
+    with pytest.raises(ValueError, match=f"it was trained on {tmp_path.name}; name test data: --dataset_path"):
+        evaluate(config)
+
+
+def test_the_file_trained_on_is_no_test_data(own_data, tmp_path):
+    given = {"task": "custom", "dataset_path": own_data, "metric": "exact_match", "iterations": 1}
+    folder = main(small(tmp_path / "run", train_size=16, **given))
+    with pytest.raises(ValueError, match=r"train.jsonl is what it was trained on; name test data: --dataset_path"):
+        evaluate(EvaluateConfig(policy=[str(folder)], method=["toprl"], keep=[8, 4, 2], device="cpu"))
+
+
+def test_right_answers_are_not_needed_for_their_probability(own_data, tmp_path):
+    """The unpruned model is wrong on every sample."""
+    rows = [json.loads(line) | {"answer": "three"} for line in Path(own_data).read_text().splitlines()]
+    Path(own_data).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    given = {"task": "custom", "dataset_path": own_data, "metric": "exact_match", "iterations": 1, "eval_every": 1}
+    main(small(tmp_path / "run", train_size=24, reward_q="prob_ratio", **given))
+    with pytest.raises(RuntimeError, match=r"answers none of .*take --reward_q prob_ratio"):
+        main(small(tmp_path / "ratio", train_size=24, **given))
+
+
+def test_a_dry_run_reads_everything_and_writes_nothing(own_data, tmp_path, capsys):
+    given = {"task": "custom", "dataset_path": own_data, "metric": "exact_match", "iterations": 8, "dry_run": True}
+    command(small(tmp_path / "run", train_size=24, **given))
+    shown = capsys.readouterr().out
+    assert "training: 24 samples; visual tokens per sample: p5 64, p50 64, p95 64" in shown
+    assert "8 iterations of" in shown and "peak memory" in shown and not (tmp_path / "run").exists()
+    (tmp_path / "23.png").write_text("no image")
+    with pytest.raises(ValueError, match="row 23: column 'image' is not a readable image"):
+        command(small(tmp_path / "run", train_size=24, **given))
+
+
+def test_a_log_gets_a_line_per_iteration(tmp_path, capsys):
+    main(small(tmp_path, iterations=2))
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("ocr ")]
+    assert [line.split(":")[0] for line in lines] == ["ocr 1/2", "ocr 2/2"]
+    assert "reward" in lines[0] and "kept" in lines[0]
 
 
 @pytest.mark.parametrize(

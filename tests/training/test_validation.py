@@ -111,10 +111,11 @@ def test_samples_without_a_reward_are_refused(model_and_processor, held_out, pol
     data = dataclasses.replace(held_out, quality=torch.zeros(24))
     with pytest.raises(ValueError, match="--eval_size 24: the unpruned model answers none of the 24"):
         validate(*model_and_processor, policy, SCHEDULE, data, CONFIG, Ranks())
-    config = dataclasses.replace(CONFIG, reward_q="metric")  # Q does not matter then
-    row = validate(*model_and_processor, policy, SCHEDULE, data, config, Ranks())
-    other = validate(*model_and_processor, policy, SCHEDULE, held_out, config, Ranks())
-    assert row["reward"] == other["reward"]
+    for reward_q in ("metric", "prob_ratio"):  # Q does not matter then
+        config = dataclasses.replace(CONFIG, reward_q=reward_q)
+        row = validate(*model_and_processor, policy, SCHEDULE, data, config, Ranks())
+        other = validate(*model_and_processor, policy, SCHEDULE, held_out, config, Ranks())
+        assert row["reward"] == other["reward"]
 
 
 @pytest.mark.parametrize("number", [5, 24, 100, 1001])

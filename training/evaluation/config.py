@@ -78,6 +78,9 @@ class EvaluateConfig:
     device_map: str = field(
         default="", metadata={"help": 'auto, a device, or JSON as {"": 0}, instead of --device; needs accelerate'}
     )
+    dry_run: bool = field(
+        default=False, metadata={"help": "read and check everything, tell what the run would take, and end"}
+    )
     overwrite: bool = field(default=False, metadata={"help": "delete the results in --output_dir and start again"})
 
     def __post_init__(self) -> None:

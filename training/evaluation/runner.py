@@ -5,10 +5,11 @@ from __future__ import annotations
 import datetime
 import os
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
 
+import numpy as np
 import torch
 from torch import distributed
 
@@ -19,7 +20,8 @@ from training.evaluation.config import EvaluateConfig
 from training.evaluation.measure import answer_timed
 from training.evaluation.methods import Trained, make_method, name_samples, policies_for, row_for
 from training.evaluation.records import FREE, FULL, Cell, Store
-from training.tasks import Sample, Task, encode
+from training.survey import duration, peak_memory, survey
+from training.tasks import Sample, Task, device_of, encode
 
 PROBE = 8  # samples whose visual tokens are counted before anything runs
 
@@ -134,6 +136,24 @@ class Runner:
             counts = set(count_visual(self.model, encode(self.processor, task, samples, self.model.device)))
             if len(counts) == 1:
                 self.schedules(name, float(counts.pop()))
+
+    def plan(self) -> Iterator[str]:
+        """Tell what there is to run and about how long it takes, by answering one batch unpruned."""
+        seconds = 0.0
+        for name, task in self.tasks.items():
+            found, cells = survey(self.model, self.processor, task), len(self.cells(name))
+            yield f"{name}: {found}; {cells} runs over them"
+            average = float(np.mean(found.tokens))
+            for (method, budget), schedule in self.schedules(name, average).items():
+                counts = "/".join(map(str, schedule.counts(round(average))))
+                yield f"  {method}, budget {budget}: {counts} tokens after layers {schedule.layers} of {average:.0f}"
+            samples = [task[i] for i in range(min(self.batch_size, len(task)))]
+            inputs = encode(self.processor, task, samples, device_of(self.model))
+            for _ in range(2):  # the first call warms up
+                batch = answer_timed(self.model, self.processor, task, samples, inputs)
+            seconds += (batch.prefill_seconds + batch.decode_seconds) * len(task) * cells
+        yield f"at most {duration(seconds)} on one process: as if every run took as long as the unpruned one"
+        yield f"peak memory with batches of {self.batch_size}: {peak_memory()}"
 
     def check_methods(self) -> None:
         """Refuse a method that does not fit the model before hours of unpruned runs.

@@ -62,7 +62,8 @@ def load_model(
         options["quantization_config"] = _quantization_config(quantization, dtype)
         options.setdefault("device_map", {"": device})  # quantised weights are made where they stay
     folder = str(tiny.CHECKPOINT) if name_or_path == "tiny" else name_or_path
-    chosen = "".join(f" --{name} {value}" for name, value in options.items() if name != "dtype")
+    flags = {"attn_implementation": attn_implementation, "device_map": device_map, "quantization": quantization}
+    chosen = "".join(f" --{name} {value}" for name, value in flags.items() if value)
     wrong = (
         f'--model_name_or_path {name_or_path}{chosen}: cannot be loaded as an image-text model; give "tiny", a Hub id '
         "or a local folder with config, weights and processor"

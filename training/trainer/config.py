@@ -28,6 +28,7 @@ LOCAL = (
     "ddp_timeout",
     "resume",
     "overwrite",
+    "dry_run",
     "report_to",
     "save_every",
     "keep_checkpoints",
@@ -164,6 +165,9 @@ class PPOConfig:
         default=1800.0, metadata={"help": "seconds that a process waits for the others of a torchrun"}
     )
     resume: str = field(default="never", metadata={"help": '"auto" continues', "choices": ["never", "auto"]})
+    dry_run: bool = field(
+        default=False, metadata={"help": "read and check everything, tell what the run would take, and end"}
+    )
     overwrite: bool = field(default=False, metadata={"help": "delete the run in --output_dir and start again"})
 
     def published(self) -> dict[str, Any]:

@@ -39,6 +39,11 @@ def sigterm_raises() -> Iterator[None]:
         signal.signal(signal.SIGTERM, previous)
 
 
+def device_name(device: str) -> str:
+    """Pick CUDA where ``device`` is "" and there is one."""
+    return device or ("cuda" if torch.cuda.is_available() else "cpu")
+
+
 @contextmanager
 def torchrun_ranks(device: str, timeout: float) -> Iterator[tuple[Ranks, str]]:
     """This process's rank and device under torchrun; rank 0 of 1 without it.
@@ -50,7 +55,7 @@ def torchrun_ranks(device: str, timeout: float) -> Iterator[tuple[Ranks, str]]:
     Raises:
         ValueError: ``device`` names one GPU for several processes, or there are fewer GPUs than processes.
     """
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = device_name(device)
     if "RANK" not in os.environ:
         yield Ranks(), device
         return

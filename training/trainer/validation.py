@@ -41,6 +41,13 @@ def validation_task(config: PPOConfig) -> Task | None:
         return None
 
 
+def tasks_of(config: PPOConfig) -> tuple[Task, Task | None]:
+    """Make the task to train on and the one to validate on; None where samples are split off the former."""
+    options = {name: value for name in ("dataset_path", "metric") if (value := getattr(config, name))}
+    train = make_task(config.task, "train", config.train_size, seed=config.seed, **options)
+    return train, validation_task(config) if config.eval_every else None
+
+
 def split_off(data: TrainingData, size: int) -> tuple[TrainingData, TrainingData]:
     """The training samples, and ``size`` of them (at most a fifth) that are kept apart, spread evenly over ``data``.
 
