@@ -9,7 +9,7 @@
 
 One iteration is: rollout -> reward (Eq. 5) -> advantages (GAE) -> PPO update. The language model is frozen; actor and
 critic learn. Writes metrics.jsonl (what each metric means: docs/training.md), validation.jsonl, TensorBoard events,
-checkpoints/, best and the final policy folder, which ``TopRLPolicy.from_pretrained`` loads.
+checkpoints/, best, and policy/: the best policy, which ``TopRLPolicy.from_pretrained`` loads.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ from training.rewards import (
 )
 from training.rollout import Rollout, rollout
 from training.tasks import check_stages, device_of, load_model
-from training.trainer.checkpoint import CheckpointError, Writer, load_checkpoint, start_anew
+from training.trainer.checkpoint import CheckpointError, Writer, load_checkpoint, publish, start_anew
 from training.trainer.config import PPOConfig, local_name
 from training.trainer.console import Console
 from training.trainer.data import TrainingData, measured, unanswered
@@ -57,7 +57,7 @@ from training.trainer.profile import Phases
 from training.trainer.ranks import Ranks
 from training.trainer.straight_through import StraightThrough
 from training.trainer.teacher_forcing import answer_log_prob, pruned_log_prob
-from training.trainer.validation import split_off, tasks_of, validate
+from training.trainer.validation import split_off, standing, tasks_of, validate
 from training.trainer.watch import Watch, naming_checkpoint, require_finite
 
 
@@ -85,7 +85,8 @@ class Trainer:
             raise ValueError(
                 f"--rollout_size {config.rollout_size}: {ranks.size} processes need at least one episode each"
             )
-        self.iteration, self.best = 0, None  # iterations done; reward of the best validation
+        self.iteration = 0  # iterations done
+        self.best: tuple[bool, float] | None = None  # standing of the best validation
         self._read_data(data)
         self.policy = TopRLPolicy(
             self.model.config.get_text_config().hidden_size,
@@ -114,7 +115,8 @@ class Trainer:
         if config.resume == "auto" and (state := load_checkpoint(checkpoints, self.policy, config, self.fingerprint)):
             self.optimizer.load_state_dict(state["optimizer"])
             self.generator.set_state(state["generator"])
-            self.iteration, self.best = state["iteration"], state["best"]
+            self.iteration = state["iteration"]
+            self.best = None if state["best"] is None else (state["best"][0], state["best"][1])
         if not self.ranks.first:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -300,10 +302,12 @@ class Trainer:
         assert self.held_out is not None
         row = validate(self.model, self.processor, self.policy, self.schedule, self.held_out, self.config, self.ranks)
         row = {"iteration": self.iteration, **row}
-        is_best = self.best is None or row["reward"] > self.best
-        self.best = row["reward"] if is_best else self.best
+        # an untrained actor keeps all tokens and ranks them at random
+        is_best = self.iteration > 0 and (self.best is None or standing(row) > self.best)
+        self.best = standing(row) if is_best else self.best
         if self.ranks.first:
             self.log.validation(row)
+            self.watch.check_validation(row)
             if is_best:
                 self.writer.save_best(self.policy, row)
 
@@ -347,13 +351,11 @@ class Trainer:
                 self.log.close()
                 console.stopped(error, unsaved[1]["iteration"] if unsaved else self.iteration)
             raise
-        policy = self.folder / "policy"
         if self.ranks.first:
             self.writer.close()
             self.log.close()
-            self.policy.save_pretrained(policy)
-            print(f"{console.status}\npolicy: {policy}".lstrip())
-        return policy
+            print(f"{console.status}\n{publish(self.folder, self.policy)}".lstrip())
+        return self.folder / "policy"
 
 
 def main(config: PPOConfig, data: TrainingData | None = None) -> Path:

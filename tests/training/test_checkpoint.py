@@ -25,6 +25,7 @@ from training.trainer.checkpoint import (
     checkpoints,
     damage,
     load_checkpoint,
+    publish,
     save_best,
     save_checkpoint,
     start_anew,
@@ -346,3 +347,21 @@ def test_an_error_of_the_writer_comes_up_at_the_next_call_or_at_the_end(tmp_path
     writer.save(make_policy(), make_state(3))
     with pytest.raises(CheckpointError, match="iteration_000003"):
         writer.close()
+
+
+@pytest.mark.parametrize("last", [5, 7])
+def test_the_best_policy_is_published_and_the_last_stays(tmp_path, last):
+    row = {"iteration": 20, "reward": 0.5, "accuracy": 0.8, "full_accuracy": 0.9}
+    save_best(tmp_path, make_policy(5), row)
+    (tmp_path / "policy_last").mkdir()  # of a run before
+    said = publish(tmp_path, make_policy(last))
+    published = TopRLPolicy.from_pretrained(tmp_path / "policy")
+    assert (published.head.bias == 5).all() and published.metadata["validation"] == row
+    assert not (tmp_path / "policy" / "checksums.sha256").exists()
+    assert (tmp_path / "policy_last").exists() == (last != 5)
+    assert ("the best, after iteration 20: reward 0.500, accuracy 0.800 of 0.900" in said) == (last != 5)
+
+
+def test_without_validations_the_last_policy_is_published(tmp_path):
+    assert "nothing was validated" in publish(tmp_path, make_policy(7))
+    assert (TopRLPolicy.from_pretrained(tmp_path / "policy").head.bias == 7).all()

@@ -15,6 +15,7 @@ import torch
 
 from training.trainer.config import PPOConfig
 from training.trainer.log import Log
+from training.trainer.validation import standing
 from training.trainer.watch import CollapseError, NotFiniteError, Watch, findings, naming_checkpoint, require_finite
 
 HEALTHY = {
@@ -229,3 +230,23 @@ def test_a_tracker_that_is_missing_or_there(tmp_path, monkeypatch):
     ]
     with pytest.raises(ValueError, match="--report_to mlflow must be one of tensorboard, wandb, trackio, none"):
         dataclasses.replace(PPOConfig(), report_to="mlflow")
+
+
+def validation(iteration: int, accuracy: float, reward: float = 1.0) -> dict:
+    return {"iteration": iteration, "accuracy": accuracy, "full_accuracy": 0.8, "reward": reward}
+
+
+def test_lost_accuracy_is_named(capsys):
+    watch = Watch(PPOConfig())
+    assert watch.check_validation(validation(10, 0.73)) == ""  # 90 % of 0.8 is 0.72
+    assert watch.check_validation(validation(0, 0.1)) == ""  # before training
+    found = watch.check_validation(validation(20, 0.71))
+    assert found.startswith("iteration 20: accuracy lost: on held-out samples 0.710 of") and found in capsys.readouterr().out
+    assert Watch(PPOConfig(on_collapse="ignore")).check_validation(validation(20, 0.1)) == ""
+    with pytest.raises(CollapseError, match="iteration 20: accuracy lost"):
+        Watch(PPOConfig(on_collapse="stop")).check_validation(validation(20, 0.1))
+
+
+def test_reward_does_not_make_up_for_lost_accuracy():
+    rows = [validation(10, 0.75, 1.2), validation(20, 0.8, 1.1), validation(30, 0.6, 1.9), validation(40, 0.5, 2.0)]
+    assert [row["iteration"] for row in sorted(rows, key=standing)] == [30, 40, 20, 10]

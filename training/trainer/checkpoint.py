@@ -89,6 +89,31 @@ def save_best(folder: Path, policy: TopRLPolicy, row: dict[str, Any]) -> Path:
     return _publish(folder / "best_policies", f"iteration_{row['iteration']:06d}", write, folder / "best", keep=1)
 
 
+def publish(folder: Path, last: TopRLPolicy) -> str:
+    """Let ``folder/policy`` be the best policy, and ``folder/policy_last`` the last one where that is another.
+
+    Without validations the last policy is the result.
+
+    Returns:
+        What was published and why, for the console.
+    """
+    policy, best = folder / "policy", folder / "best"
+    for old in (policy, folder / "policy_last"):
+        shutil.rmtree(old, ignore_errors=True)
+    if not best.exists():
+        last.save_pretrained(policy)
+        return f"policy: {policy} (the last; nothing was validated)"
+    shutil.copytree(best, policy, ignore=shutil.ignore_patterns(CHECKSUMS))
+    chosen = TopRLPolicy.from_pretrained(policy)
+    row = chosen.metadata["validation"]
+    facts = f"reward {row['reward']:.3f}, accuracy {row['accuracy']:.3f} of {row['full_accuracy']:.3f} unpruned"
+    mine, theirs = last.state_dict(), chosen.state_dict()
+    if all(torch.equal(mine[name].cpu(), value) for name, value in theirs.items()):
+        return f"policy: {policy} (the last, which is the best: {facts})"
+    last.save_pretrained(folder / "policy_last")
+    return f"policy: {policy} (the best, after iteration {row['iteration']}: {facts}; the last: policy_last)"
+
+
 def _publish(parent: Path, name: str, write: Callable[[Path], None], link: Path, keep: int) -> Path:
     """``write`` a folder aside and rename it to ``parent/name``; let ``link`` name it; remove older ones."""
     target, aside, new_link = parent / name, parent / f"{name}.tmp", parent / f"{link.name}.tmp"
@@ -219,7 +244,7 @@ def start_anew(folder: Path, overwrite: bool) -> None:
             "--output_dir, or delete it and start again (--overwrite)"
         )
     (folder / "best").unlink(missing_ok=True)
-    for name in ("best_policies", "checkpoints", *(["policy"] if found else [])):
+    for name in ("best_policies", "checkpoints", *(["policy", "policy_last"] if found else [])):
         shutil.rmtree(folder / name, ignore_errors=True)
 
 

@@ -19,6 +19,7 @@ from training.trainer.config import PPOConfig
 from training.trainer.data import TrainingData
 from training.trainer.ranks import Ranks
 
+ENOUGH = 0.9  # share of the unpruned model's accuracy below which the arg-max agent counts as collapsed
 MAX_SHARE = 5  # a fifth of the training samples is the most that is split off
 
 
@@ -64,6 +65,14 @@ def split_off(data: TrainingData, size: int) -> tuple[TrainingData, TrainingData
 
 def _part(data: TrainingData, rows: list[int]) -> TrainingData:
     return replace(data, samples=[data.samples[row] for row in rows], quality=data.quality[rows])
+
+
+def standing(row: dict[str, Any]) -> tuple[bool, float]:
+    """Rank a validation: those that answer nearly as well as the unpruned model first, then by reward.
+
+    Reward alone may stay the same while accuracy is given up for fewer tokens.
+    """
+    return row["accuracy"] >= ENOUGH * row["full_accuracy"], row["reward"]
 
 
 def topk_schedule(config: PPOConfig) -> Schedule:

@@ -13,6 +13,7 @@ from torch import Tensor
 from training.trainer.checkpoint import checkpoints
 from training.trainer.config import PPOConfig
 from training.trainer.log import flat
+from training.trainer.validation import standing
 
 WINDOW = 5  # iterations that a collapse has to last
 
@@ -77,6 +78,23 @@ class Watch:
         for text in new:
             print(f"warning: {text}", flush=True)
         return new
+
+    def check_validation(self, row: dict[str, Any]) -> str:
+        """Return what is wrong with a validation ("" for nothing), printed as well unless --on_collapse ignore.
+
+        Raises:
+            CollapseError: --on_collapse stop, and something is wrong after the first validation.
+        """
+        if standing(row)[0] or not row["iteration"] or self.config.on_collapse == "ignore":
+            return ""
+        text = (
+            f"iteration {row['iteration']}: accuracy lost: on held-out samples {row['accuracy']:.3f} of the arg-max agent, "
+            f"{row['full_accuracy']:.3f} of the unpruned model"
+        )
+        if self.config.on_collapse == "stop":
+            raise CollapseError(text)
+        print(f"warning: {text}", flush=True)
+        return text
 
 
 def findings(rows: Sequence[dict[str, Any]], iterations: int) -> dict[str, str]:
