@@ -241,7 +241,7 @@ def test_lost_accuracy_is_named(capsys):
     assert watch.check_validation(validation(10, 0.73)) == ""  # 90 % of 0.8 is 0.72
     assert watch.check_validation(validation(0, 0.1)) == ""  # before training
     found = watch.check_validation(validation(20, 0.71))
-    assert found.startswith("iteration 20: accuracy lost: on held-out samples 0.710 of") and found in capsys.readouterr().out
+    assert found.startswith("iteration 20: accuracy lost: 0.710 by") and found in capsys.readouterr().out
     assert Watch(PPOConfig(on_collapse="ignore")).check_validation(validation(20, 0.1)) == ""
     with pytest.raises(CollapseError, match="iteration 20: accuracy lost"):
         Watch(PPOConfig(on_collapse="stop")).check_validation(validation(20, 0.1))

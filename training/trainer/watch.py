@@ -88,8 +88,8 @@ class Watch:
         if standing(row)[0] or not row["iteration"] or self.config.on_collapse == "ignore":
             return ""
         text = (
-            f"iteration {row['iteration']}: accuracy lost: on held-out samples {row['accuracy']:.3f} of the arg-max agent, "
-            f"{row['full_accuracy']:.3f} of the unpruned model"
+            f"iteration {row['iteration']}: accuracy lost: {row['accuracy']:.3f} by arg-max on held-out samples, "
+            f"{row['full_accuracy']:.3f} unpruned"
         )
         if self.config.on_collapse == "stop":
             raise CollapseError(text)
