@@ -122,7 +122,7 @@ def test_an_impossible_budget_is_refused(tmp_path):
 
 @pytest.mark.parametrize("layers", [[1, 2, 6], [2, 2], [-1, 2]])
 def test_stages_are_checked_before_data_are_read(layers, tmp_path, monkeypatch):
-    monkeypatch.setattr("training.ppo.make_task", lambda *_, **__: pytest.fail("data were read"))
+    monkeypatch.setattr("training.trainer.validation.make_task", lambda *_, **__: pytest.fail("data were read"))
     asked = " ".join(map(str, layers))
     with pytest.raises(ValueError, match=f"--stage_layers {asked}: the model has 6 layers, so stages .* from 0 to 5"):
         main(small(tmp_path / "out", stage_layers=layers))
