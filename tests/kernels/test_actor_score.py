@@ -248,7 +248,7 @@ def test_automatic_choice(measured: str | None, tokens: int, want: str, monkeypa
     """Fused kernels at few tokens, eager at many, unless a measurement says otherwise."""
     ran = []
     monkeypatch.setattr(api.configs, "faster", lambda *arguments: measured)
-    monkeypatch.setattr(api, "actor_score_eager", lambda *arguments: ran.append("eager"))
+    monkeypatch.setattr(eager, "actor_score_eager", lambda *arguments: ran.append("eager"))
     monkeypatch.setattr(kernels, "actor_score_triton", lambda *arguments: ran.append("triton"))
     weights = make_actor_weights(4, 2)
     api._forward(torch.zeros(1, tokens, 4), *weights, *[None] * 6, 0, api.MEASURED)

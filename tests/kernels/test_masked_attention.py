@@ -256,8 +256,8 @@ def test_no_tensor_of_n_by_n(mask: str, monkeypatch: pytest.MonkeyPatch) -> None
         x = make_attention_inputs(1, 2, 1, length, length, 16, mask=mask)
         with Largest() as recorder:
             call = AttentionCall(*x[:5], None, None, True, 0.25)
-            eager.masked_attention_forward_eager(call, False)
-            eager.masked_attention_backward_eager(x.grad_output, call, False, [True, True, True, mask == "mixed"])
+            results = eager.masked_attention_forward_eager(call, False)
+            eager.masked_attention_backward_eager(x.grad_output, *results, call, False, [True, True, True, mask == "mixed"])
         largest.append(recorder.size)
     assert largest[1] < 2048 * 2048
     assert largest[1] <= 2.3 * largest[0]
