@@ -257,7 +257,9 @@ def test_no_tensor_of_n_by_n(mask: str, monkeypatch: pytest.MonkeyPatch) -> None
         with Largest() as recorder:
             call = AttentionCall(*x[:5], None, None, True, 0.25)
             results = eager.masked_attention_forward_eager(call, False)
-            eager.masked_attention_backward_eager(x.grad_output, *results, call, False, [True, True, True, mask == "mixed"])
+            eager.masked_attention_backward_eager(
+                x.grad_output, *results, call, False, [True, True, True, mask == "mixed"]
+            )
         largest.append(recorder.size)
     assert largest[1] < 2048 * 2048
     assert largest[1] <= 2.3 * largest[0]

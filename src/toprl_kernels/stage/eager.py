@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 
 from toprl_kernels.stage.reference import Selected, StageCall, score_difference
 from toprl_kernels.topk.eager import compact_flags, gather_positions, select_ragged, unique_keys
