@@ -92,13 +92,16 @@ def test_pieces(with_mask: bool, pieces: int, monkeypatch: pytest.MonkeyPatch) -
     torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-12)
 
 
-SIZES = [(1, 1, 8, 2, False), (2, 15, 40, 24, True), (2, 129, 200, 64, True), (1, 63, 96, 256, False)]
+SIZES = [
+    (1, 1, 8, 2, False, torch.float32), (2, 15, 40, 24, True, torch.float16), (2, 70, 100, 64, True, torch.float32),
+    (2, 129, 200, 64, True, torch.bfloat16), (1, 63, 96, 256, False, torch.float16),
+    (1, 33, 96, 256, False, torch.float32),
+]  # fmt: skip
 
 
 @pytest.mark.usefixtures("poisoned_memory")
 @pytest.mark.parametrize("name", ["eager", "triton"])
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("batch", "tokens", "d1", "d2", "with_mask"), SIZES)
+@pytest.mark.parametrize(("batch", "tokens", "d1", "d2", "with_mask", "dtype"), SIZES)
 def test_budget(
     batch: int, tokens: int, d1: int, d2: int, with_mask: bool, dtype: torch.dtype, name: str, device: str
 ) -> None:
@@ -192,12 +195,6 @@ def test_kernels_do_not_fold_again(monkeypatch: pytest.MonkeyPatch, device: str)
     actor_score(hidden, 0, folded, backend="triton")
     with pytest.raises(TypeError):
         actor_score(hidden, 0, weights, backend="triton")
-
-
-def test_stage_changes_the_logits(backend: str, device: str) -> None:
-    weights, hidden = make_actor_weights(16, 8, device=device), make_hidden(1, 6, 16).to(device)
-    first, second = (actor_score(hidden, stage, weights, backend=backend) for stage in (0, 2))
-    assert not torch.allclose(first, second)
 
 
 @pytest.mark.parametrize(("batch", "tokens"), [(0, 4), (2, 0)])

@@ -280,7 +280,7 @@ def test_programs_that_share_a_key_block(mask: str, device: str, monkeypatch: py
 
 
 @pytest.mark.parametrize(
-    ("sizes", "arguments", "multiprocessors"),
+    ("sizes", "arguments", "count"),
     [
         ((2, 4, 2, 1, 70, 16, "causal"), dict(mask="hard"), 40),
         ((1, 4, 1, 4, 70, 24, "causal"), dict(padding=True, value_dim=40), 40),
@@ -291,13 +291,9 @@ def test_programs_that_share_a_key_block(mask: str, device: str, monkeypatch: py
     ids=str,
 )
 def test_decoding(
-    sizes: tuple[Any, ...],
-    arguments: dict[str, Any],
-    multiprocessors: int,
-    device: str,
-    monkeypatch: pytest.MonkeyPatch,
+    sizes: tuple[Any, ...], arguments: dict[str, Any], count: int, device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(configs, "multiprocessors", lambda device: multiprocessors)
+    monkeypatch.setattr(configs, "multiprocessors", lambda device: count)
     with configs.override(SMALL):
         check(make(*sizes, device=device, **arguments))
 

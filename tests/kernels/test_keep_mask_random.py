@@ -144,7 +144,7 @@ def test_seeded_gradient_equals_that_of_its_uniform(name: str, device: str) -> N
     assert all(torch.equal(left, right) for left, right in zip(*results, strict=True))
 
 
-@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("seed", range(5))
 def test_fuzz_reevaluation(seed: int, device: str) -> None:
     """Bitwise what the sample returned, and close to the definition; ``seed`` reproduces a failure."""
     torch.manual_seed(seed)
@@ -162,7 +162,7 @@ def test_fuzz_reevaluation(seed: int, device: str) -> None:
         same = out.keep_mask == oracle.keep_mask
         torch.testing.assert_close(out.log_prob[same], oracle.log_prob[same].float(), rtol=2e-6, atol=2e-6)
         torch.testing.assert_close(out.entropy, oracle.entropy.float(), rtol=2e-6, atol=2e-6)
-        for _ in range(20):
+        for _ in range(3):
             again = sample_keep_mask(logits, seed=seed, previous_mask=previous, backend=name)
             assert all(torch.equal(left, right) for left, right in zip(out, again, strict=True)), label
 

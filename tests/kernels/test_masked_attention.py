@@ -186,20 +186,6 @@ class TestIdentities:
         short = [tensor[:, :, kept] for tensor in (x.query, x.key, x.value)]
         torch.testing.assert_close(got, F.scaled_dot_product_attention(*short, is_causal=is_causal))
 
-    def test_permuting_the_tokens_permutes_the_rows(self) -> None:
-        x = make_attention_inputs(1, 2, 2, 13, 13, 8)
-        order = torch.randperm(13)
-        plain = masked_attention(x.query, x.key, x.value, x.keep_mask)
-        permuted = [tensor[:, :, order] for tensor in (x.query, x.key, x.value)]
-        torch.testing.assert_close(masked_attention(*permuted, x.keep_mask[:, order]), plain[:, :, order])
-
-    def test_grouped_queries_equal_expanded_heads(self) -> None:
-        x = make_attention_inputs(2, 6, 2, 11, 11, 8)
-        expanded = [tensor.repeat_interleave(3, dim=1) for tensor in (x.key, x.value)]
-        torch.testing.assert_close(
-            masked_attention(x.query, x.key, x.value, x.keep_mask), masked_attention(x.query, *expanded, x.keep_mask)
-        )
-
     @pytest.mark.parametrize("mask", ["hard", "mixed"])
     def test_decoding_step_equals_last_row_of_prefill(self, mask: str) -> None:
         x = make_attention_inputs(2, 4, 2, 12, 12, 8, mask=mask)
@@ -283,14 +269,6 @@ def test_non_contiguous_inputs(mask: str) -> None:
     keep_mask = x.keep_mask.repeat_interleave(2, dim=1)[:, ::2]
     torch.testing.assert_close(
         masked_attention(*views, value, keep_mask), masked_attention(x.query, x.key, x.value, x.keep_mask)
-    )
-
-
-def test_scale_argument() -> None:
-    x = make_attention_inputs(1, 2, 2, 6, 6, 16)
-    torch.testing.assert_close(
-        masked_attention(x.query, x.key, x.value, x.keep_mask, scale=1.0),
-        masked_attention(x.query * 4, x.key, x.value, x.keep_mask),
     )
 
 
