@@ -10,7 +10,7 @@ from torch import Tensor
 
 from toprl_kernels import configs
 from toprl_kernels.attention import triton as launch
-from toprl_kernels.attention.reference import AttentionCall
+from toprl_kernels.attention.reference import AttentionCall, masked_attention_reference
 from toprl_kernels.configs import LaunchConfig as C
 from toprl_kernels.testing import assert_within_budget, make_attention_inputs, max_error
 
@@ -100,23 +100,10 @@ def run(case: Case, bounded: bool = False, needs: tuple[bool, ...] | None = None
 def definition(case: Case, dtype: torch.dtype, bounded: bool = False) -> list[Tensor]:
     """Eqs. 6-7 over all pairs and autograd."""
     leaves = [tensor.to(dtype).clone().requires_grad_() for tensor in (case.query, case.key, case.value)]
-    mask = case.keep_mask.to(torch.promote_types(dtype, torch.float32)).clone().requires_grad_()
-    groups = case.query.shape[1] // case.key.shape[1]
-    query, key, value = leaves[0], *(leaf.repeat_interleave(groups, dim=1) for leaf in leaves[1:])
-    num_queries, num_keys = query.shape[2], key.shape[2]
-    is_self = torch.eye(num_keys, dtype=torch.bool, device=query.device)[num_keys - num_queries :]
-    allowed = case.allowed()[:, None]
-    gate = torch.where(is_self, 1.0, mask[:, None, None].to(dtype))
-    scores = (case.scale * (query @ key.transpose(-1, -2))).masked_fill(~allowed, -torch.inf)
-    shift = scores.detach().masked_fill(gate == 0, -torch.inf).amax(dim=-1, keepdim=True).nan_to_num(neginf=0.0)
-    exponential = torch.exp((scores - shift).clamp(max=80.0))
-    if bounded:
-        total = (exponential * gate).detach().sum(dim=-1, keepdim=True)
-        gate = torch.where(gate == 0, gate * (total / (total + exponential.detach()).clamp(min=1e-30)), gate)
-    weights = exponential * gate
-    attention = weights / weights.sum(dim=-1, keepdim=True).clamp(min=1e-30)
-    output = attention @ value
-    leaves += [mask] if case.keep_mask.is_floating_point() else []
+    if case.keep_mask.is_floating_point():
+        leaves.append(case.keep_mask.to(torch.promote_types(dtype, torch.float32)).clone().requires_grad_())
+    call = AttentionCall(*leaves, *case.call()[len(leaves) :])
+    output = masked_attention_reference(call, bounded)[0]
     return [output.detach(), *torch.autograd.grad(output, leaves, case.grad_output.to(dtype))]
 
 

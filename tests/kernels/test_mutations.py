@@ -71,7 +71,7 @@ MUTATIONS = [
              "(equal & (equal_before < ties))", "(equal & (equal_before <= ties))", "test_topk_compact_lanes.py"),
     Mutation("mean of LayerNorm not taken out of float32 rows (Triton)", "actor/triton.py",
              "z = gelu((acc - (mean - center)[:, None]", "z = gelu((acc - mean[:, None]", "test_actor_score.py"),
-    Mutation("rows of another block in the sample's mean (Triton)", "actor/triton.py",
+    Mutation("an invalid token in the sample's mean (Triton)", "actor/triton.py",
              "total = tl.sum(tl.where(counted[:, None], z, 0.0), 0)", "total = tl.sum(z, 0)", "test_actor_score.py"),
     Mutation("gradients of registered ops lost", "dispatch.py",
              "op.register_autograd(backward, setup_context=setup_context)", "pass", "test_every_op.py"),
