@@ -256,12 +256,13 @@ def tune(
     for problem in problems:
         found = timed(problem, device, timer, at_most)
         (kind, largest, pinned), config = problem.pinned(device), best_of(found)
-        print(f"{problem.kernel} {problem.label}: {_text(config)} {found[config]} ms (pinned {found[pinned]} ms)")
+        times = f"{found[config]:.4f} ms (pinned {found[pinned]:.4f} ms)"
+        print(f"{problem.kernel} {problem.label}: {_text(config)} {times}")
         best[problem.kernel, kind, largest] = config
         for each, ms in found.items():
+            why = ms if isinstance(ms, str) else ""
             row = {"kernel": problem.kernel, "tokens": problem.tokens, "case": problem.label, "config": _text(each)}
-            ms, note = (None, ms) if isinstance(ms, str) else (ms, "")
-            rows.append({**row, "ms": ms, "pinned": each == pinned, "note": note})
+            rows.append({**row, "ms": None if why else ms, "pinned": each == pinned, "note": why})
     return best, rows
 
 

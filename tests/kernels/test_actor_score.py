@@ -250,32 +250,3 @@ def test_automatic_choice(measured: str | None, tokens: int, want: str, monkeypa
     weights = make_actor_weights(4, 2)
     api._forward(torch.zeros(1, tokens, 4), *weights, *[None] * 6, 0, api.MEASURED)
     assert ran == [want]
-
-
-@pytest.mark.parametrize(
-    ("changes", "error", "message"),
-    [
-        ({"hidden_states": torch.zeros(4, 16)}, ValueError, r"hidden_states must be \[B, N, d1\]"),
-        ({"hidden_states": torch.zeros(1, 4, 12)}, ValueError, r"weights.norm_weight must be.*d1=12.*\(16,\)"),
-        ({"stage": 3}, ValueError, r"stage=3 is outside 0..2"),
-        ({"stage": -1}, ValueError, r"stage=-1 is outside 0..2"),
-        ({"stage": 1.0}, TypeError, r"stage must be an int"),
-        ({"weights": tuple(make_actor_weights(16, 8))}, TypeError, r"ActorWeights.*got tuple"),
-        ({"weights": make_actor_weights(16, 7)}, ValueError, r"d2=7 rows; d2 must be even"),
-        ({"weights": make_actor_weights(16, 8)._replace(fc3_bias=torch.zeros(9))}, ValueError, r"weights.fc3_bias"),
-        (
-            {"weights": make_actor_weights(16, 8)._replace(head_bias=torch.zeros(2).half())},
-            TypeError,
-            r"weights.head_bias has dtype float16.*share one dtype",
-        ),
-        ({"valid_mask": torch.ones(1, 5, dtype=torch.bool)}, ValueError, r"valid_mask must be \[B, N\] = \(1, 4\)"),
-        ({"valid_mask": torch.ones(1, 4)}, TypeError, r"valid_mask has dtype float32"),
-        ({"indices": torch.zeros(1, 2)}, TypeError, r"indices has dtype float32.*long"),
-        ({"cu_seqlens": torch.tensor([0, 4])}, ValueError, r"hidden_states must be \[N, d1\] with cu_seqlens"),
-        ({"weights": make_actor_weights(16, 258), "backend": "triton"}, RuntimeError, r"d2=258.*d2 <= 256"),
-    ],
-)
-def test_errors(changes: dict, error: type[Exception], message: str) -> None:
-    arguments: dict = dict(hidden_states=torch.zeros(1, 4, 16), stage=0, weights=make_actor_weights(16, 8)) | changes
-    with pytest.raises(error, match=message):
-        actor_score(**arguments)

@@ -143,24 +143,3 @@ def test_empty(backend: str, device: str) -> None:
     assert compact_cache(keys, keys, none, backend=backend)[0].shape == (2, 3, 0, 4)
     nobody = compact_cache(keys[:0], keys[:0], none[:0], backend=backend)
     assert nobody[0].shape == (0, 3, 0, 4)
-
-
-GOOD = dict(keys=torch.zeros(1, 2, 4, 3), values=torch.zeros(1, 2, 4, 5), indices=torch.tensor([[0, 2]]))
-
-
-@pytest.mark.parametrize(
-    ("changes", "error", "message"),
-    [
-        ({"keys": torch.zeros(2, 4, 3)}, ValueError, r"keys must be \[B, Hkv, N, D\] \(4 dimensions\)"),
-        ({"values": torch.zeros(1, 2, 5, 5)}, ValueError, r"values must be \[B, Hkv, N, Dv\] = \(1, 2, 4, 5\)"),
-        ({"indices": torch.tensor([0, 2])}, ValueError, r"indices must be \[B, K\]"),
-        ({"indices": torch.tensor([[0], [2]])}, ValueError, r"indices must be \[B, K\] = \(1, 1\)"),
-        ({"indices": torch.tensor([[0, 2]]).int()}, TypeError, r"indices has dtype int32.*long"),
-        ({"indices": torch.tensor([[0, 4]]), "validate": True}, ValueError, r"indices has \[4\] outside -1..N-1=3"),
-        ({"indices": torch.tensor([[2, 2]]), "validate": True}, ValueError, r"names a token of a sample twice"),
-        ({"keys": torch.zeros(1, 2, 4, 3).cfloat(), "backend": "triton"}, RuntimeError, r"keys or values are complex"),
-    ],
-)
-def test_errors(changes: dict, error: type[Exception], message: str) -> None:
-    with pytest.raises(error, match=message):
-        compact_cache(**(GOOD | changes))

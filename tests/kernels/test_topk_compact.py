@@ -248,43 +248,6 @@ def test_non_contiguous(backend: str, device: str) -> None:
     assert all(torch.equal(a, b) for a, b in zip(out, plain, strict=True) if a is not None)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize(
-    ("changes", "error", "message"),
-    [
-        ({"k": 5}, ValueError, r"k=5 is outside 0..N=4.*min\(k"),
-        ({"k": -1}, ValueError, r"k=-1 is outside 0..N=4"),
-        ({"k": 2.0}, TypeError, r"k must be an int.*2.0 of type float"),
-        ({"k": True}, TypeError, r"k must be an int.*True of type bool"),
-        ({"k": torch.tensor([1, 2, 3])}, ValueError, r"k must be \[B\].*\(2,\).*\(3,\)"),
-        ({"k": torch.tensor([1.0, 2.0])}, TypeError, r"k has dtype float32.*long"),
-        ({"hidden_states": torch.zeros(2, 4)}, ValueError, r"hidden_states must be \[B, N, d\]"),
-        ({"scores": torch.zeros(2, 3)}, ValueError, r"scores must be \[B, N\] = \(2, 4\).*\(2, 3\)"),
-        ({"scores": torch.zeros(2, 4, dtype=torch.int64)}, TypeError, r"scores has dtype int64.*float\(\)"),
-        ({"scores": torch.zeros(2, 4, device="meta")}, ValueError, r"scores is on meta"),
-        ({"position_ids": torch.zeros(2, 2, 4)}, ValueError, r"position_ids must be.*\[3, B, N\].*\(2, 2, 4\)"),
-        ({"position_ids": torch.zeros(2, 4)}, TypeError, r"position_ids has dtype float32.*long"),
-        ({"padding_side": "both"}, ValueError, r"padding_side='both' is unknown; use 'right' or 'left'"),
-        ({"max_length": 3}, ValueError, r"max_length=3 is for a tensor k, the int k=2 is the length"),
-        ({"k": torch.tensor([1, 2]), "max_length": 5}, ValueError, r"max_length=5 is outside 0..N=4"),
-        (
-            {"k": torch.tensor([1, 3]), "max_length": 2, "validate": True},
-            ValueError,
-            r"k=\[1, 3\] has values above max_length=2; raise max_length",
-        ),
-        ({"valid_mask": torch.ones(2, 4)}, TypeError, r"valid_mask has dtype float32.*True = eligible"),
-        ({"segments": torch.zeros(2, 4).long()}, ValueError, r"k=2 is one number for all segments"),
-        ({"segments": torch.zeros(2, 4), "k": torch.ones(2, 1).long()}, TypeError, r"segments has dtype float32"),
-        ({"cu_seqlens": torch.tensor([0, 4])}, ValueError, r"hidden_states must be \[N, d\] with cu_seqlens"),
-        ({"scores": torch.tensor([[NAN, 0, 0, 0]] * 2), "validate": True}, ValueError, r"scores has 2 NaN"),
-        ({"scores": torch.full((2, 4), INF), "validate": True}, ValueError, r"force in \[4, 4\].*k=2"),
-    ],
-)
-def test_errors(changes: dict, error: type[Exception], message: str) -> None:
-    arguments: dict = dict(hidden_states=torch.zeros(2, 4, 3), scores=torch.zeros(2, 4), k=2) | changes
-    with pytest.raises(error, match=message):
-        topk_compact(**arguments)
-
-
 def test_validate_accepts_good_input() -> None:
     scores: Tensor = torch.tensor([[INF, 0.0, -INF], [1.0, 2.0, NAN]])
     valid = torch.tensor([[True, True, True], [True, True, False]])
