@@ -29,22 +29,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # without an insta
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 
 from bench import tune
-from bench.common import Row, environment, git_commit, now, read_csv, table, write_csv
+from bench.common import Row, environment, git_commit, read_csv, table
 from bench.targets import Value, verdict
-from toprl_kernels import actor_score, compact_cache, masked_attention, prune_stage, sample_keep_mask, topk_compact
-from toprl_kernels.configs import LaunchConfig as C
-from toprl_kernels.testing import make_actor_weights, make_attention_inputs
 
 ROOT = Path(__file__).resolve().parents[1]
 STEP_S = 580
 SUITES = ("kernels", "decode", "stage", "prefill", "generate")
-SWEEP = {
-    "masked_attention_fwd": [C(128, 64, 8, 3), C(128, 64, 8, 5), C(128, 128, 8, 5)],
-    "masked_attention_fwd_compact": [C(128, 64, 8, 3), C(128, 64, 8, 4), C(128, 128, 8, 2)],
-    "masked_attention_bwd_dkdv": [C(32, 64, 8, 2), C(32, 128, 8, 2), C(64, 128, 8, 2)],
-    "masked_attention_bwd_dq": [C(128, 64, 8, 3), C(128, 64, 8, 5)],
-    "masked_attention_bwd_dq_compact": [C(128, 64, 8, 2), C(128, 64, 8, 3), C(128, 64, 8, 4)],
-}
 SWEEP_TOKENS = (576, 2880, 8192)
 
 
@@ -61,21 +51,22 @@ def steps(folder: Path, dry_run: bool) -> Iterator[Step]:
     """All steps, in order."""
     output = ["--output_dir", str(folder)]
     dry = ["--dry-run"] if dry_run else []
+    size = ["--tiny", "--device", "cpu"] if dry_run else []
     yield Step("cuda tests", ["-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/kernels/test_cuda.py",
                               *(["--collect-only"] if dry_run else [])])  # fmt: skip
-    small = ["bench/first_hour.py", "--do", "small", *dry]
+    small = ["bench/run.py", "--suite", "kernels", "decode", "stage", "--tiny", *size[1:]]  # every op, within minutes
     yield Step("small cases", small)
     for check in ("memcheck", "racecheck"):
         yield Step(check, ["--tool", check, "--error-exitcode", "9", sys.executable, *small], "compute-sanitizer")
     for tokens in SWEEP_TOKENS:
         # what was compiled is in triton's cache: after its limit a step goes on faster
-        yield Step(f"sweep {tokens}", ["bench/first_hour.py", "--do", f"sweep {tokens}", *output, *dry], attempts=3)
+        arguments = ["--sweep", str(tokens), "--csv", str(folder / "sweep.csv"), *dry]
+        yield Step(f"sweep {tokens}", ["bench/tune.py", *arguments], attempts=6)
     for kernel in [*tune.CANDIDATES, "actor_score"]:
         arguments = ["--kernel", f"^{kernel}$", "--output", str(folder / "tuned.json"), *dry]
         yield Step(f"tune {kernel}", ["bench/tune.py", *arguments], attempts=3)
     for suite in SUITES:
         more = ["--resume"] if suite in ("kernels", "decode") else []
-        size = ["--tiny", "--device", "cpu"] if dry_run else []
         arguments = ["bench/run.py", "--suite", suite, *output, *more, *size]
         yield Step(f"suite {suite}", arguments, attempts=8 if more else 1)
 
@@ -141,53 +132,6 @@ def launch(command: list[str], variables: dict[str, str], seconds: float, output
     return done.returncode
 
 
-# -- what the steps do ---------------------------------------------------------------------------------------------
-
-
-def small_cases(device: torch.device) -> None:
-    """Every op forward and backward at odd sizes: what a memory checker finishes within minutes."""
-    options: dict[str, Any] = {"backend": "triton"}
-    half, single = torch.bfloat16, torch.float32
-    for mask, dtype, queries in (("hard", half, 33), ("mixed", single, 33), ("hard", single, 1)):
-        x = make_attention_inputs(2, 2, 1, queries, 33, 32, mask=mask, padding=True, dtype=dtype, device=device)
-        query, key, value = (tensor.detach().requires_grad_() for tensor in (x.query, x.key, x.value))
-        more = {"key_padding_mask": x.key_padding_mask, "is_causal": True, **options}
-        masked_attention(query, key, value, x.keep_mask, **more).backward(x.grad_output)
-    hidden = torch.randn(2, 33, 40, device=device, requires_grad=True)
-    kept = topk_compact(hidden, torch.randn(2, 33, device=device), 7, **options)
-    kept.hidden_states.sum().backward()
-    columns = torch.arange(-4, 29, device=device).clamp(min=-1).expand(2, -1)
-    stage = prune_stage(hidden, torch.randn(2, 29, 2, device=device), columns, 7, **options)
-    stage.hidden_states.sum().backward()
-    keys = torch.randn(2, 1, 33, 16, device=device, requires_grad=True)
-    sum(part.sum() for part in compact_cache(keys, keys * 1, kept.indices, **options)).backward()  # type: ignore[union-attr]
-    with torch.no_grad():
-        actor_score(hidden, 0, make_actor_weights(40, 32, device=device), **options)
-    logits = torch.randn(2, 33, 2, device=device, requires_grad=True)
-    sample_keep_mask(logits, seed=1, **options).log_prob.sum().backward()
-    now(device)
-
-
-def sweep(tokens: int, folder: Path, device: torch.device, dry_run: bool) -> None:
-    """Time the configurations of ``SWEEP`` and put their rows into sweep.csv."""
-    shape = tune.Sizes(tokens, head_dims=(128,), dtypes=(torch.bfloat16,))
-    timer = tune.wall_timer if dry_run else tune.cuda_timer
-    path = folder / "sweep.csv"
-    rows = [row for row in read_csv(path) if row["tokens"] != tokens]
-    for problem in tune.attention_problems(device, tune.REHEARSAL if dry_run else shape):
-        pinned = problem.pinned(device).config
-        for config in dict.fromkeys([pinned, *SWEEP.get(problem.kernel, [])]):
-            row: Row = {"kernel": problem.kernel, "tokens": tokens, "config": "x".join(map(str, config)), "ms": None}
-            try:
-                with problem.with_config(config):
-                    problem.run()
-                    row["ms"], note = timer(problem.run), ""
-            except Exception as error:  # a configuration that does not fit is a row too
-                note = f"{type(error).__name__}: {str(error).splitlines()[0][:100]}"
-            rows.append({**row, "note": note, "pinned": config == pinned})
-    write_csv(path, rows)
-
-
 # -- the page ------------------------------------------------------------------------------------------------------
 
 
@@ -246,7 +190,6 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--budget_s", type=float, default=float("inf"), help="start no step after so many seconds")
     parser.add_argument("--only", default="", metavar="PATTERN", help="only steps whose name matches")
     parser.add_argument("--output_dir", type=Path, help="default: bench/results/<gpu>")
-    parser.add_argument("--do", default="", help=argparse.SUPPRESS)  # what a step runs: "small", "sweep N"
     options = parser.parse_args(arguments)
     if not options.dry_run and not torch.cuda.is_available():
         print("first_hour: torch.cuda.is_available() is False; --dry-run rehearses on a CPU", file=sys.stderr)
@@ -255,12 +198,6 @@ def main(arguments: list[str] | None = None) -> int:
     where = environment(device, "tiny" if options.dry_run else "full")
     results = ROOT / "bench" / "results" / re.sub(r"\W+", "-", str(where["device"])).lower()
     folder = (options.output_dir or (ROOT / "runs" / "rehearsal" if options.dry_run else results)).resolve()
-    if options.do == "small":
-        small_cases(device)
-        return 0
-    if options.do:
-        sweep(int(options.do.split()[1]), folder, device, options.dry_run)
-        return 0
     done = run_steps(folder, options.dry_run, options.budget_s, options.only)
     (folder / "summary.md").write_text(page(folder, where, done))
     print(f"{folder / 'summary.md'}: " + ", ".join(f"{name} {row['status']}" for name, row in done.items()))

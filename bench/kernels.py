@@ -85,7 +85,8 @@ def kernels_plan(size: str, device: torch.device) -> Plan:
     """The documented subset for a kind of device; tiny is for rehearsals in Triton's interpreter."""
     if size == "tiny":
         small = AttentionCase(20, num_heads=2, num_kv_heads=1, head_dim=16)
-        attention = [replace(small, mode="fwd+bwd"), replace(small, mask="soft", mode="fwd+bwd+mask")]
+        soft = replace(small, mask="soft", dtype=torch.bfloat16 if device.type == "cuda" else small.dtype)
+        attention = [replace(small, mode="fwd+bwd"), replace(soft, mode="fwd+bwd+mask")]
         others = [TopkCase(20, 5, 16, mode="fwd+bwd"), CacheCase(20, 5, 1, 16), ActorCase(20, 32, 16), KeepMaskCase(20)]
         return Plan([*attention, *others], seconds=0.02, min_rounds=2)
     on_cuda, quick = device.type == "cuda", size == "quick"

@@ -3,11 +3,10 @@
     python bench/run.py --suite prefill --quick
 
 All methods of a case compute the same average number of visual tokens per layer. PyramidDrop and TOP-RL share one
-schedule; FastV prunes once, before layer 2. Correctness comes first and raises (``WrongPrefillError``): on a narrow
-float32 copy of the case keep-all must be the unattached model bit by bit, compaction must agree with Eqs. 6-7 on every
-surviving token, and each layer's cache must be as long as the schedule says; the caches of the timed model are checked
-again. Weights are random, so which tokens survive means nothing here; how many do, and what that saves, does not
-depend on the weights.
+schedule; FastV prunes once, before layer 2. Correctness comes first and raises (``WrongPrefillError``): a narrow copy
+of the case in float32 must pass ``toprl_models.verify``, and the timed prefills must keep as many tokens, and fill
+caches as long, as the schedule says. Weights are random, so which tokens survive means nothing here; how many do, and
+what that saves, does not depend on the weights.
 
 Timed is ``model(**inputs, use_cache=True, logits_to_keep=1)`` with the pruner's hooks at work; attaching is not. Where
 transformers takes ``mm_encoder_outputs`` the image features are computed beforehand, and column ``vision_tower`` says
@@ -37,7 +36,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
 from transformers import (
     AutoModelForImageTextToText,
     CLIPVisionConfig,
@@ -48,16 +46,16 @@ from transformers import (
 
 from bench.common import Report, Row, dtype_name, in_turn, milliseconds, quantiles
 from toprl_kernels import flops
-from toprl_models import FastV, Policy, Pruner, PyramidDrop, Schedule, StageContext, TopRLPolicy, attach
+from toprl_models import FastV, Policy, Pruner, PyramidDrop, Schedule, TopRLPolicy, attach
 from toprl_models.runtime.cache import cache_bytes
 from toprl_models.schedule import stage_layers_for
+from toprl_models.verify import verdict, verify
 
 IMAGE_ID = 1
 FIRST_WORD_ID = 4  # below it: padding, image placeholder, begin and end of sequence
 PATCH_SIZE = 14
 FASTV_STAGE = 2
-# Largest difference, per element of the normalised last states, that rounding may explain in float32
-TOLERANCE = 1e-3
+TOLERANCE = 1e-3  # of the largest state or logit: what rounding may explain in float32
 TAKES_FEATURES = "mm_encoder_outputs" in inspect.signature(LlavaForConditionalGeneration.forward).parameters
 
 Method = tuple[Policy, Schedule] | None  # None: unpruned
@@ -175,8 +173,10 @@ def build_model(case: Case, device: torch.device) -> LlavaForConditionalGenerati
     return model.eval().requires_grad_(False)
 
 
-def build_inputs(case: Case, model: LlavaForConditionalGeneration) -> dict[str, Any]:
-    """One prompt: half of the text, the image, the other half; image features where the model takes them."""
+def build_inputs(
+    case: Case, model: LlavaForConditionalGeneration, *, features: bool = TAKES_FEATURES
+) -> dict[str, Any]:
+    """One prompt: half of the text, the image, the other half; image features, or pixels."""
     device = model.device
     words = torch.randint(FIRST_WORD_ID, case.vocab_size, (1, case.text_tokens), device=device)
     image = torch.full((1, case.visual_tokens), IMAGE_ID, device=device)
@@ -185,10 +185,10 @@ def build_inputs(case: Case, model: LlavaForConditionalGeneration) -> dict[str, 
     inputs: dict[str, Any] = {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)}
     side = model.config.vision_config.image_size
     pixel_values = torch.randn(case.num_images, 3, side, side, device=device, dtype=case.dtype)
-    if not TAKES_FEATURES:
+    if not features:
         return {**inputs, "pixel_values": pixel_values}
-    features = model.model.get_image_features(pixel_values=pixel_values, return_dict=True)
-    return {**inputs, "mm_encoder_outputs": {"image": features}}
+    outputs = model.model.get_image_features(pixel_values=pixel_values, return_dict=True)
+    return {**inputs, "mm_encoder_outputs": {"image": outputs}}
 
 
 def build_methods(case: Case, model: LlavaForConditionalGeneration) -> dict[str, Method]:
@@ -197,7 +197,6 @@ def build_methods(case: Case, model: LlavaForConditionalGeneration) -> dict[str,
     return {
         "unpruned": None,
         "fastv": (FastV(), case.schedule((FASTV_STAGE,))),
-        # original positions, since the results are compared with masked attention
         "pyramiddrop": (PyramidDrop("original"), progressive),
         "toprl": (build_actor(case, list(case.stage_layers), model.device), progressive),
     }
@@ -223,70 +222,16 @@ def segments_of(case: Case, schedule: Schedule | None) -> tuple[tuple[int, int],
 # -- correctness ---------------------------------------------------------------------------------------------------
 
 
-class Replay(Policy):
-    """Keeps what an earlier prefill kept, so that both modes drop the same tokens whatever rounding does to scores."""
-
-    def __init__(self, kept: list[Tensor]) -> None:
-        self.kept = kept
-
-    def score(self, context: StageContext) -> Tensor:
-        return torch.isin(context.visual_index, self.kept[context.stage]).float()
-
-
 def check_case(case: Case, device: torch.device) -> None:
-    """Every method on the narrow float32 copy of ``case``; see the module's docstring.
+    """Compare the pruned model with itself, on the narrow float32 copy of ``case``.
 
     Raises:
-        WrongPrefillError: naming case, method, and what was found and expected.
+        WrongPrefillError: naming case, checks, and what was found and expected.
     """
-    narrow = case.narrow()
-    model = build_model(narrow, device)
-    inputs = build_inputs(narrow, model)
-    plain = model.model(**inputs, use_cache=True)
-    check_cache(f"{case.name}, unpruned", narrow, plain.past_key_values, None)
-    for name, method in build_methods(narrow, model).items():
-        if method is not None:
-            check_method(f"{case.name}, {name}", narrow, model, inputs, plain.last_hidden_state, *method)
-
-
-def check_method(
-    where: str,
-    case: Case,
-    model: LlavaForConditionalGeneration,
-    inputs: dict[str, Any],
-    plain: Tensor,
-    policy: Policy,
-    schedule: Schedule,
-) -> None:
-    """One method: keep-all, cache lengths, compact against masked attention on the surviving tokens."""
-    keep_all = Schedule(tuple((layer, 1.0) for layer in schedule.layers))
-    with attach(model, policy, schedule=keep_all):
-        states = model.model(**inputs, use_cache=True).last_hidden_state
-    if not torch.equal(states, plain):
-        raise WrongPrefillError(
-            f"{where}: keeping all tokens moves the unattached model's states by {largest(states - plain):.1e}, not 0"
-        )
-    with attach(model, policy, schedule=schedule) as pruner:
-        output = model.model(**inputs, use_cache=True)
-    check_cache(where, case, output.past_key_values, schedule)
-    compact, kept = output.last_hidden_state, [stage.indices for stage in pruner.trace]
-    with attach(model, Replay(kept), schedule=schedule, mode="mask"):
-        masked = model.model(**inputs, use_cache=True).last_hidden_state
-    visual = inputs["input_ids"] == IMAGE_ID
-    survives = ~visual | torch.isin(visual.cumsum(1) - 1, kept[-1])
-    error, effect = largest((compact - masked)[survives]), largest((compact - plain)[survives])
-    if not error <= TOLERANCE:
-        raise WrongPrefillError(
-            f"{where}: compacted and masked states of surviving tokens differ by {error:.1e}, more than {TOLERANCE:g}"
-        )
-    if not effect > 10 * TOLERANCE:
-        raise WrongPrefillError(
-            f"{where}: pruning moves the surviving tokens' states by {effect:.1e} only, so comparing the modes is void"
-        )
-
-
-def largest(tensor: Tensor) -> float:
-    return float(tensor.abs().max())
+    model = build_model(case.narrow(), device)
+    found = verdict(verify(model, build_inputs(case.narrow(), model, features=False), tolerance=TOLERANCE))
+    if found != "exact":
+        raise WrongPrefillError(f"{case.name}: {found}")
 
 
 def check_cache(where: str, case: Case, cache: Any, schedule: Schedule | None) -> None:

@@ -49,7 +49,7 @@ PRINTED = dict.fromkeys(
 def main(arguments: list[str] | None = None) -> int:
     """Run the command; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--suite", choices=[*SUITES, "all"], default="all")
+    parser.add_argument("--suite", nargs="+", choices=[*SUITES, "all"], default=["all"])
     parser.add_argument("--quick", dest="size", action="store_const", const="quick", default="full",
                         help="small sizes and few repetitions")  # fmt: skip
     parser.add_argument("--tiny", dest="size", action="store_const", const="tiny", help="sizes of a rehearsal")
@@ -63,7 +63,7 @@ def main(arguments: list[str] | None = None) -> int:
     if device.type != "cuda":
         print("No CUDA device: the eager paths are timed; Triton's CPU interpreter is not a measurement.")
     summary: dict[str, Any] = {"environment": where, "suites": {}}
-    for suite in SUITES if options.suite == "all" else (options.suite,):
+    for suite in SUITES if "all" in options.suite else options.suite:
         begin = time.perf_counter()
         report = Report(suite, where, options.output_dir, resume=options.resume)
         importlib.import_module(f"bench.{MODULES.get(suite, suite)}").run(options.size, device, report)

@@ -24,7 +24,7 @@ from bench.generate import Constant
 from bench.prefill import LLAVA_TOY, Case, Method, attached, build_actor, build_inputs, build_model
 from toprl_models import Policy, Schedule
 
-KERNELS = {"prune_stage": 2, "actor_score": 2}
+KERNELS = {"actor_score": 2}  # launches of ops that are more than one
 # beside views: memory that is only reserved, and numbers that are copied
 NOTHING = set("empty empty_like new_empty empty_strided new_empty_strided detach alias lift_fresh split_with_sizes "
               "_unsafe_view _local_scalar_dense".split())  # fmt: skip

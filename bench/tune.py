@@ -2,6 +2,7 @@
 
     python bench/tune.py                       # everything, some minutes
     python bench/tune.py --kernel actor_score  # one kernel or op; the other rows of the file stay
+    python bench/tune.py --sweep 8192 --csv sweep.csv  # attention of that many tokens, D = 128: remembers nothing
 
 Two things are measured: candidates for the block sizes of the matrix kernels, and actor_score's fused kernels against
 its eager path. The result is a JSON file that :func:`toprl_kernels.configs.select` reads from then on
@@ -22,7 +23,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from unittest import mock
@@ -32,7 +33,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that ``bench`` is found when this file is a script
 
-from bench.common import dtype_name, milliseconds
+from bench.common import Row, dtype_name, milliseconds, read_csv, write_csv
 from toprl_kernels import actor_score, configs, masked_attention
 from toprl_kernels.configs import Bucket, LaunchConfig, Measurements, Times
 from toprl_kernels.testing import make_actor_weights, make_attention_inputs
@@ -105,6 +106,7 @@ class Problem:
     size: int
     dtype: torch.dtype
     label: str
+    tokens: int
     run: Callable[[], list[Tensor]]
     route: Mapping[str, LaunchConfig] = field(default_factory=dict)  # other rows, without which it does not
 
@@ -154,7 +156,7 @@ def attention_problems(device: torch.device, sizes: Sizes) -> Iterator[Problem]:
             ("bwd_dq_compact", partial(many.backward, 0), "gathered"),
         ):
             label = f"D={head_dim} {dtype_name(dtype)}"
-            yield Problem(f"masked_attention_{kernel}", head_dim, dtype, label, run, ROUTES[route])
+            yield Problem(f"masked_attention_{kernel}", head_dim, dtype, label, sizes.tokens, run, ROUTES[route])
 
 
 def actor_problems(device: torch.device, sizes: Sizes) -> Iterator[Problem]:
@@ -162,7 +164,7 @@ def actor_problems(device: torch.device, sizes: Sizes) -> Iterator[Problem]:
     for dtype, tokens in itertools.product(sizes.dtypes, sizes.actor_tokens[-2:]):
         score = _scorer(device, dtype, tokens, *sizes.actor_widths[-1])
         for kernel in ("actor_layer1", "actor_layers23"):
-            yield Problem(kernel, tokens, dtype, f"N={tokens} {dtype_name(dtype)}", partial(score, "triton"))
+            yield Problem(kernel, tokens, dtype, f"N={tokens} {dtype_name(dtype)}", tokens, partial(score, "triton"))
 
 
 def _scorer(device: torch.device, dtype: torch.dtype, tokens: int, d1: int, d2: int) -> Callable[[str], list[Tensor]]:
@@ -177,21 +179,21 @@ def _scorer(device: torch.device, dtype: torch.dtype, tokens: int, d1: int, d2: 
     return score
 
 
-def best_config(
+def timed(
     problem: Problem, device: torch.device, timer: Timer, at_most: int | None = None
-) -> tuple[LaunchConfig, float, float]:
-    """The fastest of the pinned configuration and (at most so many) candidates, its milliseconds and the pinned one's.
+) -> dict[LaunchConfig, float | str]:
+    """Milliseconds of the pinned configuration, first, and of (the last so many) candidates; or why one does not run.
 
     Raises:
         WrongResultError: a candidate's results differ from the pinned configuration's.
     """
     from triton.errors import TritonError
 
-    pinned = problem.pinned(device).config
-    best, best_ms, pinned_ms, expected = pinned, float("inf"), float("inf"), None
+    pinned, expected = problem.pinned(device).config, None
     largest = MAX_SINGLE_BLOCK if problem.dtype == torch.float32 else 1 << 30
     possible = [config for config in CANDIDATES[problem.kernel] if config.block_m * config.block_n <= largest]
-    for config in dict.fromkeys([pinned, *possible[:at_most]]):
+    found: dict[LaunchConfig, float | str] = {}
+    for config in dict.fromkeys([pinned, *possible[-(at_most or 0) :]]):
         with problem.with_config(config):
             try:
                 results = problem.run()
@@ -199,16 +201,20 @@ def best_config(
                 if config == pinned:
                     raise
                 print(f"  {_text(config)}: does not fit ({type(error).__name__})")
+                found[config] = f"does not fit ({type(error).__name__})"
                 continue
             if expected is None:
                 expected = results
             _require_equal(problem, config, results, expected)
-            taken = timer(problem.run)
-        if config == pinned:
-            best_ms = pinned_ms = taken
-        elif taken < min(best_ms, pinned_ms * MARGIN):
-            best, best_ms = config, taken
-    return best, best_ms, pinned_ms
+            found[config] = timer(problem.run)
+    return found
+
+
+def best_of(found: Mapping[LaunchConfig, float | str]) -> LaunchConfig:
+    """The fastest, if it beats the first, which is pinned, by a margin."""
+    times = {config: ms for config, ms in found.items() if not isinstance(ms, str)}
+    pinned, best = next(iter(times)), min(times, key=lambda config: times[config])
+    return best if times[best] < times[pinned] * MARGIN else pinned
 
 
 def _require_equal(
@@ -238,16 +244,26 @@ def actor_times(device: torch.device, timer: Timer, sizes: Sizes) -> dict[tuple[
 
 
 def tune(
-    problems: Iterable[Problem], device: torch.device, timer: Timer, at_most: int | None = None
-) -> dict[tuple[str, str, int], LaunchConfig]:
-    """The rows to write: the best configuration of every problem, also where it is the pinned one."""
-    rows: dict[tuple[str, str, int], LaunchConfig] = {}
+    problems: Iterable[Problem],
+    device: torch.device,
+    timer: Timer,
+    at_most: int | None = None,
+    rows: Sequence[Row] = (),
+) -> tuple[dict[tuple[str, str, int], LaunchConfig], list[Row]]:
+    """The best configuration of every problem, also where it is the pinned one; and ``rows`` with one per candidate."""
+    best: dict[tuple[str, str, int], LaunchConfig] = {}
+    rows = list(rows)
     for problem in problems:
-        best, best_ms, pinned_ms = best_config(problem, device, timer, at_most)
-        print(f"{problem.kernel} {problem.label}: {_text(best)} {best_ms:.4f} ms (pinned {pinned_ms:.4f} ms)")
-        kind, largest, _ = problem.pinned(device)
-        rows[problem.kernel, kind, largest] = best
-    return rows
+        found = timed(problem, device, timer, at_most)
+        (kind, largest, pinned), config = problem.pinned(device), best_of(found)
+        times = f"{found[config]:.4f} ms (pinned {found[pinned]:.4f} ms)"
+        print(f"{problem.kernel} {problem.label}: {_text(config)} {times}")
+        best[problem.kernel, kind, largest] = config
+        for each, ms in found.items():
+            why = ms if isinstance(ms, str) else ""
+            row = {"kernel": problem.kernel, "tokens": problem.tokens, "case": problem.label, "config": _text(each)}
+            rows.append({**row, "ms": None if why else ms, "pinned": each == pinned, "note": why})
+    return best, rows
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -256,6 +272,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--kernel", default="", metavar="PATTERN", help="only kernels or ops whose name matches")
     default = f"default: {configs.ENVIRONMENT_VARIABLE}, else the cache"
     parser.add_argument("--output", type=Path, help=f"the file; {default}")
+    parser.add_argument("--sweep", type=int, metavar="N", help="time attention of N tokens, and only write --csv")
+    parser.add_argument("--csv", type=Path, default="sweep.csv", help="where; rows of other lengths stay")
     parser.add_argument("--dry-run", action="store_true", help="tiny sizes in Triton's interpreter, to rehearse")
     options = parser.parse_args(arguments)
     names = [*CANDIDATES, "actor_score"]
@@ -270,8 +288,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
         return 2
     device = torch.device("cpu") if options.dry_run else torch.device("cuda", torch.cuda.current_device())
+    timer = wall_timer if options.dry_run else cuda_timer
     try:
-        path = run(device, options.kernel, options.output, wall_timer if options.dry_run else cuda_timer)
+        if options.sweep:
+            sweep(device, options.sweep, options.csv, timer)
+            return 0
+        path = run(device, options.kernel, options.output, timer)
     except RuntimeError as error:
         print(f"tune: {error}", file=sys.stderr)
         return 1
@@ -281,8 +303,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
+def sweep(device: torch.device, tokens: int, path: Path, timer: Timer) -> None:
+    """Time all candidates for attention of so many tokens, at D = 128 in bfloat16."""
+    rehearse = device.type == "cpu"
+    sizes = REHEARSAL if rehearse else Sizes(tokens, head_dims=(128,), dtypes=(torch.bfloat16,))
+    problems = (replace(problem, tokens=tokens) for problem in attention_problems(device, sizes))
+    others = [row for row in read_csv(path) if row["tokens"] != tokens]
+    write_csv(path, tune(problems, device, timer, 1 if rehearse else None, others)[1])
+
+
 def run(device: torch.device, only: str, output: Path | None, timer: Timer) -> Path:
-    """Measure and write the file; returns its path. CPU tensors rehearse: tiny sizes, two candidates per kernel."""
+    """Measure and write the file; returns its path. CPU tensors rehearse: tiny sizes, a small candidate per kernel."""
     rehearse = device.type == "cpu"
     sizes = REHEARSAL if rehearse else Sizes()
     capability = "sm_90" if rehearse else configs.capability_name(device)
@@ -300,7 +331,7 @@ def run(device: torch.device, only: str, output: Path | None, timer: Timer) -> P
         for problem in make(device, sizes)
         if problem.kernel in wanted
     )
-    known.configs.update(tune(problems, device, timer, at_most=2 if rehearse else None))
+    known.configs.update(tune(problems, device, timer, 1 if rehearse else None)[0])
     write(path, capability, known)
     if re.search(only, "actor_score"):
         with using(path):  # with the configurations just measured

@@ -14,6 +14,7 @@ why it cannot.
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import os
 from collections.abc import Callable
@@ -101,6 +102,11 @@ def choose(
     return Choice("triton", "CUDA tensors", True)
 
 
+def implementation(op: str, function: str, backend: str) -> Callable[..., Any]:
+    """Return ``<function>_<backend>`` of an op's module ``backend``; only the modules for Triton import triton."""
+    return getattr(importlib.import_module(f"toprl_kernels.{op}.{backend}"), f"{function}_{backend}")
+
+
 def explain(device: torch.device | str | None = None) -> str:
     """Say in a line per op which implementation would run for ordinary inputs on ``device``, and why.
 
@@ -141,8 +147,8 @@ def register(
     That makes the op work under torch.compile, torch.export, checkpointing, CUDA graphs and FakeTensorMode.
 
     Args:
-        implementation: plain PyTorch or a kernel launch; its first argument is a tensor. It sees no autograd and no
-            autocast, and must not return a tensor that is, or is a view of, an argument.
+        implementation: plain PyTorch or a kernel launch; its first argument is a tensor or a list of some. It sees no
+            autograd and no autocast, and must not return a tensor that is, or is a view of, an argument.
         fake: same signature; returns empty tensors of the right shape, dtype and stride.
         setup_context, backward: as in torch.autograd.Function; the op is not differentiable without them.
 
@@ -152,7 +158,7 @@ def register(
     name, parenthesis, rest = schema.partition("(")
 
     def run(*arguments: Any) -> Any:
-        device_type = arguments[0].device.type
+        device_type = (arguments[0][0] if isinstance(arguments[0], list) else arguments[0]).device.type
         if not torch.is_autocast_enabled(device_type):
             return implementation(*arguments)
         with torch.autocast(device_type, enabled=False):  # autocast would round float32 operands of products
@@ -182,6 +188,8 @@ def register(
 
 
 def _has_tangent(argument: object) -> bool:
+    if isinstance(argument, list):
+        return any(map(_has_tangent, argument))
     return isinstance(argument, Tensor) and forward_ad.unpack_dual(argument).tangent is not None
 
 

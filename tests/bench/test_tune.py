@@ -42,7 +42,7 @@ def timer_of(milliseconds: dict[LaunchConfig, float]) -> tune.Timer:
 
 
 def problem(run: Callable[[], list[Tensor]]) -> Problem:
-    return Problem(KERNEL, 64, torch.float32, "test", run)
+    return Problem(KERNEL, 64, torch.float32, "test", 5, run)
 
 
 @pytest.fixture
@@ -53,20 +53,20 @@ def two_candidates(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("two_candidates")
 @pytest.mark.parametrize(
     ("times", "expected"),
-    [((3.0, 1.0, 2.0), (GOOD, 1.0, 3.0)), ((1.0, 0.99, 0.985), (PINNED, 1.0, 1.0))],  # noise replaces nothing
+    [((3.0, 1.0, 2.0), GOOD), ((1.0, 0.99, 0.985), PINNED)],  # noise replaces nothing
 )
-def test_the_fastest_wins_by_a_margin(
-    times: tuple[float, float, float], expected: tuple[LaunchConfig, float, float]
-) -> None:
+def test_the_fastest_wins_by_a_margin(times: tuple[float, float, float], expected: LaunchConfig) -> None:
     timer = timer_of(dict(zip((PINNED, GOOD, BAD), times, strict=True)))
-    assert tune.best_config(problem(lambda: [torch.ones(3)]), CPU, timer) == expected
+    best, rows = tune.tune([problem(lambda: [torch.ones(3)])], CPU, timer, None)
+    assert best == {(KERNEL, "32 bit", 64): expected}
+    assert [row["ms"] for row in rows if row["pinned"]] == [times[0]] and len(rows) == 3
 
 
 @pytest.mark.usefixtures("two_candidates")
 @pytest.mark.parametrize("wrong", [1.001, torch.nan])
 def test_a_wrong_result_aborts(wrong: float) -> None:
     with pytest.raises(tune.WrongResultError, match=r"masked_attention_fwd test with 16,32,4,1,1 is .* away"):
-        tune.best_config(problem(lambda: [torch.full((3,), wrong if in_force() == GOOD else 1.0)]), CPU, timer_of({}))
+        tune.timed(problem(lambda: [torch.full((3,), wrong if in_force() == GOOD else 1.0)]), CPU, timer_of({}))
 
 
 @pytest.mark.usefixtures("two_candidates")
@@ -78,7 +78,7 @@ def test_a_candidate_that_does_not_fit_is_passed_over(capsys: pytest.CaptureFixt
             raise OutOfResources(300000, 232448, "shared memory")
         return [torch.ones(3)]
 
-    assert tune.best_config(problem(run), CPU, timer_of({GOOD: 0.0, BAD: 1.0, PINNED: 3.0}))[0] == BAD
+    assert tune.best_of(tune.timed(problem(run), CPU, timer_of({GOOD: 0.0, BAD: 1.0, PINNED: 3.0}))) == BAD
     assert "16,32,4,1,1: does not fit (OutOfResources)" in capsys.readouterr().out
 
 
@@ -94,11 +94,9 @@ def test_real_candidates_are_launched_and_agree(monkeypatch: pytest.MonkeyPatch)
         return select(kernel, **options)
 
     monkeypatch.setattr(configs, "select", recording)
-    for kernel, candidates in list(tune.CANDIDATES.items()):
-        monkeypatch.setitem(tune.CANDIDATES, kernel, candidates[-1:])
     for each in problems:
         asked.clear()
-        assert tune.tune([each], CPU, timer_of({}))
+        assert tune.tune([each], CPU, lambda call: 1.0, 1)[0]
         assert each.kernel in asked
 
 

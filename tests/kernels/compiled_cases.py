@@ -246,14 +246,13 @@ def test_agrees(name: str) -> None:
 
 @pytest.mark.parametrize("num_queries", [1, None])
 def test_attention_of_another_length_is_the_same_code(num_queries: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing is compiled again, whether lengths are multiples of 16 or not; but the lists read rows of the mask."""
+    """Nothing is compiled again, whether lengths are multiples of 16 or not."""
     codes: dict[int, set[tuple[str, str]]] = {33: set(), 48: set()}
     for tokens, seen in codes.items():
         monkeypatch.setattr(Launched, "run", lambda launched, ptx, seed, seen=seen: seen.add((launched.name, ptx)))
         x = make_attention_inputs(1, 2, 1, num_queries or tokens, tokens, 16, dtype=BF16)
         leaves = [tensor.clone().requires_grad_() for tensor in (x.query, x.key, x.value, x.keep_mask)]
         masked_attention(*leaves, is_causal=True, backend="triton").sum().backward()
-        seen -= {code for code in seen if code[0] == "masked_attention_lists_kernel"}
     assert len(codes[33]) >= 4 and codes[33] == codes[48]
 
 

@@ -92,13 +92,16 @@ def test_pieces(with_mask: bool, pieces: int, monkeypatch: pytest.MonkeyPatch) -
     torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-12)
 
 
-SIZES = [(1, 1, 8, 2, False), (2, 15, 40, 24, True), (2, 129, 200, 64, True), (1, 63, 96, 256, False)]
+SIZES = [
+    (1, 1, 8, 2, False, torch.float32), (2, 15, 40, 24, True, torch.float16), (2, 70, 100, 64, True, torch.float32),
+    (2, 129, 200, 64, True, torch.bfloat16), (1, 63, 96, 256, False, torch.float16),
+    (1, 33, 96, 256, False, torch.float32),
+]  # fmt: skip
 
 
 @pytest.mark.usefixtures("poisoned_memory")
 @pytest.mark.parametrize("name", ["eager", "triton"])
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("batch", "tokens", "d1", "d2", "with_mask"), SIZES)
+@pytest.mark.parametrize(("batch", "tokens", "d1", "d2", "with_mask", "dtype"), SIZES)
 def test_budget(
     batch: int, tokens: int, d1: int, d2: int, with_mask: bool, dtype: torch.dtype, name: str, device: str
 ) -> None:
@@ -194,12 +197,6 @@ def test_kernels_do_not_fold_again(monkeypatch: pytest.MonkeyPatch, device: str)
         actor_score(hidden, 0, weights, backend="triton")
 
 
-def test_stage_changes_the_logits(backend: str, device: str) -> None:
-    weights, hidden = make_actor_weights(16, 8, device=device), make_hidden(1, 6, 16).to(device)
-    first, second = (actor_score(hidden, stage, weights, backend=backend) for stage in (0, 2))
-    assert not torch.allclose(first, second)
-
-
 @pytest.mark.parametrize(("batch", "tokens"), [(0, 4), (2, 0)])
 def test_empty(backend: str, batch: int, tokens: int, device: str) -> None:
     weights = make_actor_weights(16, 8, device=device)
@@ -248,37 +245,8 @@ def test_automatic_choice(measured: str | None, tokens: int, want: str, monkeypa
     """Fused kernels at few tokens, eager at many, unless a measurement says otherwise."""
     ran = []
     monkeypatch.setattr(api.configs, "faster", lambda *arguments: measured)
-    monkeypatch.setattr(api, "actor_score_eager", lambda *arguments: ran.append("eager"))
+    monkeypatch.setattr(eager, "actor_score_eager", lambda *arguments: ran.append("eager"))
     monkeypatch.setattr(kernels, "actor_score_triton", lambda *arguments: ran.append("triton"))
     weights = make_actor_weights(4, 2)
     api._forward(torch.zeros(1, tokens, 4), *weights, *[None] * 6, 0, api.MEASURED)
     assert ran == [want]
-
-
-@pytest.mark.parametrize(
-    ("changes", "error", "message"),
-    [
-        ({"hidden_states": torch.zeros(4, 16)}, ValueError, r"hidden_states must be \[B, N, d1\]"),
-        ({"hidden_states": torch.zeros(1, 4, 12)}, ValueError, r"weights.norm_weight must be.*d1=12.*\(16,\)"),
-        ({"stage": 3}, ValueError, r"stage=3 is outside 0..2"),
-        ({"stage": -1}, ValueError, r"stage=-1 is outside 0..2"),
-        ({"stage": 1.0}, TypeError, r"stage must be an int"),
-        ({"weights": tuple(make_actor_weights(16, 8))}, TypeError, r"ActorWeights.*got tuple"),
-        ({"weights": make_actor_weights(16, 7)}, ValueError, r"d2=7 rows; d2 must be even"),
-        ({"weights": make_actor_weights(16, 8)._replace(fc3_bias=torch.zeros(9))}, ValueError, r"weights.fc3_bias"),
-        (
-            {"weights": make_actor_weights(16, 8)._replace(head_bias=torch.zeros(2).half())},
-            TypeError,
-            r"weights.head_bias has dtype float16.*share one dtype",
-        ),
-        ({"valid_mask": torch.ones(1, 5, dtype=torch.bool)}, ValueError, r"valid_mask must be \[B, N\] = \(1, 4\)"),
-        ({"valid_mask": torch.ones(1, 4)}, TypeError, r"valid_mask has dtype float32"),
-        ({"indices": torch.zeros(1, 2)}, TypeError, r"indices has dtype float32.*long"),
-        ({"cu_seqlens": torch.tensor([0, 4])}, ValueError, r"hidden_states must be \[N, d1\] with cu_seqlens"),
-        ({"weights": make_actor_weights(16, 258), "backend": "triton"}, RuntimeError, r"d2=258.*d2 <= 256"),
-    ],
-)
-def test_errors(changes: dict, error: type[Exception], message: str) -> None:
-    arguments: dict = dict(hidden_states=torch.zeros(1, 4, 16), stage=0, weights=make_actor_weights(16, 8)) | changes
-    with pytest.raises(error, match=message):
-        actor_score(**arguments)

@@ -186,20 +186,6 @@ class TestIdentities:
         short = [tensor[:, :, kept] for tensor in (x.query, x.key, x.value)]
         torch.testing.assert_close(got, F.scaled_dot_product_attention(*short, is_causal=is_causal))
 
-    def test_permuting_the_tokens_permutes_the_rows(self) -> None:
-        x = make_attention_inputs(1, 2, 2, 13, 13, 8)
-        order = torch.randperm(13)
-        plain = masked_attention(x.query, x.key, x.value, x.keep_mask)
-        permuted = [tensor[:, :, order] for tensor in (x.query, x.key, x.value)]
-        torch.testing.assert_close(masked_attention(*permuted, x.keep_mask[:, order]), plain[:, :, order])
-
-    def test_grouped_queries_equal_expanded_heads(self) -> None:
-        x = make_attention_inputs(2, 6, 2, 11, 11, 8)
-        expanded = [tensor.repeat_interleave(3, dim=1) for tensor in (x.key, x.value)]
-        torch.testing.assert_close(
-            masked_attention(x.query, x.key, x.value, x.keep_mask), masked_attention(x.query, *expanded, x.keep_mask)
-        )
-
     @pytest.mark.parametrize("mask", ["hard", "mixed"])
     def test_decoding_step_equals_last_row_of_prefill(self, mask: str) -> None:
         x = make_attention_inputs(2, 4, 2, 12, 12, 8, mask=mask)
@@ -256,8 +242,10 @@ def test_no_tensor_of_n_by_n(mask: str, monkeypatch: pytest.MonkeyPatch) -> None
         x = make_attention_inputs(1, 2, 1, length, length, 16, mask=mask)
         with Largest() as recorder:
             call = AttentionCall(*x[:5], None, None, True, 0.25)
-            eager.masked_attention_forward_eager(call, False)
-            eager.masked_attention_backward_eager(x.grad_output, call, False, [True, True, True, mask == "mixed"])
+            results = eager.masked_attention_forward_eager(call, False)
+            eager.masked_attention_backward_eager(
+                x.grad_output, *results, call, False, [True, True, True, mask == "mixed"]
+            )
         largest.append(recorder.size)
     assert largest[1] < 2048 * 2048
     assert largest[1] <= 2.3 * largest[0]
@@ -282,46 +270,6 @@ def test_non_contiguous_inputs(mask: str) -> None:
     torch.testing.assert_close(
         masked_attention(*views, value, keep_mask), masked_attention(x.query, x.key, x.value, x.keep_mask)
     )
-
-
-def test_scale_argument() -> None:
-    x = make_attention_inputs(1, 2, 2, 6, 6, 16)
-    torch.testing.assert_close(
-        masked_attention(x.query, x.key, x.value, x.keep_mask, scale=1.0),
-        masked_attention(x.query * 4, x.key, x.value, x.keep_mask),
-    )
-
-
-class TestErrors:
-    """Each message names the argument, the value seen and the way out."""
-
-    def call(self, **changes: object) -> Tensor:
-        x = make_attention_inputs(2, 4, 2, 5, 7, 8)
-        arguments: dict = dict(query=x.query, key=x.key, value=x.value, keep_mask=x.keep_mask) | changes
-        return masked_attention(**arguments)
-
-    @pytest.mark.parametrize(
-        ("changes", "error", "message"),
-        [
-            ({"query": torch.zeros(4, 5, 8)}, ValueError, r"query must be \[B, H, Nq, D\].*\(4, 5, 8\)"),
-            ({"query": torch.zeros(2, 4, 9, 8)}, ValueError, r"Nq=9.*N=7.*Nq <= N"),
-            ({"query": torch.zeros(2, 3, 5, 8)}, ValueError, r"H=3.*Hkv=2.*multiple"),
-            ({"key": torch.zeros(2, 2, 7, 6)}, ValueError, r"key must be.*\(2, 2, 7, 6\)"),
-            ({"value": torch.zeros(2, 2, 6, 8)}, ValueError, r"value must be.*\(2, 2, 6, 8\)"),
-            ({"keep_mask": torch.zeros(2, 5)}, ValueError, r"keep_mask must be \[B, N\] = \(2, 7\).*\(2, 5\)"),
-            ({"keep_mask": torch.zeros(2, 7, dtype=torch.int64)}, TypeError, r"keep_mask has dtype int64.*bool\(\)"),
-            ({"keep_mask": [[1.0]]}, TypeError, r"keep_mask must be a torch.Tensor, got list"),
-            ({"key": torch.zeros(2, 2, 7, 8, dtype=torch.float16)}, TypeError, r"key has dtype float16"),
-            ({"query": torch.zeros(2, 4, 5, 8, dtype=torch.int64)}, TypeError, r"query has dtype int64"),
-            ({"key_padding_mask": torch.ones(2, 7)}, TypeError, r"key_padding_mask has dtype float32.*True = real"),
-            ({"key_padding_mask": torch.ones(2, 5, dtype=torch.bool)}, ValueError, r"key_padding_mask must be"),
-            ({"keep_mask": torch.zeros(2, 7, device="meta")}, ValueError, r"keep_mask is on meta.*cpu"),
-            ({"backend": "cuda"}, ValueError, r"backend='cuda'.*auto, eager, triton, reference"),
-        ],
-    )
-    def test_message(self, changes: dict, error: type[Exception], message: str) -> None:
-        with pytest.raises(error, match=message):
-            self.call(**changes)
 
 
 def test_budget_helper_rejects_nan() -> None:

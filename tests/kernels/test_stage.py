@@ -134,31 +134,3 @@ def test_a_length_that_is_too_short_writes_nowhere_else(name: str, device: str) 
     columns = torch.tensor([[-1, 0, -1, 1], [-1, 0, -1, 1]], device=device)
     out = prune_stage(torch.ones(2, 4, 1, device=device), columns[:, :2].float(), columns, 2, length=2, backend=name)
     assert out.hidden_states.shape == (2, 2, 1)
-
-
-COLUMNS = torch.tensor([[-1, 0, 1, -1]])
-GOOD: dict = dict(hidden_states=torch.zeros(1, 4, 3), scores=torch.zeros(1, 2), columns=COLUMNS, k=1)
-
-
-@pytest.mark.parametrize(
-    ("changes", "error", "message"),
-    [
-        ({"hidden_states": torch.zeros(4, 3)}, ValueError, r"hidden_states must be \[B, N, d\]"),
-        ({"scores": torch.zeros(1, 2, 3)}, ValueError, r"scores must be \[B, V\] or \[B, V, 2\]"),
-        ({"scores": COLUMNS[:, :2]}, TypeError, r"scores has dtype int64"),
-        ({"columns": COLUMNS.int()}, TypeError, r"columns has dtype int32.*long"),
-        ({"columns": COLUMNS[:, :3]}, ValueError, r"columns must be \[B, N\] = \(1, 4\)"),
-        ({"k": 3}, ValueError, r"k=3 is outside 0..V=2"),
-        ({"k": True}, TypeError, r"k must be an int.*bool"),
-        ({"k": torch.tensor([1])}, ValueError, r"a tensor k needs length= and width="),
-        ({"length": 5}, ValueError, r"length=5 must be in 0..N=4"),
-        ({"width": 3}, ValueError, r"width=3 in 0..V=2"),
-        ({"valid_mask": torch.ones(1, 4)}, TypeError, r"valid_mask has dtype float32"),
-        ({"tables": [torch.zeros(1, 4, 1)] * 4}, ValueError, r"tables has 4 tensors, at most 3"),
-        ({"position_ids": torch.zeros(2, 4).long()}, ValueError, r"position_ids must be"),
-        ({"padding_side": "both"}, ValueError, r"padding_side='both'"),
-    ],
-)
-def test_errors(changes: dict, error: type[Exception], message: str) -> None:
-    with pytest.raises(error, match=message):
-        prune_stage(**(GOOD | changes))

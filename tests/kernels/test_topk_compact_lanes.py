@@ -9,7 +9,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.kernels.test_topk_compact import expected_indices
 from toprl_kernels import TopkCompactOutput, topk_compact
 from toprl_kernels.topk import triton as kernels
 
@@ -27,8 +26,9 @@ def equal(left: TopkCompactOutput, right: TopkCompactOutput) -> bool:
 
 
 @pytest.mark.usefixtures("poisoned_memory")
-@pytest.mark.parametrize("tokens", [1, 15, 63, 127, 129, 577])
-@pytest.mark.parametrize("keep", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize(
+    ("tokens", "keep"), [(1, 1.0), (1, 0.0), (15, 0.3), (63, 0.0), (127, 1.0), (129, 0.3), (577, 0.3)]
+)
 def test_odd_sizes(tokens: int, keep: float, backend: str, device: str) -> None:
     scores = torch.randn(2, tokens, device=device).round(decimals=1)
     hidden = torch.randn(2, tokens, 7, device=device)
@@ -36,7 +36,6 @@ def test_odd_sizes(tokens: int, keep: float, backend: str, device: str) -> None:
     options = dict(position_ids=positions, return_inverse=True)
     k = math.ceil(keep * tokens)
     got = topk_compact(hidden, scores, k, backend=backend, **options)  # type: ignore[arg-type]
-    assert got.indices.tolist() == [expected_indices(row, k) for row in scores.tolist()]
     assert equal(got, topk_compact(hidden, scores, k, backend="reference", **options))  # type: ignore[arg-type]
 
 

@@ -21,7 +21,7 @@ from toprl_models.methods.toprl import TopRLPolicy
 from toprl_models.runtime import prompt
 from toprl_models.runtime.hooks import Runtime
 
-KERNELS = {"prune_stage": 2, "actor_score": 2}
+KERNELS = {"actor_score": 2}
 WAITS = {"_local_scalar_dense", "nonzero", "is_nonzero", "item"}
 UPLOADS = {"lift_fresh"}  # torch.tensor(list)
 NOTHING = WAITS | UPLOADS | {"empty", "detach", "split_with_sizes", "empty_like", "new_empty", "alias"}

@@ -11,7 +11,7 @@ from toprl_kernels import configs
 from toprl_kernels import dispatch as check
 from toprl_kernels.actor.eager import actor_score_eager
 from toprl_kernels.actor.reference import ActorCall, ActorWeights, FoldedActorWeights, actor_score_reference
-from toprl_kernels.dispatch import choose, register
+from toprl_kernels.dispatch import choose, implementation, register
 
 OP = "actor_score"
 MAX_WIDTH = 256  # of the kernels: fc3's accumulator stays in registers
@@ -156,11 +156,7 @@ def _forward(*arguments: Any) -> Tensor:
         like = x.weights.fc1_weight
         backend = configs.faster(OP, (tokens, like.shape[1], like.shape[0]), like.dtype, like.device)
         backend = backend or ("triton" if tokens <= FUSED_TOKENS else "eager")
-    if backend == "triton":
-        from toprl_kernels.actor.triton import actor_score_triton
-
-        return actor_score_triton(x)
-    return actor_score_eager(x)
+    return implementation("actor", "actor_score", backend)(x)
 
 
 def _fake(*arguments: Any) -> Tensor:

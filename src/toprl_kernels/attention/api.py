@@ -9,13 +9,9 @@ import torch
 from torch import Tensor
 
 from toprl_kernels import dispatch as check
-from toprl_kernels.attention.eager import (
-    empty_output,
-    masked_attention_backward_eager,
-    masked_attention_forward_eager,
-)
+from toprl_kernels.attention.eager import empty_output
 from toprl_kernels.attention.reference import AttentionCall, masked_attention_reference
-from toprl_kernels.dispatch import Choice, choose, register
+from toprl_kernels.dispatch import Choice, choose, implementation, register
 
 OP = "masked_attention"
 PLAN = "attention_plan"
@@ -291,12 +287,10 @@ NUMBER = len(AttentionCall._fields)
 
 
 def _forward(*arguments: Any) -> tuple[Tensor, Tensor]:
-    call, (_, return_lse, backend) = AttentionCall(*arguments[:NUMBER]), arguments[NUMBER:]
-    if backend == "triton":
-        from toprl_kernels.attention.triton import masked_attention_forward_triton
-
-        return masked_attention_forward_triton(call)
-    return masked_attention_forward_eager(call, return_lse)
+    _, return_lse, backend = arguments[NUMBER:]
+    return implementation("attention", "masked_attention_forward", backend)(
+        AttentionCall(*arguments[:NUMBER]), return_lse
+    )
 
 
 def _forward_fake(query: Tensor, key: Tensor, value: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
@@ -306,13 +300,9 @@ def _forward_fake(query: Tensor, key: Tensor, value: Tensor, *arguments: Any) ->
 
 
 def _backward(grad_output: Tensor, output: Tensor, lse: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
-    call, (bounded_mask_grad, needs, backend) = AttentionCall(*arguments[:NUMBER]), arguments[NUMBER:]
-    if backend == "triton":
-        from toprl_kernels.attention.triton import masked_attention_backward_triton
-
-        gradients = masked_attention_backward_triton(grad_output, output, lse, call, bounded_mask_grad, needs)
-    else:
-        gradients = masked_attention_backward_eager(grad_output, call, bounded_mask_grad, needs)
+    call, options = AttentionCall(*arguments[:NUMBER]), arguments[NUMBER:]
+    backward = implementation("attention", "masked_attention_backward", options[-1])
+    gradients = backward(grad_output, output, lse, call, *options[:-1])
     return tuple(grad_output.new_empty(0) if gradient is None else gradient for gradient in gradients)
 
 

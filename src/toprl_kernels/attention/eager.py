@@ -161,9 +161,9 @@ def masked_attention_forward_eager(x: AttentionCall, return_lse: bool) -> tuple[
 
 
 def masked_attention_backward_eager(
-    grad_output: Tensor, x: AttentionCall, bounded_mask_grad: bool, needs: list[bool]
+    grad_output: Tensor, output: Tensor, lse: Tensor, x: AttentionCall, bounded_mask_grad: bool, needs: list[bool]
 ) -> list[Tensor | None]:
-    """Compute the gradients of query, key, value and keep_mask; None where ``needs`` says no.
+    """Compute the gradients of query, key, value and keep_mask; None where ``needs`` says no. Ignores the results.
 
     With R = exp(s - lse), D_i = dO_i . O_i and X = R (dO.V - D): dV_j sums R_ij G_ij dO_i, dQ and dK take X_ij G_ij,
     and dm_j sums X_ij over the rows other than j.

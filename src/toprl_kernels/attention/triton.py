@@ -155,7 +155,7 @@ def enlist(lists, ROW: tl.constexpr, index, entries):
     tl.store(lists.ptr + ROW * lists.stride + index, entries, mask=index < lists.stride)
 
 
-@triton.jit(do_not_specialize=["num_tokens", "search_steps"])
+@triton.jit(do_not_specialize=["stride_mb", "stride_mn", "stride_vb", "stride_vn", "num_tokens", "search_steps"])
 def masked_attention_lists_kernel(
     mask_ptr, valid_ptr, range_ptr, all_lists, stride_mb, stride_mn, stride_vb, stride_vn,
     num_tokens, search_steps, HAS_PADDING: tl.constexpr, RANGES: tl.constexpr, BLOCK_T: tl.constexpr,
@@ -956,8 +956,11 @@ def dense_rows(tensor: Tensor) -> Tensor:
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
-def masked_attention_forward_triton(x: AttentionCall) -> tuple[Tensor, Tensor]:
-    """Output [B, H, Nq, Dv] laid out like the query, and the log-sum-exp [B, H, Nq], +inf for padding rows."""
+def masked_attention_forward_triton(x: AttentionCall, return_lse: bool = True) -> tuple[Tensor, Tensor]:
+    """Output [B, H, Nq, Dv] laid out like the query, and the log-sum-exp [B, H, Nq], +inf for padding rows.
+
+    The backward needs the log-sum-exp, whether it was asked for or not.
+    """
     if x.scale < 0:
         x = x._replace(query=-x.query, scale=-x.scale)
     call, device = _Prepared(x), x.query.device

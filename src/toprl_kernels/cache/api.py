@@ -7,10 +7,8 @@ from typing import Any
 from torch import Tensor
 
 from toprl_kernels import dispatch as check
-from toprl_kernels.cache.eager import compact_cache_eager
-from toprl_kernels.cache.reference import compact_cache_reference
-from toprl_kernels.dispatch import choose, register
-from toprl_kernels.topk.api import gather_backward
+from toprl_kernels.cache.reference import gather_rows_reference
+from toprl_kernels.dispatch import choose, implementation, register
 
 OP = "compact_cache"
 
@@ -64,9 +62,15 @@ def compact_cache(
     if keys.dtype.is_complex or values.dtype.is_complex:
         obstacle = "keys or values are complex, the kernels take real dtypes"
     choice = choose(OP, backend, keys.device, obstacle)
-    if choice.name == "reference":
-        return compact_cache_reference(keys, values, indices)
-    return _forward_op(keys, values, indices, choice.name)
+    new_keys, new_values = gather_rows([keys, values], indices, None, choice.name)
+    return new_keys, new_values
+
+
+def gather_rows(tensors: list[Tensor], indices: Tensor, origins: Tensor | None, backend: str) -> list[Tensor]:
+    """Gather as :func:`gather_rows_reference` does; with ``origins`` only the first tensor may have a gradient."""
+    if backend == "reference":
+        return gather_rows_reference(tensors, indices, origins)
+    return _gather_op(tensors, indices, origins, backend)
 
 
 def _validate_values(indices: Tensor, num_tokens: int) -> None:
@@ -78,39 +82,43 @@ def _validate_values(indices: Tensor, num_tokens: int) -> None:
         raise ValueError(f"{OP}: indices names a token of a sample twice; the gradient needs unique indices")
 
 
-def _forward(keys: Tensor, values: Tensor, indices: Tensor, backend: str) -> tuple[Tensor, Tensor]:
-    if backend == "triton":
-        from toprl_kernels.cache.triton import compact_cache_triton
-
-        return compact_cache_triton(keys, values, indices)
-    return compact_cache_eager(keys, values, indices)
+def _gather(tensors: list[Tensor], indices: Tensor, origins: Tensor | None, backend: str) -> list[Tensor]:
+    return implementation("cache", "gather_rows", backend)(tensors, indices, origins)
 
 
-def _forward_fake(keys: Tensor, values: Tensor, indices: Tensor, backend: str) -> tuple[Tensor, Tensor]:
-    shape = (*keys.shape[:2], indices.shape[1])
-    return keys.new_empty(*shape, keys.shape[3]), values.new_empty(*shape, values.shape[3])
+def _gather_fake(tensors: list[Tensor], indices: Tensor, origins: Tensor | None, backend: str) -> list[Tensor]:
+    return [tensor.new_empty(*tensor.shape[:2], indices.shape[1], tensor.shape[3]) for tensor in tensors]
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    keys, _, indices, backend = inputs
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
+    tensors, indices, _, backend = inputs
+    ctx.mark_non_differentiable(*(rows for rows, x in zip(output, tensors, strict=True) if not x.requires_grad))
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(indices)
-    ctx.options = keys.size(2), backend
+    ctx.options = [x.size(2) for x in tensors], backend
 
 
-def _backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
-    (indices,) = ctx.saved_tensors
-    keys, values = (
-        gather_backward(gradient, indices, *ctx.options) if gradient is not None and needed else None
-        for gradient, needed in zip(gradients, ctx.needs_input_grad[:2], strict=True)
-    )
-    return keys, values, None, None
+def _backward(ctx: Any, gradients: list[Tensor | None]) -> tuple[list[Tensor | None] | None, ...]:
+    (indices,), (sizes, backend) = ctx.saved_tensors, ctx.options
+    parts = zip(gradients, sizes, ctx.needs_input_grad[0], strict=True)
+    return [None if g is None or not n else _scatter_op(g, indices, size, backend) for g, size, n in parts], *[None] * 3
 
 
-_forward_op = register(
-    "compact_cache(Tensor keys, Tensor values, Tensor indices, str backend) -> (Tensor, Tensor)",
-    _forward,
-    _forward_fake,
+def _scatter(gradient: Tensor, indices: Tensor, num_tokens: int, backend: str) -> Tensor:
+    return implementation("cache", "scatter_rows", backend)(gradient, indices, num_tokens)
+
+
+def _scatter_fake(gradient: Tensor, indices: Tensor, num_tokens: int, backend: str) -> Tensor:
+    return gradient.new_empty(*gradient.shape[:2], num_tokens, gradient.shape[3])
+
+
+_scatter_op = register(
+    "scatter_rows(Tensor gradient, Tensor indices, SymInt num_tokens, str backend) -> Tensor", _scatter, _scatter_fake
+)
+_gather_op = register(
+    "gather_rows(Tensor[] tensors, Tensor indices, Tensor? origins, str backend) -> Tensor[]",
+    _gather,
+    _gather_fake,
     setup_context=_setup_context,
     backward=_backward,
 )

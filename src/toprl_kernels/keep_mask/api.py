@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from toprl_kernels import dispatch as check
-from toprl_kernels.dispatch import Choice, choose, register
-from toprl_kernels.keep_mask.eager import draw_uniform, keep_mask_backward_eager, keep_mask_eager
+from toprl_kernels.dispatch import Choice, choose, implementation, register
+from toprl_kernels.keep_mask.eager import draw_uniform
 from toprl_kernels.keep_mask.reference import Draw, keep_mask_reference
 
 OP = "sample_keep_mask"
@@ -139,12 +139,13 @@ def keep_mask_log_prob(
 
 
 def _run(x: Draw, tau: float, backend: str) -> tuple[Tensor, Tensor, Tensor]:
-    if backend != "reference":
-        return _forward_op(*x, tau, backend)
-    logits, uniform = x.logits.to(torch.promote_types(x.logits.dtype, torch.float32)), x.uniform
+    if backend == "triton":
+        return _forward_op(*x, tau)
+    uniform = x.uniform
     if x.seed is not None:
-        uniform = draw_uniform(logits.shape[:-1], x.seed, x.token_ids).to(logits.dtype)
-    return keep_mask_reference(x._replace(logits=logits, uniform=uniform), tau)
+        uniform = draw_uniform(x.logits.shape[:-1], x.seed, x.token_ids)
+        uniform = uniform.to(torch.promote_types(x.logits.dtype, torch.float32))
+    return keep_mask_reference(x, uniform, tau)
 
 
 def _examine(op: str, logits: Tensor, previous_mask: Tensor | None, backend: str | None) -> Choice:
@@ -159,12 +160,7 @@ def _examine(op: str, logits: Tensor, previous_mask: Tensor | None, backend: str
 
 
 def _forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    draw = Draw(*arguments[:-2])  # tau is for the backward
-    if arguments[-1] == "triton":
-        from toprl_kernels.keep_mask.triton import keep_mask_triton
-
-        return keep_mask_triton(draw)
-    return keep_mask_eager(draw)
+    return implementation("keep_mask", "keep_mask", "triton")(Draw(*arguments[:-1]))  # tau is for the backward
 
 
 def _forward_fake(
@@ -177,11 +173,7 @@ def _forward_fake(
 
 
 def _backward_implementation(*arguments: Any) -> Tensor:
-    *gradients, tau, backend = arguments[6:]
-    implementation: Any = keep_mask_backward_eager
-    if backend == "triton":
-        from toprl_kernels.keep_mask.triton import keep_mask_backward_triton as implementation
-    return implementation(Draw(*arguments[:6]), *gradients, tau)
+    return implementation("keep_mask", "keep_mask_backward", "triton")(Draw(*arguments[:6]), *arguments[6:])
 
 
 def _backward_fake(logits: Tensor, *arguments: Any) -> Tensor:
@@ -189,9 +181,9 @@ def _backward_fake(logits: Tensor, *arguments: Any) -> Tensor:
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    ctx.options = inputs[-2:]
+    ctx.tau = inputs[-1]
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*inputs[:-2])
+    ctx.save_for_backward(*inputs[:-1])
     if inputs[2] is not None:  # a given mask
         ctx.mark_non_differentiable(output[0])
 
@@ -199,19 +191,19 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 def _backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
     result = None
     if any(gradient is not None for gradient in gradients):
-        result = _backward_op(*ctx.saved_tensors, *gradients, *ctx.options)
-    return (result, *[None] * 7)
+        result = _backward_op(*ctx.saved_tensors, *gradients, ctx.tau)
+    return (result, *[None] * 6)
 
 
 _DRAW = "Tensor logits, " + ", ".join(f"Tensor? {name}" for name in Draw._fields[1:])
 _backward_op = register(
-    f"keep_mask_backward({_DRAW}, Tensor? grad_keep_mask, Tensor? grad_log_prob, Tensor? grad_entropy, float tau, "
-    "str backend) -> Tensor",
+    f"keep_mask_backward({_DRAW}, Tensor? grad_keep_mask, Tensor? grad_log_prob, Tensor? grad_entropy, float tau) "
+    "-> Tensor",
     _backward_implementation,
     _backward_fake,
 )
 _forward_op = register(
-    f"keep_mask({_DRAW}, float tau, str backend) -> (Tensor, Tensor, Tensor)",
+    f"keep_mask({_DRAW}, float tau) -> (Tensor, Tensor, Tensor)",
     _forward,
     _forward_fake,
     setup_context=_setup_context,

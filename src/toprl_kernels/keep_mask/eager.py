@@ -1,16 +1,13 @@
-"""Keep-mask sampling in plain PyTorch, in terms of the logit difference.
+"""The noise of keep-mask sampling in plain PyTorch; the sampling itself is the definition, on any device.
 
-The noise is reproducible: Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011). Every
+It is reproducible: Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011). Every
 token has a counter and every call a seed; a token's number depends on these two alone, on any device.
 """
 
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-
-from toprl_kernels.keep_mask.reference import Draw
 
 MASK_32 = 0xFFFFFFFF
 MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
@@ -52,57 +49,3 @@ def draw_uniform(shape: torch.Size, seed: Tensor, token_ids: Tensor | None) -> T
     if token_ids is None:
         token_ids = torch.arange(shape.numel(), device=seed.device).view(shape)
     return token_uniform(seed, token_ids)
-
-
-def _difference_and_margin(x: Draw) -> tuple[Tensor, Tensor | None]:
-    """Logit difference and, unless a mask is given, the difference plus logistic noise."""
-    logits, uniform = x.logits.to(torch.promote_types(x.logits.dtype, torch.float32)), x.uniform
-    largest = torch.finfo(logits.dtype).max  # an infinite difference would make the entropy 0 * inf
-    delta = (logits[..., 0] - logits[..., 1]).clamp(-largest, largest)
-    if x.seed is not None:
-        uniform = draw_uniform(delta.shape, x.seed, x.token_ids).to(delta.dtype)
-    if uniform is None:
-        return delta, None
-    return delta, delta + (torch.log(uniform) - torch.log1p(-uniform))
-
-
-def keep_mask_eager(x: Draw) -> tuple[Tensor, Tensor, Tensor]:
-    """Keep mask (empty for a given one), log-probability and entropy."""
-    delta, margin = _difference_and_margin(x)
-    hard = x.given if margin is None else margin > 0
-    assert hard is not None
-    keep_mask = delta.new_empty(0) if margin is None else hard.to(delta.dtype)
-    # log-sigmoid of the difference stays exact where log(softmax) rounds to log 0
-    log_prob = F.logsigmoid(torch.where(hard, delta, -delta))
-    # H = p log(1/p) + (1 - p) log(1/(1 - p)), each logarithm a softplus of the difference
-    entropy = torch.sigmoid(delta) * F.softplus(-delta) + torch.sigmoid(-delta) * F.softplus(delta)
-    if x.previous_mask is not None:
-        dropped = ~x.previous_mask
-        keep_mask = keep_mask.masked_fill(dropped, 0.0) if margin is not None else keep_mask
-        log_prob = log_prob.masked_fill(dropped, 0.0)
-        entropy = entropy.masked_fill(dropped, 0.0)
-    return keep_mask, log_prob, entropy
-
-
-def keep_mask_backward_eager(
-    x: Draw,
-    grad_keep_mask: Tensor | None,
-    grad_log_prob: Tensor | None,
-    grad_entropy: Tensor | None,
-    tau: float,
-) -> Tensor:
-    """Gradient of the logits, [B, N, 2]."""
-    delta, margin = _difference_and_margin(x)
-    hard = x.given if margin is None else margin > 0
-    assert hard is not None
-    p_keep, p_drop = torch.sigmoid(delta), torch.sigmoid(-delta)
-    total = torch.zeros_like(delta)
-    if grad_log_prob is not None:  # d log p = 1 - p of what was chosen
-        total = total + grad_log_prob * torch.where(hard, p_drop, -p_keep)
-    if grad_entropy is not None:  # dH = -delta p (1 - p)
-        total = total - grad_entropy * delta * p_keep * p_drop
-    if grad_keep_mask is not None and margin is not None:  # straight through: d sigmoid(margin / tau)
-        total = total + grad_keep_mask * torch.sigmoid(margin / tau) * torch.sigmoid(-margin / tau) / tau
-    if x.previous_mask is not None:
-        total = total.masked_fill(~x.previous_mask, 0.0)
-    return torch.stack([total, -total], dim=-1).to(x.logits.dtype)

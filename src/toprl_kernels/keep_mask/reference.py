@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -19,29 +20,31 @@ class Draw(NamedTuple):
     previous_mask: Tensor | None  # [B, N] bool
 
 
-def keep_mask_reference(x: Draw, tau: float) -> tuple[Tensor, Tensor, Tensor]:
-    """(keep_mask, log_prob, entropy), each [B, N].
+def keep_mask_reference(x: Draw, uniform: Tensor | None, tau: float) -> tuple[Tensor, Tensor, Tensor]:
+    """(keep_mask, log_prob, entropy), each [B, N], in at least float32; ``uniform`` is the noise unless it is given.
 
     Keep wins when logit_keep + g_keep > logit_drop + g_drop with Gumbel noise g; the difference of two Gumbel
     variables is logistic, log u - log(1 - u). The relaxed sample is softmax((logits + g) / tau).
     """
-    logits, uniform, previous_mask = x.logits, x.uniform, x.previous_mask
-    log_probs = torch.log_softmax(logits, dim=-1).clamp(min=torch.finfo(logits.dtype).min)  # 0 * -inf is NaN
-    entropy = -(log_probs.exp() * log_probs).sum(dim=-1)
-    if uniform is not None:
-        noise = torch.log(uniform) - torch.log1p(-uniform)
-        margin = logits[..., 0] - logits[..., 1] + noise
-        hard = margin > 0
-        soft = torch.sigmoid(margin / tau)
-        keep_mask = hard.to(soft.dtype) + (soft - soft.detach())  # bracketed: exactly 0 or 1
-    else:
-        assert x.given is not None
+    logits, dropped = x.logits.to(torch.promote_types(x.logits.dtype, torch.float32)), None
+    if x.previous_mask is not None:
+        dropped = ~x.previous_mask
+        logits = logits.masked_fill(dropped[..., None], 0.0)  # whatever such a token holds, its gradient is 0
+    largest = torch.finfo(logits.dtype).max  # an infinite difference would make the entropy 0 * inf
+    delta = (logits[..., 0] - logits[..., 1]).clamp(-largest, largest)
+    # log-sigmoid of the difference stays exact where log(softmax) rounds to log 0
+    log_keep, log_drop = F.logsigmoid(delta), F.logsigmoid(-delta)
+    entropy = -(log_keep.exp() * log_keep + log_drop.exp() * log_drop)
+    if x.given is not None:
         hard = x.given
-        keep_mask = hard.to(logits.dtype)
-    log_prob = torch.where(hard, log_probs[..., 0], log_probs[..., 1])
-    if previous_mask is not None:
-        zero = torch.zeros_like(log_prob)
-        keep_mask = torch.where(previous_mask, keep_mask, zero)
-        log_prob = torch.where(previous_mask, log_prob, zero)
-        entropy = torch.where(previous_mask, entropy, zero)
+        keep_mask = hard.to(delta.dtype)
+    else:
+        assert uniform is not None
+        margin = delta + torch.log(uniform) - torch.log1p(-uniform)
+        hard, soft = margin > 0, torch.sigmoid(margin / tau)
+        keep_mask = hard.to(soft.dtype) + (soft - soft.detach())  # bracketed: exactly 0 or 1
+    results = keep_mask, torch.where(hard, log_keep, log_drop), entropy
+    if dropped is None:
+        return results
+    keep_mask, log_prob, entropy = (part.masked_fill(dropped, 0.0) for part in results)
     return keep_mask, log_prob, entropy

@@ -138,7 +138,7 @@ def _launch(kernel: Any, x: Draw, others: list[Tensor], total: int, *numbers: fl
 
 
 def keep_mask_triton(x: Draw) -> tuple[Tensor, Tensor, Tensor]:
-    """Same contract as :func:`keep_mask_eager`."""
+    """Keep mask (empty for a given one), log-probability and entropy."""
     x = x._replace(logits=x.logits.contiguous())
     shape = x.logits.shape[:-1]
     keep = torch.empty(shape if x.given is None else (0,), dtype=torch.float32, device=x.logits.device)
@@ -155,7 +155,7 @@ def keep_mask_backward_triton(
     grad_entropy: Tensor | None,
     tau: float,
 ) -> Tensor:
-    """Same contract as :func:`keep_mask_backward_eager`."""
+    """Gradient of the logits, [B, N, 2]."""
     x = x._replace(logits=x.logits.contiguous())
     grad = torch.empty_like(x.logits)
     if grad.numel():

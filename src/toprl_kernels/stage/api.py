@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from toprl_kernels import dispatch as check
-from toprl_kernels.dispatch import choose, register
-from toprl_kernels.stage.eager import Outputs, prune_stage_eager
-from toprl_kernels.stage.reference import PruneStageOutput, StageCall, prune_stage_reference
-from toprl_kernels.topk.api import MAX_TRITON_TOKENS, gather_backward
+from toprl_kernels.cache.api import gather_rows
+from toprl_kernels.dispatch import choose, implementation, register
+from toprl_kernels.stage.reference import PruneStageOutput, Selected, StageCall, prune_stage_reference
+from toprl_kernels.topk.api import MAX_TRITON_TOKENS
 
 OP = "prune_stage"
 MAX_TABLES = 3
@@ -123,62 +123,36 @@ def prune_stage(
     choice = choose(OP, backend, device, obstacle)
     left, limit = padding_side == "left", width if isinstance(k, Tensor) else k
     call = StageCall(
-        hidden_states, scores.detach(), columns, counts, limit, length, width, valid_mask, origins, raster,
-        position_ids, list(tables), left,
-    )  # fmt: skip
-    if choice.name == "reference":
-        return prune_stage_reference(call)
-    *results, positions, gathered = _op(*call, choice.name)
-    return PruneStageOutput._make([*results, None if position_ids is None else positions, tuple(gathered)])
+        scores.detach(), columns, counts, limit, length, width, valid_mask, origins, raster, position_ids, left
+    )
+    *chosen, positions = prune_stage_reference(call) if choice.name == "reference" else _op(*call, choice.name)
+    # a table of one row serves all samples, by a stride of 0
+    rows = [hidden_states, *(table.detach().expand(batch, -1, -1) for table in tables)]
+    gathered = gather_rows([part.unsqueeze(1) for part in rows], chosen[0], chosen[3], choice.name)
+    hidden, *gathered = (part.squeeze(1) for part in gathered)
+    return PruneStageOutput._make([hidden, *chosen, None if position_ids is None else positions, tuple(gathered)])
 
 
-def _forward(*arguments: Any) -> Outputs:
-    if arguments[-1] == "triton":
-        from toprl_kernels.stage.triton import prune_stage_triton
-
-        return prune_stage_triton(StageCall(*arguments[:-1]))
-    return prune_stage_eager(StageCall(*arguments[:-1]))
+def _select(*arguments: Any) -> Selected:
+    return implementation("stage", "prune_stage", arguments[-1])(StageCall(*arguments[:-1]))
 
 
-def _fake(*arguments: Any) -> Outputs:
+def _fake(*arguments: Any) -> Selected:
     x = StageCall(*arguments[:-1])
     samples = x.columns.shape[0]
     indices, slots = x.columns.new_empty(samples, x.length), x.columns.new_empty(samples, x.width)
+    valid, listed = (torch.empty_like(each, dtype=torch.bool) for each in (indices, slots))
     positions = x.columns.new_empty(0)
     if x.position_ids is not None:
         positions = x.position_ids.new_empty(*x.position_ids.shape[:-2], samples, x.length)
-    return (
-        x.hidden_states.new_empty(samples, x.length, x.hidden_states.shape[2]),
-        indices,
-        torch.empty_like(indices, dtype=torch.bool),
-        torch.empty_like(indices),
-        torch.empty_like(indices),
-        slots,
-        torch.empty_like(slots),
-        torch.empty_like(slots, dtype=torch.bool),
-        positions,
-        [table.new_empty(samples, x.length, table.shape[2]) for table in x.tables],
-    )
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Outputs) -> None:
-    ctx.save_for_backward(output[1])
-    ctx.mark_non_differentiable(*output[1:-1], *output[-1])
-    ctx.options, ctx.num_tables = (inputs[0].size(1), inputs[-1]), len(output[-1])
-
-
-def _backward(ctx: Any, gradient: Tensor, *_: object) -> tuple[Any, ...]:
-    (indices,) = ctx.saved_tensors
-    grad_hidden = gather_backward(gradient[:, None], indices, *ctx.options)[:, 0]
-    return (grad_hidden, *[None] * 10, [None] * ctx.num_tables, None, None)
+    new = torch.empty_like
+    return indices, valid, new(indices), new(indices), slots, new(slots), listed, positions
 
 
 _op = register(
-    "prune_stage(Tensor hidden_states, Tensor scores, Tensor columns, Tensor? k, SymInt limit, SymInt length, "
-    "SymInt width, Tensor? valid_mask, Tensor? origins, Tensor raster, Tensor? position_ids, Tensor[] tables, "
-    "bool left, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor[])",
-    _forward,
+    "prune_stage(Tensor scores, Tensor columns, Tensor? k, SymInt limit, SymInt length, SymInt width, "
+    "Tensor? valid_mask, Tensor? origins, Tensor raster, Tensor? position_ids, bool left, str backend) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _select,
     _fake,
-    setup_context=_setup_context,
-    backward=_backward,
 )

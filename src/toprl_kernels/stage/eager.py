@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 
-from toprl_kernels.stage.reference import StageCall, score_difference
-from toprl_kernels.topk.eager import compact_flags, gather_positions, gather_rows, select_ragged, unique_keys
-
-Outputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, list[Tensor]]
+from toprl_kernels.stage.reference import Selected, StageCall, score_difference
+from toprl_kernels.topk.eager import compact_flags, gather_positions, select_ragged, unique_keys
 
 
-def prune_stage_eager(x: StageCall) -> Outputs:
-    """The fields of PruneStageOutput; position ids are empty when there are none."""
+def prune_stage_eager(x: StageCall) -> Selected:
+    """Position ids are empty when there are none."""
     columns, length, width, origins, position_ids = x.columns, x.length, x.width, x.origins, x.position_ids
     samples = len(columns)
     stays, scored = columns < 0, columns >= 0
@@ -39,19 +36,8 @@ def prune_stage_eager(x: StageCall) -> Outputs:
         numbers = x.raster.gather(1, column.gather(1, slots).clamp(min=0)).masked_fill_(~listed, -1)
     before = safe if origins is None else origins.gather(1, safe)
     before = before.masked_fill(~valid, 0)
-    at = before.masked_fill(~valid, -1)
     positions = indices.new_empty(0)
     if position_ids is not None:
-        positions = gather_positions(position_ids.expand(*position_ids.shape[:-2], samples, -1), at)
-    return (
-        gather_rows(x.hidden_states, indices, True),
-        indices,
-        valid,
-        torch.where(scored, scored.cumsum(1) - 1, -1),
-        before,
-        slots,
-        numbers,
-        listed,
-        positions,
-        [gather_rows(table.expand(samples, -1, -1), at, True) for table in x.tables],
-    )
+        each = position_ids.expand(*position_ids.shape[:-2], samples, -1)
+        positions = gather_positions(each, before.masked_fill(~valid, -1))
+    return indices, valid, torch.where(scored, scored.cumsum(1) - 1, -1), before, slots, numbers, listed, positions

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from toprl_kernels.topk.reference import best, gather_reference, slots_of
+from toprl_kernels.topk.reference import best, slots_of
 
 
 class PruneStageOutput(NamedTuple):
@@ -33,10 +33,13 @@ def score_difference(scores: Tensor) -> Tensor:
     return wide[..., 0] - wide[..., 1]
 
 
+# indices, valid mask, columns, origins, slots, raster, listed, position ids
+Selected = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+
+
 class StageCall(NamedTuple):
     """Arguments of a call, checked: what the implementations get."""
 
-    hidden_states: Tensor  # [B, N, d]
     scores: Tensor  # [B, V] or [B, V, 2]
     columns: Tensor  # [B, N]
     k: Tensor | None  # int64 [B]; None for ``limit`` of each sample
@@ -47,16 +50,15 @@ class StageCall(NamedTuple):
     origins: Tensor | None  # [B, N]
     raster: Tensor  # [B, V]
     position_ids: Tensor | None  # [..., B or 1, N0]
-    tables: list[Tensor]  # [B or 1, N0, w]
     left: bool
 
 
-def prune_stage_reference(x: StageCall) -> PruneStageOutput:
+def prune_stage_reference(x: StageCall) -> Selected:
     """Keep all valid tokens without a score, and the best with one."""
     scores, columns, length, width, left = x.scores, x.columns, x.length, x.width, x.left
     valid_mask, raster, origins, position_ids = x.valid_mask, x.raster, x.origins, x.position_ids
     counts = [x.limit] * len(columns) if x.k is None else x.k.tolist()
-    samples, num_tokens = columns.shape
+    num_tokens = columns.shape[1]
     chosen, new_columns, places, numbers = [], [], [], []
     for sample, values in enumerate(score_difference(scores).tolist()):
         column = columns[sample].tolist()
@@ -71,26 +73,21 @@ def prune_stage_reference(x: StageCall) -> PruneStageOutput:
     device = scores.device
     indices = slots_of(chosen, length, left, device)
     if origins is None:
-        origins = torch.arange(num_tokens, device=device).expand(samples, -1)
+        origins = torch.arange(num_tokens, device=device).expand(columns.shape)
     listed = slots_of(places, width, False, device) >= 0
-    before = [[int(origins[sample, i]) for i in tokens] for sample, tokens in enumerate(chosen)]
-    positions = position_ids
+    samples = torch.arange(len(columns), device=device)[:, None]
+    before = origins[samples, indices.clamp(min=0)].where(indices >= 0, 0)
+    positions = indices.new_empty(0)
     if position_ids is not None:
-        rows = (
-            position_ids.expand(*position_ids.shape[:-2], samples, -1).flatten(0, -3) if position_ids.ndim > 2 else None
-        )
-        planes = [position_ids.expand(samples, -1)] if rows is None else list(rows)
-        stacked = torch.stack([gather_reference(plane, before, length, left) for plane in planes])
-        positions = stacked[0] if rows is None else stacked.view(*position_ids.shape[:-2], samples, length)
-    return PruneStageOutput(
-        gather_reference(x.hidden_states, chosen, length, left),
+        each = position_ids.expand(*position_ids.shape[:-2], len(columns), -1)
+        positions = each[..., samples, before].where(indices >= 0, 0)
+    return (
         indices,
         indices >= 0,
         slots_of(new_columns, length, left, device),
-        slots_of(before, length, left, device).clamp(min=0),
+        before,
         slots_of(places, width, False, device).clamp(min=0),
         slots_of(numbers, width, False, device),
         listed,
         positions,
-        tuple(gather_reference(table.expand(samples, -1, -1), before, length, left) for table in x.tables),
     )

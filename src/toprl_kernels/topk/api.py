@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from toprl_kernels import dispatch as check
-from toprl_kernels.dispatch import choose, register
-from toprl_kernels.topk.eager import scatter_heads, topk_compact_eager
-from toprl_kernels.topk.reference import Selection, TopkCompactOutput, topk_compact_reference
+from toprl_kernels.cache.api import gather_rows
+from toprl_kernels.dispatch import choose, implementation, register
+from toprl_kernels.topk.reference import Selected, Selection, TopkCompactOutput, topk_compact_reference
 
 OP = "topk_compact"
 MAX_TRITON_TOKENS = 1 << 20
@@ -133,23 +133,19 @@ def topk_compact(
     bounds = cu_seqlens.long() if cu_seqlens is not None else segments if segments is None else segments.long()
     longest = shape[1] if max_seqlen is None else min(max_seqlen, shape[1])
     selection = Selection(
-        hidden_states, scores.detach(), counts, limit, length, valid_mask, position_ids, bounds, packed, longest,
-        threshold, padding_side == "left", return_inverse,
+        scores.detach(), counts, limit, length, valid_mask, position_ids, bounds, packed, longest, threshold,
+        padding_side == "left", return_inverse,
     )  # fmt: skip
-    if choice.name == "reference":
-        out = topk_compact_reference(selection)
-    else:
-        out = TopkCompactOutput._make(_forward_op(*selection, choice.name))
-    out = out._replace(
-        position_ids=None if position_ids is None else out.position_ids,
-        inverse=out.inverse if return_inverse else None,
-        cu_seqlens=None if cu_seqlens is None else out.cu_seqlens.to(cu_seqlens.dtype),  # type: ignore[union-attr]
-    )
-    if not packed:
-        return out
-    parts = [part if part is None else part.squeeze(-2) for part in out[3:5]]
-    first = out.hidden_states[0], out.indices[0], out.valid_mask[0]
-    return TopkCompactOutput._make([*first, *parts, out.cu_seqlens])
+    reference = choice.name == "reference"
+    chosen = topk_compact_reference(selection) if reference else _select_op(*selection, choice.name)
+    (hidden,) = gather_rows([hidden_states.unsqueeze(1)], chosen[0], None, choice.name)
+    indices, valid, *optional, new_bounds = chosen
+    given = position_ids is not None, return_inverse
+    positions, inverse = (part if wanted else None for part, wanted in zip(optional, given, strict=True))
+    if cu_seqlens is None:
+        return TopkCompactOutput(hidden.squeeze(1), indices, valid, positions, inverse)
+    positions, inverse = (part if part is None else part.squeeze(-2) for part in (positions, inverse))
+    return TopkCompactOutput(hidden[0, 0], indices[0], valid[0], positions, inverse, new_bounds.to(cu_seqlens.dtype))
 
 
 def _check_k(
@@ -203,24 +199,16 @@ def _validate_values(scores: Tensor, k: int | Tensor, valid_mask: Tensor | None,
         )
 
 
-Outputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+def _select(*arguments: Any) -> Selected:
+    return implementation("topk", "topk_compact", arguments[-1])(Selection(*arguments[:-1]))
 
 
-def _forward(*arguments: Any) -> Outputs:
-    if arguments[-1] == "triton":
-        from toprl_kernels.topk.triton import topk_compact_triton
-
-        return topk_compact_triton(Selection(*arguments[:-1]))
-    return topk_compact_eager(Selection(*arguments[:-1]))
-
-
-def _forward_fake(*arguments: Any) -> Outputs:
+def _select_fake(*arguments: Any) -> Selected:
     x = Selection(*arguments[:-1])
     samples, num_tokens = x.scores.shape
     indices = x.scores.new_empty(samples, x.length, dtype=torch.int64)
     positions = x.position_ids
     return (
-        x.hidden_states.new_empty(samples, x.length, x.hidden_states.shape[2]),
         indices,
         torch.empty_like(indices, dtype=torch.bool),
         indices.new_empty(0) if positions is None else positions.new_empty(*positions.shape[:-1], x.length),
@@ -229,39 +217,10 @@ def _forward_fake(*arguments: Any) -> Outputs:
     )
 
 
-def _backward_implementation(gradient: Tensor, indices: Tensor, num_tokens: int, backend: str) -> Tensor:
-    scatter = scatter_heads
-    if backend == "triton":
-        from toprl_kernels.topk.triton import scatter_heads as scatter
-    return scatter(gradient, indices, num_tokens)
-
-
-def _backward_fake(gradient: Tensor, indices: Tensor, num_tokens: int, backend: str) -> Tensor:
-    return gradient.new_empty(*gradient.shape[:2], num_tokens, gradient.shape[3])
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Outputs) -> None:
-    ctx.save_for_backward(output[1])
-    ctx.mark_non_differentiable(*output[1:])
-    ctx.options = inputs[0].size(1), inputs[-1]
-
-
-def _backward(ctx: Any, gradient: Tensor, *_: object) -> tuple[Tensor | None, ...]:
-    (indices,) = ctx.saved_tensors
-    return (gather_backward(gradient[:, None], indices, *ctx.options)[:, 0], *[None] * 13)
-
-
-gather_backward = register(  # of any gather of rows: [B, H, K, d] to [B, H, N, d]
-    "gather_backward(Tensor gradient, Tensor indices, SymInt num_tokens, str backend) -> Tensor",
-    _backward_implementation,
-    _backward_fake,
-)
-_forward_op = register(
-    "topk_compact(Tensor hidden_states, Tensor scores, Tensor? k, SymInt limit, SymInt length, Tensor? valid_mask, "
-    "Tensor? position_ids, Tensor? segments, bool packed, SymInt longest, float? threshold, bool left, bool inverse, "
-    "str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-    _forward,
-    _forward_fake,
-    setup_context=_setup_context,
-    backward=_backward,
+_select_op = register(
+    "topk_compact(Tensor scores, Tensor? k, SymInt limit, SymInt length, Tensor? valid_mask, Tensor? position_ids, "
+    "Tensor? segments, bool packed, SymInt longest, float? threshold, bool left, bool inverse, str backend) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _select,
+    _select_fake,
 )

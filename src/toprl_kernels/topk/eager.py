@@ -1,11 +1,11 @@
-"""topk_compact in plain PyTorch: selection to ascending indices, then rows gathered from the flattened batch."""
+"""The selection of topk_compact in plain PyTorch."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from toprl_kernels.topk.reference import Selection, as_type, by_bytes, reaching
+from toprl_kernels.topk.reference import Selected, Selection, reaching
 
 
 def unique_keys(scores: Tensor, valid_mask: Tensor | None) -> Tensor:
@@ -87,56 +87,17 @@ def compact_flags(flags: Tensor, length: int, left: bool) -> Tensor:
     )
 
 
-def gather_heads(cache: Tensor, indices: Tensor, padded: bool) -> Tensor:
-    """cache[b, h, indices[b, r]], [B, H, K, d]; zero where the index is -1, which only ``padded`` indices have."""
-    dtype, cache = cache.dtype, by_bytes(cache)
-    samples, heads, _, size = cache.shape
-    safe = (indices.clamp(min=0) if padded else indices)[:, None, :]  # [B, 1, K]
-    batch = torch.arange(samples, device=cache.device)[:, None, None] if samples > 1 else 0
-    head = torch.arange(heads, device=cache.device)[None, :, None] if heads > 1 else 0
-    if cache.numel() and cache.stride(3) == 1 and all(stride % size == 0 for stride in cache.stride()[:3]):
-        # [B, H, N, d], its transpose [B, N, H, d] and slices of either are rows of one matrix: index_select copies
-        # whole rows, an index expression goes element by element
-        strides = [stride // size for stride in cache.stride()[:3]]
-        num_rows = 1 + sum(stride * (n - 1) for stride, n in zip(strides, cache.shape[:3], strict=True))
-        rows = safe * strides[2] + (batch * strides[0] + head * strides[1])
-        flat = cache.as_strided((num_rows, size), (size, 1))
-        output = flat.index_select(0, rows.flatten()).view(samples, heads, indices.shape[1], size)
-    else:
-        batch = torch.arange(samples, device=cache.device)[:, None, None]
-        output = cache[batch, torch.arange(heads, device=cache.device)[None, :, None], safe]
-    output = output.masked_fill_((indices < 0)[:, None, :, None], 0) if padded else output
-    return as_type(output, dtype)
-
-
-def scatter_heads(gradient: Tensor, indices: Tensor, num_tokens: int) -> Tensor:
-    """Transpose of :func:`gather_heads`: [B, H, N, d], zero where no index points; a sample's indices are unique."""
-    samples, heads, _, size = gradient.shape
-    total = samples * heads * num_tokens
-    matrices = torch.arange(samples * heads, device=indices.device).view(samples, heads, 1)
-    rows = torch.where(indices[:, None] < 0, total, matrices * num_tokens + indices[:, None])  # the last takes padding
-    output = gradient.new_zeros(total + 1, size)
-    output.index_copy_(0, rows.flatten(), gradient.reshape(-1, size))
-    return output[:total].view(samples, heads, num_tokens, size)
-
-
-def gather_rows(hidden_states: Tensor, indices: Tensor, padded: bool) -> Tensor:
-    """hidden_states[b, indices[b, r]], [B, K, d], as :func:`gather_heads`."""
-    return gather_heads(hidden_states[:, None], indices, padded)[:, 0]
-
-
 def gather_positions(position_ids: Tensor, indices: Tensor) -> Tensor:
     """position_ids[..., b, indices[b, r]]: [..., B, K], 0 where the index is -1."""
     safe = indices.clamp(min=0).expand(*position_ids.shape[:-2], *indices.shape)
     return position_ids.gather(-1, safe).masked_fill_(indices < 0, 0)
 
 
-def topk_compact_eager(x: Selection) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Hidden states, indices, valid mask, position ids, inverse map and new cu_seqlens (empty when not asked for)."""
+def topk_compact_eager(x: Selection) -> Selected:
+    """What was not asked for is empty."""
     scores, k, segments, length = x.scores, x.k, x.segments, x.length
     samples, num_tokens = scores.shape
     valid_mask = reaching(scores, x.valid_mask, x.threshold)
-    padded = k is not None or valid_mask is not None or segments is not None
     new_bounds = torch.empty(0, dtype=torch.int64, device=scores.device)
     if segments is not None:
         bounds = segments
@@ -147,7 +108,7 @@ def topk_compact_eager(x: Selection) -> tuple[Tensor, Tensor, Tensor, Tensor, Te
         indices = compact_flags(flags, length, x.left)
         if x.packed:
             new_bounds = torch.nn.functional.pad(flags[0].cumsum(0), (1, 0))[bounds].clamp_(max=length)
-    elif padded:
+    elif k is not None or valid_mask is not None:
         taken = torch.full((1, 1), x.limit, device=scores.device) if k is None else k[:, None]
         if valid_mask is not None:
             taken = taken.minimum(valid_mask.sum(dim=1, keepdim=True))
@@ -162,5 +123,4 @@ def topk_compact_eager(x: Selection) -> tuple[Tensor, Tensor, Tensor, Tensor, Te
         slots = indices.new_full((samples, num_tokens + 1), -1)
         slots.scatter_(1, column, torch.arange(length, device=scores.device).expand_as(column))
         slots = slots[:, :num_tokens].contiguous()
-    hidden = gather_rows(x.hidden_states, indices, padded)
-    return hidden, indices.contiguous(), indices >= 0, positions, slots, new_bounds
+    return indices.contiguous(), indices >= 0, positions, slots, new_bounds

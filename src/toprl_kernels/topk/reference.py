@@ -23,10 +23,12 @@ class TopkCompactOutput(NamedTuple):
     cu_seqlens: Tensor | None = None  # [S + 1], where each sequence begins in the output; None without cu_seqlens
 
 
+Selected = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]  # indices, valid mask, positions, inverse map, cu_seqlens
+
+
 class Selection(NamedTuple):
     """Arguments of a call, checked: what the implementations get."""
 
-    hidden_states: Tensor  # [B, N, d]
     scores: Tensor  # [B, N]
     k: Tensor | None  # int64 [B], or [B, S] with segments; None for ``limit`` tokens of each
     limit: int
@@ -41,16 +43,6 @@ class Selection(NamedTuple):
     inverse: bool
 
 
-def by_bytes(tensor: Tensor) -> Tensor:
-    """View bool and float8 as uint8: neither kernels nor torch's indexing know all types of one byte."""
-    return tensor.view(torch.uint8) if tensor.element_size() == 1 else tensor
-
-
-def as_type(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """Undo :func:`by_bytes`."""
-    return tensor if tensor.dtype == dtype else tensor.view(dtype)
-
-
 def best(scores: list[float], tokens: list[int], count: int) -> list[int]:
     """Choose the ``count`` best of ``tokens``: higher score first, NaN after every number, then the lower index."""
 
@@ -59,19 +51,6 @@ def best(scores: list[float], tokens: list[int], count: int) -> list[int]:
         return (True, 0.0, token) if math.isnan(score) else (False, -score, token)  # -0.0 == 0.0 in a tuple too
 
     return sorted(sorted(tokens, key=rank)[: max(count, 0)])
-
-
-def gather_reference(rows: Tensor, chosen: list[list[int]], length: int, left: bool) -> Tensor:
-    """Take ``rows`` [B, N, ...] of each sample, zeros in the padding: [B, K, ...]."""
-    moved = by_bytes(rows)
-    padded = []
-    for sample, tokens in enumerate(chosen):
-        kept = moved[sample, torch.tensor(tokens, dtype=torch.int64, device=rows.device)]
-        zeros = kept.new_zeros(length - len(tokens), *kept.shape[1:])
-        padded.append(torch.cat([zeros, kept] if left else [kept, zeros]))
-    if not padded:
-        return rows.new_empty(0, length, *rows.shape[2:]) + 0 * rows.sum()
-    return as_type(torch.stack(padded), rows.dtype)
 
 
 def slots_of(chosen: list[list[int]], length: int, left: bool, device: torch.device) -> Tensor:
@@ -89,7 +68,7 @@ def reaching(scores: Tensor, valid_mask: Tensor | None, threshold: float | None)
     return reaches if valid_mask is None else reaches & valid_mask
 
 
-def topk_compact_reference(x: Selection) -> TopkCompactOutput:
+def topk_compact_reference(x: Selection) -> Selected:
     """In each segment the best tokens; the first K of a sample in order of index."""
     scores, segments, length, left = x.scores, x.segments, x.length, x.left
     valid_mask, ends = reaching(scores, x.valid_mask, x.threshold), [0]
@@ -111,12 +90,10 @@ def topk_compact_reference(x: Selection) -> TopkCompactOutput:
         for slot, token in enumerate(chosen[-1]):
             inverse[sample, token] = first + slot
     indices = slots_of(chosen, length, left, scores.device)
-    positions = x.position_ids
-    if positions is not None:
-        rows = positions if positions.ndim == 2 else positions.permute(1, 2, 0)
-        gathered = gather_reference(rows, chosen, length, left)
-        positions = gathered if positions.ndim == 2 else gathered.permute(2, 0, 1)
-    hidden = gather_reference(x.hidden_states, chosen, length, left)
+    positions = indices.new_empty(0)
+    if x.position_ids is not None:
+        samples = torch.arange(len(indices), device=indices.device)[:, None]
+        positions = x.position_ids[..., samples, indices.clamp(min=0)].where(indices >= 0, 0)
     kept = [token for tokens in chosen for token in tokens]
     bounds = torch.tensor([sum(token < end for token in kept) for end in ends], device=scores.device)
-    return TopkCompactOutput(hidden, indices, indices >= 0, positions, inverse, bounds)
+    return indices, indices >= 0, positions, inverse, bounds
