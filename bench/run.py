@@ -4,10 +4,10 @@
     python bench/run.py --suite all --output_dir bench/results
 
 Suites: kernels (every op against its peers), decode (attention of one query over a cache), stage (what one pruning
-stage costs), prefill, generate, overhead (a pruner that removes nothing), trainer. The rows of a suite go to
-DIR/<suite>.csv together with a description of the machine, further tables to DIR/<suite>_<table>.csv; kernels and
-decode write after every case, so that ``--resume`` can go on where a run was cut off. The last line of standard output
-is one line of JSON.
+stage costs), prefill, generate, overhead (a pruner that removes nothing), trainer, serving (vLLM, where it is
+installed). The rows of a suite go to DIR/<suite>.csv together with a description of the machine, further tables to
+DIR/<suite>_<table>.csv; kernels and decode write after every case, so that ``--resume`` can go on where a run was cut
+off. The last line of standard output is one line of JSON.
 
 CPU threads are bound to cores (OMP_PROC_BIND=spread, OMP_PLACES=threads, unless the environment says otherwise), and
 every provider runs before it is timed: threads that share a core for the first seconds of a process make an op with
@@ -36,7 +36,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that ``bench`
 
 from bench.common import Report, environment, table
 
-SUITES = ("kernels", "decode", "stage", "prefill", "generate", "overhead", "trainer")
+SUITES = ("kernels", "decode", "stage", "prefill", "generate", "overhead", "trainer", "serving")
 MODULES = {"decode": "kernels", "overhead": "generate"}  # the others are in a module of their name
 # What a terminal has room for; the files have every column
 PRINTED = dict.fromkeys(

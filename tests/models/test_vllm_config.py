@@ -5,14 +5,16 @@ from __future__ import annotations
 import json
 import sys
 import tomllib
+from dataclasses import asdict
 from importlib import import_module
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from tests.models.tiny_families import build_model
-from toprl_models import DivPrune, FasterVLM, Policy, RandomPolicy, TopRLPolicy, attach, tiny
+from toprl_models import DivPrune, FasterVLM, Policy, RandomPolicy, Schedule, TopRLPolicy, attach, tiny
 from toprl_models.integrations.vllm.options import (
     ARCHITECTURES,
     VARIABLE,
@@ -21,6 +23,7 @@ from toprl_models.integrations.vllm.options import (
     options_of,
     possible,
     why_not,
+    why_not_inside,
 )
 from toprl_models.integrations.vllm.placeholders import Gap, from_columns, full_places, shorten, to_columns
 from toprl_models.integrations.vllm.pruning import ImagePruning
@@ -46,13 +49,24 @@ def test_options_are_read():
     )
 
 
+def test_stages_are_read():
+    told = {"method": "fastv", "stages": [[2, 0.5], [8, 64]]}
+    options = PruningOptions.read(told)
+    assert options == PruningOptions("fastv", None, None, ((2, 0.5), (8, 64)))
+    assert options.schedule == Schedule(((2, 0.5), (8, 64)))
+    config = SimpleNamespace(toprl={**asdict(options), "digest": options.digest})
+    assert PruningOptions.stored_in(config) == options
+    assert options.digest != PruningOptions.read({**told, "stages": [[2, 0.5], [8, 63]]}).digest
+    assert options.describe("X") == "fastv keeps 0.5 before layer 2, 64 before layer 8 of a prompt's visual tokens in X"
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [
         ("divprune", "toprl='divprune' must be a JSON object such as"),
         ({"keep": 0.5}, 'method is missing; give "method": NAME .*toprl, fastv'),
         ({"method": "divprunes", "keep": 0.5}, "method 'divprunes' is unknown; known methods: toprl, fastv"),
-        ({"method": "divprune", "keeps": 0.5}, "'keeps' is unknown; the options are method, keep, policy"),
+        ({"method": "divprune", "keeps": 0.5}, "'keeps' is unknown; the options are method, keep, policy, stages"),
         ({"method": "divprune"}, "keep is missing; give"),
         ({"method": "divprune", "keep": 0}, "keep=0 must be"),
         ({"method": "divprune", "keep": 1.5}, "keep=1.5 must be"),
@@ -62,6 +76,12 @@ def test_options_are_read():
         ({"method": "divprune", "policy": "x", "keep": 0.5}, "method='divprune' takes no policy"),
         ({"method": "toprl", "keep": 0.5}, "method='toprl' needs a trained policy"),
         ({"policy": 3, "keep": 0.5}, "policy=3 must be a string"),
+        ({"method": "fastv", "keep": 0.5, "stages": [[2, 0.5]]}, "keep is for pruning before .* leave one out"),
+        ({"method": "fastv", "stages": []}, r"stages=\[\] must be \"stages\": .*stages=\(\) is empty"),
+        ({"method": "fastv", "stages": [2, 0.5]}, r"stages=\[2, 0.5\] must be"),
+        ({"method": "fastv", "stages": [[2, 0.5, 1]]}, "must be"),
+        ({"method": "fastv", "stages": [[8, 0.5], [2, 0.2]]}, "layers ascend"),
+        ({"method": "fastv", "stages": [[2, "0.5"]]}, "keep '0.5' at layer 2 must be an int"),
     ],
 )
 def test_wrong_options(given, message):
@@ -137,6 +157,36 @@ def test_methods_that_need_the_tower_alone():
 def test_methods_that_need_more(method, message):
     with pytest.raises(ValueError, match=message):
         PruningOptions(method, 0.5).prepare(tiny.load()[0].config)
+
+
+@pytest.mark.parametrize(
+    ("method", "stages", "message"),
+    [
+        ("visionzip", ((2, 0.5),), "VisionZip hooks modules of transformers, .*: give keep in place of stages"),
+        ("visionzip+fastv", ((0, 0.5), (2, 0.25)), "VisionZip hooks modules of transformers"),
+        ("fastv", ((0, 0.5),), "reads the attention of the layer before"),
+        ("fastv", ((6, 0.5),), r"stage at layer 6, but the decoder has layers 0\.\.5"),
+        ("divprune+fastv", ((2, 0.5),), "2 stages are needed"),
+    ],
+)
+def test_stages_that_cannot_be(method, stages, message):
+    with pytest.raises(ValueError, match=message):
+        PruningOptions(method, stages=stages).prepare(tiny.load()[0].config)
+
+
+@pytest.mark.parametrize("method", ["fastv", "pyramiddrop", "sparsevlm", "random", "divprune+fastv"])
+def test_methods_inside_the_decoder(method):
+    options = PruningOptions(method, stages=((0 if "+" in method else 1, 0.5), (3, 0.25)))
+    policy = options.prepare(tiny.load()[0].config)
+    assert not why_not_inside(policy) and len(policy.counts(options.schedule, 64)) == 2
+
+
+def test_trained_stages(tmp_path):
+    model = tiny.load()[0]
+    folder = policy_folder(tmp_path, model, [1, 3])
+    PruningOptions("toprl", None, folder, ((1, 0.5), (3, 0.25))).prepare(model.config)
+    with pytest.raises(ValueError, match=r"stages at layers \(2, 3\), but the policy was trained for \(1, 3\)"):
+        PruningOptions("toprl", None, folder, ((2, 0.5), (3, 0.25))).prepare(model.config)
 
 
 def test_a_method_that_reads_the_question():

@@ -59,23 +59,44 @@ def engine(folder: Path, options: dict[str, Any] | None = None, **settings: Any)
         gc.collect()
 
 
-def served(llm: Any, requests: Sequence[Request]) -> list[Answer]:
-    """vLLM's greedy answers, all requests at once; an end token ends nothing."""
+INSIDE = {"enable_prefix_caching": False, "enable_chunked_prefill": False}  # what stages inside the decoder need
+
+
+def served(
+    llm: Any, requests: Sequence[Request], lengths: Sequence[int] | None = None, **sampling: Any
+) -> list[Answer]:
+    """vLLM's answers, all requests at once, greedy by default; an end token ends nothing.
+
+    ``lengths`` are numbers of tokens, so that requests end and others begin while some go on. A request with ``n`` has
+    as many answers.
+    """
     from vllm import SamplingParams
 
-    sampling = SamplingParams(temperature=0, max_tokens=NEW_TOKENS, logprobs=-1, ignore_eos=True)
+    sampling = {"temperature": 0, "logprobs": -1, "ignore_eos": True, **sampling}
+    lengths = [NEW_TOKENS] * len(requests) if lengths is None else lengths
     prompts = [
         {"prompt": request.text, "multi_modal_data": {"image": list(request.images)}}
         if request.images
         else {"prompt": request.text}
         for request in requests
     ]
-    answers = []
-    for output in llm.generate(prompts, sampling, use_tqdm=False):
-        steps = output.outputs[0].logprobs
-        log_probs = torch.tensor([[step[token].logprob for token in range(len(step))] for step in steps])
-        answers.append(Answer(list(output.outputs[0].token_ids), log_probs, len(output.prompt_token_ids)))
-    return answers
+    params = [SamplingParams(**sampling, max_tokens=length) for length in lengths]
+    return [
+        answer_of(completion, len(output.prompt_token_ids))
+        for output in llm.generate(prompts, params, use_tqdm=False)
+        for completion in output.outputs
+    ]
+
+
+def answer_of(completion: Any, prompt_tokens: int) -> Answer:
+    """One of vLLM's outputs as an answer."""
+    log_probs = [[step[token].logprob for token in range(len(step))] for step in completion.logprobs]
+    return Answer(list(completion.token_ids), torch.tensor(log_probs), prompt_tokens)
+
+
+def scheduler_of(llm: Any) -> Any:
+    """The scheduler of an engine in this process."""
+    return llm.llm_engine.engine_core.engine_core.scheduler
 
 
 class Kept(Policy):
@@ -106,6 +127,30 @@ def by_attach(model: Any, processor: Any, requests: Sequence[Request], options: 
         else _generated(model, _inputs(processor, request))
         for request in requests
     ]
+
+
+def by_attach_inside(
+    model: Any, processor: Any, requests: Sequence[Request], options: dict[str, Any], new_tokens: int = NEW_TOKENS
+) -> list[Answer]:
+    """The answers of transformers with the stages of ``options``, one by one."""
+    read, answers = PruningOptions.read(options), []
+    for request in requests:
+        # made anew for each, so that a policy that draws begins again
+        with attach(model, read.prepare(model.config), schedule=read.schedule):
+            answers.append(_generated(model, _inputs(processor, request), new_tokens))
+    return answers
+
+
+def forced(model: Any, processor: Any, request: Request, options: dict[str, Any], tokens: Sequence[int]) -> Answer:
+    """The log-probabilities of transformers where the answer is known to be ``tokens``."""
+    read, inputs = PruningOptions.read(options), _inputs(processor, request)
+    length = inputs["input_ids"].shape[1]
+
+    def next_token(_: int, ids: Tensor) -> list[int]:
+        return [tokens[len(ids) - length]]
+
+    with attach(model, read.prepare(model.config), schedule=read.schedule):
+        return _generated(model, inputs, len(tokens), prefix_allowed_tokens_fn=next_token)
 
 
 def _pruned(
@@ -139,10 +184,11 @@ def _inputs(processor: Any, request: Request) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def _generated(model: Any, inputs: dict[str, Tensor]) -> Answer:
+def _generated(model: Any, inputs: dict[str, Tensor], new_tokens: int = NEW_TOKENS, **options: Any) -> Answer:
     output = model.generate(
         **inputs,
-        max_new_tokens=NEW_TOKENS,
+        **options,
+        max_new_tokens=new_tokens,
         do_sample=False,
         return_dict_in_generate=True,
         output_logits=True,
@@ -154,12 +200,13 @@ def _generated(model: Any, inputs: dict[str, Tensor]) -> Answer:
 
 
 def furthest(answers: Sequence[Answer], expected: Sequence[Answer]) -> float:
-    """The largest distance of log-probabilities; infinite where tokens differ."""
+    """The largest distance of log-probabilities, over the tokens that were asked for; infinite where tokens differ."""
     worst = 0.0
     for ours, theirs in zip(answers, expected, strict=True):
-        if ours.tokens != theirs.tokens:
+        length = len(ours.tokens)
+        if ours.tokens != theirs.tokens[:length]:
             return float("inf")
         width = min(ours.log_probs.shape[1], theirs.log_probs.shape[1])
-        distance = (ours.log_probs[:, :width] - theirs.log_probs[:, :width]).abs()
+        distance = (ours.log_probs[:, :width] - theirs.log_probs[:length, :width]).abs()
         worst = max(worst, float(distance.max()))
     return worst

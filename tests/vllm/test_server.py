@@ -7,6 +7,7 @@ import contextlib
 import io
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -21,13 +22,13 @@ import pytest
 from PIL import Image
 
 from tests.vllm import folders
-from toprl_models import DivPrune, Schedule, attach, tiny
+from toprl_models import DivPrune, FastV, Policy, Schedule, attach, tiny
 from toprl_models.integrations.vllm.options import VARIABLE
 
 OPTIONS = {"method": "divprune", "keep": 0.25}
 QUESTION = "which digit is in the picture ?"
 SCENE = Path(__file__).parents[2] / "docs/scene.png"
-PATIENCE = 600  # seconds until a server must answer, on a busy machine
+PATIENCE = 1200  # seconds until a server must answer, on a busy machine
 
 
 @contextlib.contextmanager
@@ -85,17 +86,38 @@ def test_openai_server(by: str, tmp_path: Path) -> None:
         arguments = ["--additional-config", json.dumps({"toprl": OPTIONS})]
     log = tmp_path / "log"
     with server(folder, log, *arguments, **environment) as url:
-        first, second = chat(url), chat(url)
+        answers = [chat(url), chat(url)]
+    check(answers, DivPrune(), Schedule(((0, OPTIONS["keep"]),)), dropped=48)
+    text = log.read_text()
+    assert "toprl: divprune keeps 25.0% of every image of LlavaForConditionalGeneration" in text
+    assert "toprl: 1 images encoded, 16 of 64 visual tokens kept" in text
+
+
+def test_openai_server_inside(tmp_path: Path) -> None:
+    """Stages inside the decoder: scheduler, worker and server are processes of their own."""
+    folder = folders.save_tiny_llava(tmp_path / "model")
+    stages = [[2, 0.25], [4, 4]]
+    arguments = ["--additional-config", json.dumps({"toprl": {"method": "fastv", "stages": stages}})]
+    arguments += ["--no-enable-prefix-caching", "--no-enable-chunked-prefill"]
+    log = tmp_path / "log"
+    with server(folder, log, *arguments, VLLM_LOGGING_LEVEL="DEBUG") as url:
+        answers = [chat(url), chat(url)]
+    check(answers, FastV(), Schedule(((2, 0.25), (4, 4))), dropped=0)
+    text = log.read_text()
+    assert "toprl: fastv keeps 0.25 before layer 2, 4 before layer 4 of a prompt's visual tokens" in text
+    assert "toprl: 1 prompts pruned, the last from 64 to [16, 4]" in text
+    assert re.search(r"toprl: request \S+ keeps 4 of 64 visual tokens before layer 4: \[(\d+, ){3}\d+\]", text)
+
+
+def check(answers: list[dict[str, Any]], policy: Policy, schedule: Schedule, dropped: int) -> None:
+    """Compare with ``attach``; ``dropped`` tokens of the prompt are not counted."""
     model, processor = tiny.load()
     inputs = processor(images=Image.open(SCENE).convert("RGB"), text=tiny.prompt(QUESTION), return_tensors="pt")
-    with attach(model, DivPrune(), schedule=Schedule(((0, OPTIONS["keep"]),))):
+    with attach(model, policy, schedule=schedule):
         log_probs = model(**inputs).logits[0, -1].log_softmax(-1)
-    for answer in (first, second):
+    for answer in answers:
         choice = answer["choices"][0]
         (token,) = choice["logprobs"]["content"]
         assert choice["message"]["content"].strip() == processor.decode(log_probs.argmax()).strip()
         assert abs(token["logprob"] - float(log_probs.max())) < 1e-3
-        assert answer["usage"]["prompt_tokens"] == inputs["input_ids"].shape[1] - 48
-    text = log.read_text()
-    assert "toprl: divprune keeps 25.0% of every image of LlavaForConditionalGeneration" in text
-    assert "toprl: 1 images encoded, 16 of 64 visual tokens kept" in text
+        assert answer["usage"]["prompt_tokens"] == inputs["input_ids"].shape[1] - dropped

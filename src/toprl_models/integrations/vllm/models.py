@@ -1,4 +1,7 @@
-"""Pruned variants of vLLM's classes, made from its own when they are asked for: ``ToprlQwen2_5_VLForCondi...``."""
+"""Pruned variants of vLLM's classes, made from its own when they are asked for.
+
+``ToprlQwen2_5_VLForConditionalGeneration`` prunes before the language model, ``ToprlInsideQwen2_5_VLFor...`` inside it.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,8 @@ from vllm.multimodal import MULTIMODAL_REGISTRY
 from vllm.multimodal.inputs import MultiModalBatchedField, MultiModalFieldElem, PlaceholderRange
 from vllm.multimodal.processing import PromptUpdateDetails
 
-from toprl_models.integrations.vllm.options import ARCHITECTURES, KEY, PREFIX, PruningOptions
+from toprl_models.integrations.vllm.inside import Staging
+from toprl_models.integrations.vllm.options import ARCHITECTURES, INSIDE, KEY, PREFIX, PruningOptions
 from toprl_models.integrations.vllm.placeholders import (
     AXES,
     DIGITS,
@@ -29,16 +33,20 @@ from toprl_models.integrations.vllm.pruning import ImagePruning
 NUM_VISUAL = "toprl_num_visual"  # the full number of an image's tokens, beside its pixels
 
 
-class PrunedInfo:
-    """Mixin of the processing info: images alone, and as many tokens as stay."""
+class ImagesInfo:
+    """Mixin of the processing info: images alone."""
 
     def get_supported_mm_limits(self) -> dict[str, int | None]:
         limits = super().get_supported_mm_limits()  # type: ignore[misc]
         return {kind: limit if kind == "image" else 0 for kind, limit in limits.items()}
 
+
+class PrunedInfo(ImagesInfo):
+    """Mixin of the processing info: images alone, and as many tokens as stay."""
+
     def get_mm_max_tokens_per_item(self, seq_len: int, mm_counts: Any) -> dict[str, int] | None:
         most = super().get_mm_max_tokens_per_item(seq_len, mm_counts)  # type: ignore[misc]
-        options = options_in(self.ctx.model_config.hf_config)  # type: ignore[attr-defined]
+        options = PruningOptions.stored_in(self.ctx.model_config.hf_config)  # type: ignore[attr-defined]
         return None if most is None else {"image": options.count(most["image"])}
 
 
@@ -47,7 +55,7 @@ class PrunedProcessor:
 
     def _get_mm_prompt_updates(self, mm_items: Any, hf_processor_mm_kwargs: Any, out_mm_kwargs: Any) -> Any:
         updates = super()._get_mm_prompt_updates(mm_items, hf_processor_mm_kwargs, out_mm_kwargs)  # type: ignore[misc]
-        options = options_in(self.info.ctx.model_config.hf_config)  # type: ignore[attr-defined]
+        options = PruningOptions.stored_in(self.info.ctx.model_config.hf_config)  # type: ignore[attr-defined]
         images = []
         for number, alternatives in enumerate(updates.get("image", ())):
             shortened = [_shortened(update, options) for update in alternatives]
@@ -86,7 +94,7 @@ class PrunedModel:
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__(vllm_config=vllm_config, prefix=prefix)  # type: ignore[call-arg]
         config = vllm_config.model_config.hf_config
-        options = options_in(config)
+        options = PruningOptions.stored_in(config)
         self._pruning = ImagePruning(options.prepare(config), options, config.get_text_config().hidden_size)
         self._pruning_ready = False
         self._dtype = vllm_config.model_config.dtype
@@ -176,10 +184,33 @@ class PrunedModel:
         return positions[:, places].clone(), full_length + delta - len(input_tokens)
 
 
-def options_in(config: Any) -> PruningOptions:
-    """Read the options that ``plugin.configure`` stored in a model's config."""
-    stored = config.toprl
-    return PruningOptions(stored["method"], stored["keep"], stored["policy"])
+class InsideProcessor:
+    """Mixin of the multimodal processor: a prompt must ask something after its images."""
+
+    _asks = True  # vLLM's own dummy prompts, which measure memory, end in their images
+
+    def get_dummy_mm_inputs(self, *args: Any, **kwargs: Any) -> Any:
+        self._asks = False
+        try:
+            return super().get_dummy_mm_inputs(*args, **kwargs)  # type: ignore[misc]
+        finally:
+            self._asks = True
+
+    def apply(self, *args: Any, **kwargs: Any) -> Any:
+        inputs = super().apply(*args, **kwargs)  # type: ignore[misc]
+        places = [place for of_kind in inputs["mm_placeholders"].values() for place in of_kind]
+        end = max((place.offset + place.length for place in places), default=0)
+        if self._asks and end >= len(inputs["prompt_token_ids"]):
+            raise ValueError(f"{KEY}: the prompt ends in an image; append the question, which the policy could read")
+        return inputs
+
+
+class InsideModel:
+    """Mixin of the models: stages in the decoder."""
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
+        super().__init__(vllm_config=vllm_config, prefix=prefix)  # type: ignore[call-arg]
+        self.staging = Staging(self.language_model.model, vllm_config.model_config.hf_config)  # type: ignore[attr-defined]
 
 
 def _mixed(mixin: type, factory: Callable[..., Any]) -> Callable[..., Any]:
@@ -194,15 +225,17 @@ def _mixed(mixin: type, factory: Callable[..., Any]) -> Callable[..., Any]:
 
 def __getattr__(name: str) -> type:
     """Make the pruned variant of a class of vLLM's registry."""
-    architecture = name.removeprefix(PREFIX)
+    prefix = INSIDE if name.startswith(INSIDE) else PREFIX
+    architecture = name.removeprefix(prefix)
     if architecture not in ARCHITECTURES or architecture == name:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     base: Any = ModelRegistry.models[architecture].load_model_cls()
     factories = base._processor_factory
-    pruned = type(name, (PrunedModel, base), {"__module__": __name__})
+    is_inside = prefix == INSIDE
+    pruned = type(name, (InsideModel if is_inside else PrunedModel, base), {"__module__": __name__})
     globals()[name] = pruned
     return MULTIMODAL_REGISTRY.register_processor(
-        _mixed(PrunedProcessor, factories.processor),
-        info=_mixed(PrunedInfo, factories.info),
+        _mixed(InsideProcessor if is_inside else PrunedProcessor, factories.processor),
+        info=_mixed(ImagesInfo if is_inside else PrunedInfo, factories.info),
         dummy_inputs=factories.dummy_inputs,
     )(pruned)

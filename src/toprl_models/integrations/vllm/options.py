@@ -1,6 +1,7 @@
 """Options of the vLLM plug-in: what they mean, what is refused, and how many tokens an image keeps. Needs no vLLM.
 
 vllm serve MODEL --additional-config '{"toprl": {"method": "divprune", "keep": 0.25}}'
+vllm serve MODEL --additional-config '{"toprl": {"method": "fastv", "stages": [[2, 0.5], [8, 0.25]]}}'
 TOPRL_VLLM='{"policy": "runs/ocr/policy", "keep": 16}' vllm serve MODEL
 """
 
@@ -22,8 +23,8 @@ from toprl_models.plugins import files_of
 from toprl_models.policy import Policy
 from toprl_models.probe import decoder_of, has_kinds_of_positions
 from toprl_models.pruner import attach
-from toprl_models.registry import METHODS, method_of
-from toprl_models.schedule import Schedule
+from toprl_models.registry import METHODS, Method, method_of
+from toprl_models.schedule import Keep, Schedule
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -31,10 +32,11 @@ if TYPE_CHECKING:
 KEY = "toprl"  # in --additional-config
 VARIABLE = "TOPRL_VLLM"
 EXAMPLE = '{"method": "divprune", "keep": 0.25}'
+STAGES = '"stages": [[2, 0.5], [8, 0.25], [16, 64]] (before which decoder layer, how much stays)'
 # the release whose processors and model runner the plug-in is tested with, and the patch releases of it
 TESTED_VLLM = "0.32"
-# what a pruned variant of a class is called
-PREFIX = "Toprl"
+# what a pruned variant of a class is called: before the language model, and inside its decoder
+PREFIX, INSIDE = "Toprl", "ToprlInside"
 # vLLM's names of the classes that have one
 ARCHITECTURES = (
     "LlavaForConditionalGeneration",
@@ -45,21 +47,29 @@ ARCHITECTURES = (
     "InternVLForConditionalGeneration",
     "Gemma3ForConditionalGeneration",
 )
+# those that cannot be pruned inside the decoder, and why
+NOT_INSIDE = {
+    "Qwen3VLForConditionalGeneration": "its decoder adds features of the vision tower between layers (deepstack)",
+    "Gemma3ForConditionalGeneration": "its decoder has layers with a sliding window",
+}
 
 
 @dataclass(frozen=True)
 class PruningOptions:
-    """Pruning of every image before the language model.
+    """Pruning of every image before the language model, or of a prompt's images inside its decoder.
 
     Attributes:
         method: what ``toprl_models.method_of`` takes: a name, or my_file.py:MyMethod.
-        keep: share of an image's visual tokens in (0, 1], or a number of tokens of every image, at least 1.
+        keep: share of an image's visual tokens in (0, 1], or a number of tokens of every image, at least 1; None where
+            there are stages.
         policy: folder or Hub id of the trained policy; None for methods that have none.
+        stages: of pruning inside the decoder, as in ``Schedule``; None where there is ``keep``.
     """
 
     method: str
-    keep: float
+    keep: float | None = None
     policy: str | None = None
+    stages: tuple[tuple[int, Keep], ...] | None = None
 
     @classmethod
     def read(cls, given: object) -> PruningOptions:
@@ -73,7 +83,7 @@ class PruningOptions:
         known = [field.name for field in fields(cls)]
         if unknown := [name for name in given if name not in known]:
             raise ValueError(f"{KEY}: {', '.join(map(repr, unknown))} is unknown; the options are {', '.join(known)}")
-        method, policy, keep = given.get("method"), given.get("policy"), given.get("keep")
+        method, policy = given.get("method"), given.get("policy")
         if method is None and policy is None:
             raise ValueError(
                 f'{KEY}: method is missing; give "method": NAME ({", ".join(METHODS)}) or "policy": FOLDER_OR_HUB_ID'
@@ -85,12 +95,34 @@ class PruningOptions:
         if trained != (policy is not None):
             fix = 'needs a trained policy: "policy": FOLDER_OR_HUB_ID' if trained else "takes no policy; leave it out"
             raise ValueError(f"{KEY}: method={name!r} {fix}")
-        return cls(name, _keep(keep), policy)
+        if given.get("stages") is None:
+            return cls(name, _keep(given.get("keep")), policy)
+        if given.get("keep") is not None:
+            raise ValueError(f"{KEY}: keep is for pruning before the language model, stages for inside: leave one out")
+        return cls(name, None, policy, _stages(given["stages"]))
+
+    @classmethod
+    def stored_in(cls, config: Any) -> PruningOptions:
+        """Read the options that ``plugin.configure`` stored in a model's config."""
+        return cls(**{field.name: config.toprl[field.name] for field in fields(cls)})
 
     @property
     def schedule(self) -> Schedule:
-        """Keep so much of every image before layer 0."""
-        return Schedule(((0, self.keep),))
+        """The stages; without any, keep so much of every image before layer 0."""
+        return Schedule(self.stages or ((0, self._keep),))
+
+    @property
+    def _keep(self) -> float:
+        assert self.keep is not None
+        return self.keep
+
+    def describe(self, model: str) -> str:
+        """Say what is kept of the images of a model, for the log."""
+        if self.stages is None:
+            kept = f"{self.keep:.1%}" if isinstance(self.keep, float) else f"{self.keep} tokens"
+            return f"{self.method} keeps {kept} of every image of {model}"
+        kept = ", ".join(f"{keep} before layer {layer}" for layer, keep in self.stages)
+        return f"{self.method} keeps {kept} of a prompt's visual tokens in {model}"
 
     def count(self, num_visual: int) -> int:
         """Count the tokens that an image of ``num_visual`` tokens keeps: as ``Schedule.counts``, but at least 1.
@@ -124,10 +156,12 @@ class PruningOptions:
         """
         method, first = method_of(self.method), self.schedule.layers
         trained = None if self.policy is None else load_policy(self.policy)
+        if self.stages is not None:
+            return self._prepare_inside(config, method, trained)
         if len(method.parts) > 1:
             raise ValueError(
-                f"{KEY}: method={self.method!r} prunes inside the decoder, which vLLM does not; give one method that "
-                "prunes before the language model"
+                f"{KEY}: method={self.method!r} prunes inside the decoder: give {STAGES}, or one method that prunes "
+                "before the language model"
             )
         policy = method.make(first, trained)
         if self.method == "toprl" and trained is not None and trained.stage_layers != first:
@@ -137,7 +171,10 @@ class PruningOptions:
                 '"method": "oneshot", which takes the last stage\'s decision there'
             )
         if reason := why_not(policy):
-            raise ValueError(f"{KEY}: method={self.method!r} {reason}; methods that can: {', '.join(possible())}")
+            raise ValueError(
+                f"{KEY}: method={self.method!r} {reason}; methods that can: {', '.join(possible())}; to prune inside "
+                f"the decoder, give {STAGES} in place of keep"
+            )
         tower = getattr(getattr(config, "vision_config", None), "model_type", None)
         is_readable = config.model_type in ("llava", "llava_next") and tower == "clip_vision_model"
         if isinstance(getattr(policy, "policy", policy), TowerPolicy) and not is_readable:
@@ -154,6 +191,26 @@ class PruningOptions:
         except (TypeError, ValueError, RuntimeError) as error:
             raise ValueError(f"{KEY}: method={self.method!r}, keep={self.keep}: {error}") from error
         return policy
+
+    def _prepare_inside(self, config: PretrainedConfig, method: Method, trained: TopRLPolicy | None) -> Policy:
+        """Make the policy of the stages, after a trial on the model's skeleton."""
+        try:
+            policy = method.make(self.schedule.layers, trained)
+            if reason := why_not_inside(policy):
+                raise ValueError(f"{reason}: give keep in place of stages, or another method")
+            attach(skeleton(config), policy, schedule=self.schedule).detach()
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise ValueError(f"{KEY}: method={self.method!r}, stages={self.stages}: {error}") from error
+        return policy
+
+
+def why_not_inside(policy: Policy) -> str:
+    """Say why ``policy`` cannot decide inside vLLM's decoder; "" where it can."""
+    for part in getattr(policy, "policies", (policy,)):
+        inner = getattr(part, "policy", part)
+        if type(inner).hooks is not Policy.hooks and not isinstance(inner, TopRLPolicy):
+            return f"{type(inner).__name__} hooks modules of transformers, such as its vision tower"
+    return ""
 
 
 def why_not(policy: Policy) -> str:
@@ -213,8 +270,20 @@ def check_version(version: str) -> None:
         )
 
 
+def _stages(value: Any) -> tuple[tuple[int, Keep], ...]:
+    try:
+        stages = tuple((layer, keep) for layer, keep in value)
+        Schedule(stages)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{KEY}: stages={value!r} must be {STAGES}: {error}") from error
+    return stages
+
+
 def _keep(value: Any) -> float:
-    fix = '"keep": 0.25 (a share of each image\'s tokens, at most 1.0) or "keep": 64 (tokens of each image)'
+    fix = (
+        '"keep": 0.25 (a share of each image\'s tokens, at most 1.0) or "keep": 64 (tokens of each image) before the '
+        f"language model, or {STAGES} inside its decoder"
+    )
     if value is None:
         raise ValueError(f"{KEY}: keep is missing; give {fix}")
     number = isinstance(value, int | float) and not isinstance(value, bool)

@@ -13,7 +13,9 @@ from vllm.logger import init_logger
 
 from toprl_models.integrations.vllm.options import (
     ARCHITECTURES,
+    INSIDE,
     KEY,
+    NOT_INSIDE,
     PREFIX,
     PruningOptions,
     check_version,
@@ -24,7 +26,8 @@ from toprl_models.methods._tower import TowerPolicy
 from toprl_models.policy import Policy
 
 logger = init_logger("vllm.toprl")
-MODELS = "toprl_models.integrations.vllm.models"
+PACKAGE = "toprl_models.integrations.vllm"
+MODELS = f"{PACKAGE}.models"
 
 
 def register() -> None:
@@ -32,9 +35,9 @@ def register() -> None:
     if is_tested(vllm.__version__):
         from vllm.model_executor.models.registry import ModelRegistry
 
-        for name in ARCHITECTURES:
-            if PREFIX + name not in ModelRegistry.models:
-                ModelRegistry.register_model(PREFIX + name, f"{MODELS}:{PREFIX}{name}")
+        for name in (prefix + name for prefix in (PREFIX, INSIDE) for name in ARCHITECTURES):
+            if name not in ModelRegistry.models:
+                ModelRegistry.register_model(name, f"{MODELS}:{name}")
     verify = VllmConfig.try_verify_and_update_config
     if hasattr(verify, KEY):
         return
@@ -52,6 +55,31 @@ def register() -> None:
 
     setattr(verify_and_prune, KEY, True)
     VllmConfig.try_verify_and_update_config = verify_and_prune
+    if is_tested(vllm.__version__):
+        refuse_requests()
+
+
+def refuse_requests() -> None:
+    """Let every request be checked where vLLM checks whether it can be watermarked, which includes beam search."""
+    from vllm.sampling_params import BeamSearchParams
+    from vllm.v1.engine.input_processor import InputProcessor
+
+    resolve = InputProcessor.resolve_watermarking
+
+    @functools.wraps(resolve)
+    def check_and_resolve(self: InputProcessor, params: Any) -> bool:
+        stored = getattr(self.model_config.hf_config, KEY, None)
+        if stored is not None and stored["stages"] is not None:
+            if isinstance(params, BeamSearchParams):
+                raise ValueError(
+                    f"{KEY}: beam search would prune each beam anew, with its answer as part of the question: use n, "
+                    "or prune before the language model, by keep"
+                )
+            if params.prompt_logprobs is not None:
+                raise ValueError(f"{KEY}: prompt_logprobs: tokens that a stage drops have none; leave it out")
+        return resolve(self, params)
+
+    InputProcessor.resolve_watermarking = check_and_resolve
 
 
 def configure(vllm_config: VllmConfig, options: PruningOptions) -> None:
@@ -70,17 +98,19 @@ def configure(vllm_config: VllmConfig, options: PruningOptions) -> None:
             "(LLaVA with a CLIP or SigLIP tower)"
         )
     policy = options.prepare(copy.deepcopy(config))
-    plain = not uses_mrope(config)
-    original = not plain or policy.positions == "original"
-    refuse(vllm_config, policy, original)
+    plain, inside = not uses_mrope(config), options.stages is not None
+    original = not inside and (not plain or policy.positions == "original")
+    if inside:
+        configure_inside(vllm_config, name)
+    else:
+        refuse(vllm_config, policy, original)
     if plain and original:
         # vLLM's runner numbers by the model's get_mrope_input_positions() where it finds sections
         config.rope_parameters = {"rope_type": "default", "mrope_section": [1, 1, 1]}
     config.toprl = {**asdict(options), "digest": options.digest, "plain": plain, "original": original}
-    config.architectures = [PREFIX + name]
+    config.architectures = [(INSIDE if inside else PREFIX) + name]
     model._model_info, model._architecture = model.registry.inspect_model_cls(config.architectures, model)
-    kept = f"{options.keep:.1%}" if isinstance(options.keep, float) else f"{options.keep} tokens"
-    logger.info("toprl: %s keeps %s of every image of %s (%s)", options.method, kept, name, options.digest)
+    logger.info("toprl: %s (%s)", options.describe(name), options.digest)
 
 
 def refuse(vllm_config: VllmConfig, policy: Policy, original: bool) -> None:
@@ -102,3 +132,46 @@ def refuse(vllm_config: VllmConfig, policy: Policy, original: bool) -> None:
     }
     if found := [setting for setting, is_set in wrong.items() if is_set]:
         raise ValueError(f"{KEY}: {type(policy).__name__} cannot run with {'; '.join(found)}: leave it out")
+
+
+def configure_inside(vllm_config: VllmConfig, name: str) -> None:
+    """Choose the worker and the scheduler of pruning inside the decoder, and refuse what they cannot do."""
+    from vllm.config import CompilationMode
+    from vllm.platforms import current_platform
+
+    if name in NOT_INSIDE:
+        able = ", ".join(each for each in ARCHITECTURES if each not in NOT_INSIDE)
+        raise ValueError(f"{KEY}: stages in {name}: {NOT_INSIDE[name]}; give keep in place of stages. Classes: {able}")
+    model, parallel, scheduler = vllm_config.model_config, vllm_config.parallel_config, vllm_config.scheduler_config
+    batched = scheduler.max_num_batched_tokens
+    eager = model.enforce_eager and vllm_config.compilation_config.mode in (None, CompilationMode.NONE)
+    wrong: dict[str, Any] = {
+        "--no-enable-prefix-caching": vllm_config.cache_config.enable_prefix_caching,
+        "--no-enable-chunked-prefill": scheduler.enable_chunked_prefill,
+        f"--max-num-batched-tokens {model.max_model_len} or more": batched < model.max_model_len,
+        "--enforce-eager": not eager,
+        "--runner generate": model.runner_type != "generate",
+        "--no-async-scheduling": scheduler.async_scheduling,
+        "VLLM_USE_V2_MODEL_RUNNER=0": vllm_config.use_v2_model_runner,
+        "no --enable-mm-embeds": model.multimodal_config.enable_mm_embeds,
+        "no --video-pruning-rate": model.multimodal_config.video_pruning_rate,
+        "no --enable-lora": vllm_config.lora_config is not None,
+        "no --speculative-config": vllm_config.speculative_config is not None,
+        "no --kv-transfer-config": vllm_config.kv_transfer_config is not None,
+        "no --disable-hybrid-kv-cache-manager": scheduler.disable_hybrid_kv_cache_manager,
+        "no --scheduler-cls": scheduler.scheduler_cls is not None,
+        "no --worker-cls": parallel.worker_cls != "auto",
+        "no --enable-dbo": parallel.enable_dbo,
+        "no --kv-sharing-fast-prefill": vllm_config.cache_config.kv_sharing_fast_prefill,
+        "--pipeline-parallel-size 1": parallel.pipeline_parallel_size > 1,
+        "--tensor-parallel-size 1 (replicas: --data-parallel-size)": parallel.tensor_parallel_size > 1,
+        "--decode-context-parallel-size 1": (parallel.decode_context_parallel_size or 1) > 1,
+    }
+    if found := [fix for fix, is_wrong in wrong.items() if is_wrong]:
+        raise ValueError(
+            f"{KEY}: stages inside the decoder need {'; '.join(found)} (docs/serve.md says why); or prune before the "
+            "language model, by keep"
+        )
+    scheduler.async_scheduling = False
+    scheduler.scheduler_cls = f"{PACKAGE}.pages.StageScheduler"
+    parallel.worker_cls = f"{PACKAGE}.worker.{'StageCPUWorker' if current_platform.is_cpu() else 'StageGPUWorker'}"
