@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from toprl_models.probe import ID_NAMES, refusal_of, visual_id_names
+from toprl_models.probe import ID_NAMES, refusal_of, videos_have_image_ids, visual_id_names
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -285,10 +285,14 @@ def count_visual(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> list[i
     return visual.sum(1).tolist()
 
 
-def video_token_ids(model: PreTrainedModel, family: Family) -> tuple[int, ...]:
-    """Return the ``visual_token_ids`` that stand for videos only, if the model takes videos as separate arguments."""
-    if "pixel_values_videos" not in inspect.signature(model.base_model.forward).parameters:
-        return ()
+def placeholder_ids(model: PreTrainedModel, family: Family) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Return the ``visual_token_ids`` of images, and those of videos if the model takes these as separate arguments.
+
+    They are the same ids where the frames of a video stand for images in the prompt (GLM-4V).
+    """
     ids = visual_token_ids(model, family)
-    images = {number for name, number in ids.items() if "video" not in name}
-    return tuple(number for number in dict.fromkeys(ids.values()) if number not in images)
+    if "pixel_values_videos" not in inspect.signature(model.base_model.forward).parameters:
+        return tuple(ids.values()), ()
+    images = tuple(dict.fromkeys(number for name, number in ids.items() if "video" not in name))
+    videos = tuple(number for number in dict.fromkeys(ids.values()) if number not in images)
+    return images, images if videos_have_image_ids(model.base_model, images) else videos

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 
 if TYPE_CHECKING:
@@ -63,6 +64,16 @@ def visual_id_names(config: PreTrainedConfig) -> tuple[str, ...]:
         if isinstance(value, int) and value not in ids:
             ids[value] = name
     return tuple(ids.values())
+
+
+def videos_have_image_ids(base: PreTrainedModel, image_ids: Sequence[int]) -> bool:
+    """Tell whether features of videos go where ``image_ids`` stand, by asking the model's own search for slots."""
+    find = getattr(base, "get_placeholder_mask", None)
+    if find is None or "video_features" not in inspect.signature(find).parameters:
+        return False
+    ids = torch.tensor([list(image_ids)])
+    masks = find(ids, inputs_embeds=torch.zeros(*ids.shape, 1))
+    return bool(masks[1].any())
 
 
 def has_plain_positions(decoder: PreTrainedModel) -> bool:

@@ -326,6 +326,7 @@ class TinyFamily:
     min_stage: int = 0
     is_qwen: bool = False  # needs mm_token_type_ids
     counts_images: bool = False  # needs batch_num_images
+    mixes: bool = True  # takes images and videos in one call
     attn_implementation: str = "sdpa"  # what the decoder uses unless told otherwise
     finish: Callable[[dict[str, Tensor], Rows], dict[str, Tensor]] | None = None  # the last word on the inputs
     not_a_case: str = ""  # why no visual token is a token of the decoder
@@ -402,13 +403,14 @@ def build_inputs(
 
 
 def parts_of(family: str | TinyFamily, rows: Rows, seed: int = 0) -> tuple[list[list[int]], list[list[Item]]]:
-    """Ids and items of each row."""
+    """Ids and items of each row; videos alone where there is one and the class takes no images along."""
     tiny = tiny_family(family)
     generator = torch.Generator().manual_seed(seed)
 
     def words(n: int) -> list[int]:
         return torch.randint(FIRST_WORD, LAST_WORD + 1, (n,), generator=generator).tolist()
 
+    has_videos = any("video" in row for row in rows)
     prompts: list[list[int]] = []
     items: list[list[Item]] = []
     for number, row in enumerate(rows):
@@ -416,7 +418,7 @@ def parts_of(family: str | TinyFamily, rows: Rows, seed: int = 0) -> tuple[list[
         items.append([])
         for kind in row:
             count = sum(map(len, items))
-            if kind == "image":
+            if kind == "image" and (tiny.mixes or not has_videos):
                 item = tiny.image(count, list(row).count("image") == 1, generator)
             else:
                 assert tiny.video is not None, f"{family} has no video"
