@@ -122,14 +122,12 @@ FAMILIES: dict[str, Family] = {
             "Gemma 3",
             "All 256 pooled tokens of an image and of each crop, which see each other; marks and line breaks around "
             "them are text and always stay.",
-            limits='Methods that renumber positions need policy.positions = "original".',
             depths={"4B": 34, "12B": 48, "27B": 62},
         ),
         Family(
             "Gemma4ForConditionalGeneration",
             "Gemma 4",
             "Pooled patches of images of any shape; the marks around them are text and always stay.",
-            limits='Methods that renumber positions need policy.positions = "original".',
         ),
         Family(
             "PaliGemmaForConditionalGeneration",

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from toprl_models.families import family_of, min_stage_of
 from toprl_models.policy import Policy
-from toprl_models.probe import blocked_stages, decoder_of, has_kinds_of_positions, has_plain_positions
+from toprl_models.probe import blocked_stages, decoder_of, has_plain_positions
 from toprl_models.runtime.compact import Compact
 from toprl_models.runtime.guards import refuse_key_selection, refuse_recurrent
 from toprl_models.runtime.hooks import Runtime
@@ -248,9 +248,4 @@ def _check_stage(policy: Policy, layer: int, earlier: int, decoder: PreTrainedMo
         raise ValueError(
             f'mode="mask" removes nothing, so that positions stay, but {name} has positions="renumbered": use '
             'mode="compact", or set policy.positions = "original"'
-        )
-    if policy.positions == "renumbered" and has_kinds_of_positions(decoder):
-        raise ValueError(
-            f'{name} has positions="renumbered", which a decoder with several kinds of rotary tables does not support: '
-            'set policy.positions = "original"'
         )

@@ -26,7 +26,7 @@ from tests.models.generating import (
 )
 from tests.models.tiny_families import HIDDEN_SIZE, NUM_LAYERS, build_model, tiny_family, visual_mask
 from toprl_models import METHODS, Decision, Policy, Schedule, StageContext, TopRLPolicy, attach
-from toprl_models.probe import decoder_of, has_kinds_of_positions
+from toprl_models.probe import decoder_of
 
 METHODS_BEFORE_LLM = ("visionzip", "fastervlm", "divprune", "downsample")
 # they need one query row, or a few, and the keys: no attention matrix that only one backend gives
@@ -52,10 +52,7 @@ def policy_of(name: str, family: str, schedule: Schedule) -> Policy:
     """A new policy: one of the learned ones, with weights that tell tokens apart, or one with its defaults."""
     torch.manual_seed(0)
     trained = TopRLPolicy(HIDDEN_SIZE, list(schedule.layers) if name == "toprl" else [1, 2, 3], actor_size=8)
-    policy = METHODS[name].make(schedule.layers, trained)
-    if has_kinds_of_positions(decoder_of(model_of(family))):  # renumbered ones would need a table of each kind
-        policy.positions = "original"
-    return policy
+    return METHODS[name].make(schedule.layers, trained)
 
 
 @functools.cache

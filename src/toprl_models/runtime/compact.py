@@ -14,7 +14,7 @@ from torch import Tensor
 from toprl_kernels import prune_stage, topk_compact
 from toprl_kernels.stage.reference import score_difference
 from toprl_models.policy import Decision
-from toprl_models.probe import first_attention, keyless_layers
+from toprl_models.probe import first_attention, has_kinds_of_positions, keyless_layers
 from toprl_models.runtime.cache import cache_of, enter_cache, layer_keys, report_whole_sequence
 from toprl_models.runtime.guards import refuse_padding_after_state
 from toprl_models.runtime.outputs import Survivors, scatter_all, scatter_back, slots_of
@@ -42,6 +42,8 @@ class Compact:
         self._decoder, self._stage_layers, self._renumbers = decoder, stage_layers, renumbers
         self._config, self._first_attention = decoder.config, first_attention(decoder.layers)
         self._keyless = keyless_layers(decoder.layers)
+        # of each layer, where rotary tables differ by it
+        self._kinds = decoder.config.layer_types if has_kinds_of_positions(decoder) else None
 
     def install(self, model: PreTrainedModel) -> None:
         """Prepare ``model``: nothing to do."""
@@ -190,7 +192,8 @@ class Compact:
         arguments = None if asked else segment.made_from(*sources)
         if arguments is None:
             keys = layer_keys(forward, number, index, cache, hidden_states, len(self._stage_layers), self._config)
-            arguments = shortened_arguments(self._decoder, forward, keys, hidden_states, kwargs)
+            kind = () if self._kinds is None else (self._kinds[index],)
+            arguments = shortened_arguments(self._decoder, forward, keys, hidden_states, kwargs, kind)
             if not asked:
                 segment.made.append((sources, arguments))
         return {**kwargs, **arguments, **other_arguments(forward, kwargs)}
