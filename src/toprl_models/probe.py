@@ -76,9 +76,13 @@ def videos_have_image_ids(base: PreTrainedModel, image_ids: Sequence[int]) -> bo
     return bool(masks[1].any())
 
 
-def has_plain_positions(decoder: PreTrainedModel) -> bool:
-    """Tell whether positions count tokens; M-RoPE's are places in images and moments of videos."""
-    return "mrope_section" not in (getattr(decoder.config, "rope_parameters", None) or {})
+def has_plain_positions(model: PreTrainedModel) -> bool:
+    """Tell whether positions count tokens; M-RoPE's are places in images and moments of videos.
+
+    A decoder with M-RoPE counts tokens where its model does not find places for it (MiniCPM-V 4.6).
+    """
+    rope = getattr(decoder_of(model).config, "rope_parameters", None) or {}
+    return "mrope_section" not in rope or not any(hasattr(one, "get_rope_index") for one in (model, model.base_model))
 
 
 def has_kinds_of_positions(decoder: PreTrainedModel) -> bool:

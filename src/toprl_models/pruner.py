@@ -42,7 +42,7 @@ class Pruner:
     def __init__(self, model: PreTrainedModel, policy: Policy, schedule: Schedule, mode: Mode) -> None:
         self.model, self.policy, self.schedule, self.mode = model, policy, schedule, mode
         decoder = decoder_of(model)
-        plain = has_plain_positions(decoder)
+        plain = has_plain_positions(model)
         renumbers = tuple(
             plain and policy.at_stage(stage).positions == "renumbered" for stage in range(len(schedule.layers))
         )

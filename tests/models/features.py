@@ -112,6 +112,11 @@ NOT_APPLICABLE: dict[tuple[str, str], str] = {
         for family in HYBRIDS
     },
     **{
+        ("several prompts packed into a row", family): "layers that keep a state run on from one prompt of a row into "
+        "the next, unpruned too: refused"
+        for family in HYBRIDS
+    },
+    **{
         (name, family): "transformers refuses assisted generation for models that keep a state"
         for name in ("assisted decoding", "prompt lookup")
         for family in HYBRIDS

@@ -16,7 +16,7 @@ from toprl_kernels.stage.reference import score_difference
 from toprl_models.policy import Decision
 from toprl_models.probe import first_attention, has_kinds_of_positions, keyless_layers
 from toprl_models.runtime.cache import cache_of, enter_cache, layer_keys, report_whole_sequence
-from toprl_models.runtime.guards import refuse_padding_after_state
+from toprl_models.runtime.guards import refuse_packing_with_state, refuse_padding_after_state
 from toprl_models.runtime.outputs import Survivors, scatter_all, scatter_back, slots_of
 from toprl_models.runtime.shortened import other_arguments, shortened_arguments
 from toprl_models.runtime.stage import Stage, trace_of
@@ -91,6 +91,8 @@ class Compact:
     ) -> tuple[Tensor, Segment]:
         visual, before, raster = forward.visual, forward.segment, forward.visual.index
         packing = before.packing
+        if packing is not None:
+            refuse_packing_with_state(self._decoder.layers)
         if decision.states is not None:
             hidden_states = put(hidden_states, visual.slots, visual.valid, decision.states, packing)
         scores, columns, kept = selection(forward, stage, decision, counts), forward.columns, counts
