@@ -48,9 +48,15 @@ class Pruner:
         )
         self._mode: Compact | Mask = Mask() if mode == "mask" else Compact(decoder, schedule.layers, renumbers)
         self._runtime = Runtime(model, policy, schedule, self._mode, VisualIds.of(model, family_of(model)))
-        _ATTACHED.add(decoder)
         runtime = self._runtime
-        self._handles: list[RemovableHandle] = runtime.hook() + self.policy.hooks(model)
+        self._handles: list[RemovableHandle] = runtime.hook()
+        try:
+            self._handles += self.policy.hooks(model)
+        except BaseException:  # the model is as it was
+            for handle in self._handles:
+                handle.remove()
+            raise
+        _ATTACHED.add(decoder)
         self._wrapped: dict[str, tuple[object, object]] = {}  # the model's attributes: ours, and the instance's before
         # PEFT calls the method forward(), past the module's hooks
         self._wrap("forward", runtime.calling(model.forward))
