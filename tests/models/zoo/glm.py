@@ -45,7 +45,8 @@ TOWER = {
 
 def glm_text(**changes: Any) -> dict[str, Any]:
     rope = {"rope_type": "default", "mrope_section": [2, 1, 1], "partial_rotary_factor": 0.5, "rope_theta": 10000.0}
-    return text_config(rope_parameters=rope, **changes)
+    # four norms in a layer amplify rounding: with wider weights bfloat16 alone, unpruned, is off by a quarter
+    return text_config(rope_parameters=rope, **{"initializer_range": 0.2, **changes})
 
 
 def glm4v():
