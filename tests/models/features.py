@@ -89,6 +89,11 @@ METHODS_NOT_APPLICABLE = {
     if (reason := method.refuses(family))
 }
 
+# what attach says of a class that a row does not tell
+METHODS_NOT_APPLICABLE["downsample", "ovis2"] = (
+    "the vision tower (Ovis2VisionModel) cannot interpolate its position embeddings"
+)
+
 HYBRIDS = ("qwen3_5", "qwen3_5_moe", "lfm2_vl", "minicpmv4_6")
 # why a feature does not apply, by (feature, family)
 NOT_APPLICABLE: dict[tuple[str, str], str] = {

@@ -90,9 +90,10 @@ def with_types(inputs: dict[str, Tensor], rows: Rows) -> dict[str, Tensor]:
     return inputs | {"mm_token_type_ids": (ids == IMAGE_ID).int() * (1 + in_video.int())}
 
 
+BOTH: dict[str, Any] = {"finish": with_types, "mixes": False, "repeats_images": False}
 ZOO = {
-    "Glm4vForConditionalGeneration": TinyFamily(glm4v, qwen_image, glm_video, finish=with_types, mixes=False),
-    "Glm46VForConditionalGeneration": TinyFamily(glm46v, qwen_image, glm_video, finish=with_types, mixes=False),
-    "Glm4vMoeForConditionalGeneration": TinyFamily(glm4v_moe, qwen_image, glm_video, finish=with_types, mixes=False),
-    "GlmOcrForConditionalGeneration": TinyFamily(glm_ocr, qwen_image, glm_video, finish=with_types, mixes=False),
+    "Glm4vForConditionalGeneration": TinyFamily(glm4v, qwen_image, glm_video, **BOTH),
+    "Glm46VForConditionalGeneration": TinyFamily(glm46v, qwen_image, glm_video, **BOTH),
+    "Glm4vMoeForConditionalGeneration": TinyFamily(glm4v_moe, qwen_image, glm_video, **BOTH),
+    "GlmOcrForConditionalGeneration": TinyFamily(glm_ocr, qwen_image, glm_video, **BOTH),
 }
