@@ -154,16 +154,16 @@ FAMILIES: dict[str, Family] = {
             "GLM-4V",
             "Merged 2 x 2 patches of images and video frames; the marks around them and time stamps are text and "
             "always stay.",
-            limits="A batch has images or videos, not both, and several answers to a prompt with several images see these "
-            "in another order: so does transformers' model without a pruner.",
+            limits="A batch has images or videos, not both, and several answers to a prompt with several images see "
+            "these in another order: so does transformers' model without a pruner.",
             depths={"9B": 40},
         ),
         Family(
             "Glm46VForConditionalGeneration",
             "GLM-4.6V",
             "As in GLM-4V.",
-            limits="A batch has images or videos, not both, and several answers to a prompt with several images see these "
-            "in another order: so does transformers' model without a pruner.",
+            limits="A batch has images or videos, not both, and several answers to a prompt with several images see "
+            "these in another order: so does transformers' model without a pruner.",
         ),
         Family(
             "Idefics3ForConditionalGeneration",
