@@ -17,9 +17,11 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import PreTrainedModel, set_seed
 
 from toprl_models import Policy, Schedule, attach
-from toprl_models.families import FAMILIES, decoder_of, min_stage_of
+from toprl_models.families import FAMILIES, min_stage_of
+from toprl_models.probe import decoder_of
 from toprl_models.runtime import compact
 from toprl_models.runtime.state import Segment, gather_slots
 
