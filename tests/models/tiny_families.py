@@ -327,6 +327,7 @@ class TinyFamily:
     is_qwen: bool = False  # needs mm_token_type_ids
     counts_images: bool = False  # needs batch_num_images
     mixes: bool = True  # takes images and videos in one call
+    blocks: str = ""  # whose tokens see each other: those of an "image", of the whole "prompt"
     repeats_images: bool = True  # several answers to a prompt with several images see these in order
     attn_implementation: str = "sdpa"  # what the decoder uses unless told otherwise
     finish: Callable[[dict[str, Tensor], Rows], dict[str, Tensor]] | None = None  # the last word on the inputs

@@ -214,7 +214,7 @@ def gemma4_unified_image(number: int, alone: bool, generator: torch.Generator) -
 
 
 ZOO = {
-    "Gemma3ForConditionalGeneration": TinyFamily(gemma3, image_of(16), finish=with_token_types),
+    "Gemma3ForConditionalGeneration": TinyFamily(gemma3, image_of(16), finish=with_token_types, blocks="image"),
     "Gemma3nForConditionalGeneration": TinyFamily(gemma3n, image_of(16)),
     "Gemma4ForConditionalGeneration": TinyFamily(gemma4, gemma4_image, gemma4_video, is_qwen=True),
     "Gemma4ForConditionalGeneration+per_layer_inputs": TinyFamily(

@@ -261,5 +261,5 @@ ZOO = {
     "PaliGemmaForConditionalGeneration+gemma2": TinyFamily(
         paligemma_2, tiles(16), finish=paligemma_finish, attn_implementation="eager"
     ),
-    "PaliGemmaForConditionalGeneration": TinyFamily(paligemma, tiles(16), finish=paligemma_finish),
+    "PaliGemmaForConditionalGeneration": TinyFamily(paligemma, tiles(16), finish=paligemma_finish, blocks="prompt"),
 }
