@@ -32,7 +32,7 @@ from tests.models.generating import (
     more_text,
     pruned,
 )
-from tests.models.tiny_families import NUM_LAYERS, build_inputs, build_model
+from tests.models.tiny_families import NUM_LAYERS, build_inputs, build_model, in_float64
 from toprl_models import Decision, Policy, attach
 
 STATIC = {"cache_implementation": "static", "disable_compile": True}
@@ -241,7 +241,7 @@ def int8_cache() -> Any:
 @feature("quantised cache")
 def test_quantised_cache(family: str) -> None:
     """In float64, where rounding between two modes does not reach the quantiser's: a flip there is a step of 1 %."""
-    model = build_model(family).double()
+    model = in_float64(build_model(family))
     inputs = {name: value.double() if value.is_floating_point() else value for name, value in inputs_of(family).items()}
     compact, mask = (
         pruned(family, mode, inputs, model=model, past_key_values=int8_cache()) for mode in ("compact", "mask")

@@ -24,7 +24,7 @@ from tests.models.generating import (
     inputs_of,
     pruned,
 )
-from tests.models.tiny_families import HIDDEN_SIZE, build_model, visual_mask
+from tests.models.tiny_families import HIDDEN_SIZE, build_model, in_float64, visual_mask
 from toprl_models import METHODS, Decision, Policy, Schedule, StageContext, TopRLPolicy, attach
 from toprl_models.probe import decoder_of
 from toprl_models.registry import layers_for
@@ -60,10 +60,7 @@ def policy_of(name: str, family: str, schedule: Schedule) -> Policy:
 
 @functools.cache
 def exact_model(family: str) -> Any:
-    model = build_model(family)
-    # torch's grouped product of matrices has no float64
-    model.config.get_text_config()._experts_implementation = "eager"
-    return model.double()
+    return in_float64(build_model(family))
 
 
 def exact_inputs(family: str) -> dict[str, Tensor]:

@@ -391,10 +391,19 @@ def build_model(family: str | TinyFamily = "llava", attn_implementation: str | N
     model.set_attn_implementation({place: implementation})
     model.generation_config.eos_token_id = None  # random models must not stop early
     model.generation_config.pad_token_id = PAD_ID
-    if family in MORE_FAMILIES:  # nor answer with a placeholder, which would want an image
-        model.generation_config.suppress_tokens = [IMAGE_ID, VIDEO_ID]
+    if (
+        family in MORE_FAMILIES
+    ):  # nor answer with a placeholder, which would want an image, or with Ovis2's marks of one
+        marks = getattr(model.config, "visual_indicator_token_ids", ())
+        model.generation_config.suppress_tokens = [IMAGE_ID, VIDEO_ID, *marks]
     model.requires_grad_(False)
     return model
+
+
+def in_float64(model: Any) -> Any:
+    """The model in float64, with experts one by one: torch's grouped product of matrices has no float64."""
+    model.config.get_text_config()._experts_implementation = "eager"
+    return model.double()
 
 
 def build_inputs(
