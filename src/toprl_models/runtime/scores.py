@@ -70,7 +70,8 @@ def fitting_layers(decoder: PreTrainedModel, wanted: Sequence[int], reads: Seque
         reads: the ``attention_from`` of each stage's policy.
     """
     layers: Any = decoder.layers
-    blocked, found = blocked_stages(decoder), []
+    blocked = blocked_stages(decoder)
+    found: list[int] = []
     for layer, attention_from in zip(wanted, reads, strict=True):
         earlier = found[-1] if found else -1
         for candidate in range(max(layer, earlier + 1), len(layers)):
