@@ -290,11 +290,12 @@ def count_visual(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> list[i
 def placeholder_ids(model: PreTrainedModel, family: Family) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Return the ``visual_token_ids`` of images, and those of videos if the model takes these as separate arguments.
 
-    They are the same ids where the frames of a video stand for images in the prompt (GLM-4V).
+    They are the same ids where the frames of a video stand for images in the prompt (GLM-4V). A model that takes no
+    videos may have an id for them, which stands for nothing (PaddleOCR-VL).
     """
     ids = visual_token_ids(model, family)
-    if "pixel_values_videos" not in inspect.signature(model.base_model.forward).parameters:
-        return tuple(ids.values()), ()
     images = tuple(dict.fromkeys(number for name, number in ids.items() if "video" not in name))
+    if "pixel_values_videos" not in inspect.signature(model.base_model.forward).parameters:
+        return images or tuple(ids.values()), ()
     videos = tuple(number for number in dict.fromkeys(ids.values()) if number not in images)
     return images, images if videos_have_image_ids(model.base_model, images) else videos

@@ -17,7 +17,7 @@ from tests.models.agreement import keeps_state, modes_of, schedule_of, single_ro
 from tests.models.by_hand import by_hand
 from tests.models.conftest import HashPolicy
 from tests.models.features import feature
-from tests.models.tiny_families import build_inputs, build_model, tiny_family, visual_mask
+from tests.models.tiny_families import build_inputs, build_model, in_float64, tiny_family, visual_mask
 from toprl_models import Decision, Policy, Pruner, Schedule, attach
 from toprl_models.probe import decoder_of, has_attention
 
@@ -284,7 +284,7 @@ class InFloat64(TorchFunctionMode):
 
 @feature("gradient of the keep mask")
 def test_the_mask_gradient_is_that_of_finite_differences(family: str) -> None:
-    model, inputs = build_model(family).double(), build_inputs(family)
+    model, inputs = in_float64(build_model(family)), build_inputs(family)
     inputs = {name: value.double() if value.is_floating_point() else value for name, value in inputs.items()}
     count = int(visual_mask(inputs).sum())
     first = torch.tensor([1.0, 0.0, 0.3, 0.8], dtype=torch.float64).repeat(count)[:count]
