@@ -231,10 +231,14 @@ class TwoWords(LogitsProcessor):
         return allowed
 
 
+# weights whose drafts are wrong now and then, where those of seed 1 are always right
+ASSISTANTS = {"qwen3_vl_moe": 2}
+
+
 @functools.cache
 def assistant_of(family: str) -> Any:
     """A smaller model with other weights."""
-    assistant = build_model(family, seed=1)
+    assistant = build_model(family, seed=ASSISTANTS.get(family, 1))
     decoder = decoder_of(assistant)
     decoder.layers = decoder.layers[:2]
     decoder.config.num_hidden_layers = 2
