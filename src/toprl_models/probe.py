@@ -87,7 +87,8 @@ def has_plain_positions(model: PreTrainedModel) -> bool:
 
 def has_kinds_of_positions(decoder: PreTrainedModel) -> bool:
     """Tell whether rotary tables differ by kind of layer, as in Gemma 3."""
-    return "layer_type" in inspect.signature(decoder.rotary_emb.forward).parameters
+    rotary = getattr(decoder, "rotary_emb", None)  # none in a decoder without positions
+    return rotary is not None and "layer_type" in inspect.signature(rotary.forward).parameters
 
 
 def has_attention(layer: nn.Module) -> bool:
