@@ -32,7 +32,7 @@ from toprl_models.policy import Policy
 from toprl_models.probe import blocked_stages, decoder_of, has_plain_positions, has_state, keyless_layers
 from toprl_models.processors import load_processor
 from toprl_models.pruner import attach
-from toprl_models.registry import method_of
+from toprl_models.registry import layers_for, method_of
 from toprl_models.schedule import PAPER_LAYERS, Schedule, stage_layers_for
 from toprl_models.verify import verdict, verify
 
@@ -131,14 +131,14 @@ def describe_model(name_or_path: str, method_name: str | None = None) -> str:
             f"{name_or_path}: {family.title} ({name})",
             f"  visual tokens: {family.visual_rule} Ids: {ids}",
             f"  decoder: {type(decoder).__name__}, {len(layers)} layers: {_kinds(decoder)}; "
-            f"{'plain' if has_plain_positions(decoder) else 'M-RoPE'} positions",
+            f"{'plain' if has_plain_positions(model) else 'M-RoPE'} positions",
             f"  stages may lie before layers {_ranges(possible)}",
             f"  a first schedule: Schedule(stages=({keeps}{',' if len(stages) == 1 else ''}))",
             *(f"  mode {mode}: {_attaches(model, RandomPolicy(), stages, mode)}" for mode in ("compact", "mask")),
             f"  attention scores: {_attaches(model, FastV(), [max(stages[-1], 1)], 'compact')}",
             *([f"  a tiny model of this class in the tests: {known['outcome']}"] if known else []),
             *([f"  limits: {family.limits}"] if family.limits else []),
-            *([_fit(method_name, family, config, first)] if method_name else []),
+            *([_fit(method_name, family, config)] if method_name else []),
         ]
     )
 
@@ -203,10 +203,10 @@ def compare(name_or_path: str) -> str:
     return "\n".join([*lines, f"  verdict: {verdict(findings)}"])
 
 
-def _fit(name: str, family: Family, config: PreTrainedConfig, first: int) -> str:
+def _fit(name: str, family: Family, config: PreTrainedConfig) -> str:
     """Tell in one line where the method prunes in the model of ``config``, or why it cannot."""
     method = method_of(name)
-    layers = method.layers(config.get_text_config().num_hidden_layers, first)
+    layers = layers_for(method, skeleton(config))
     stages = Schedule(tuple((layer, 1.0) for layer in layers))
     reason = method.refuses(family)
     if not reason and not method.trained:  # a trained policy says itself which model it is for

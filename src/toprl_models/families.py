@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from toprl_models.probe import ID_NAMES, refusal_of, visual_id_names
+from toprl_models.probe import ID_NAMES, refusal_of, videos_have_image_ids, visual_id_names
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -122,14 +122,12 @@ FAMILIES: dict[str, Family] = {
             "Gemma 3",
             "All 256 pooled tokens of an image and of each crop, which see each other; marks and line breaks around "
             "them are text and always stay.",
-            limits='Methods that renumber positions need policy.positions = "original".',
             depths={"4B": 34, "12B": 48, "27B": 62},
         ),
         Family(
             "Gemma4ForConditionalGeneration",
             "Gemma 4",
             "Pooled patches of images of any shape; the marks around them are text and always stay.",
-            limits='Methods that renumber positions need policy.positions = "original".',
         ),
         Family(
             "PaliGemmaForConditionalGeneration",
@@ -156,12 +154,16 @@ FAMILIES: dict[str, Family] = {
             "GLM-4V",
             "Merged 2 x 2 patches of images and video frames; the marks around them and time stamps are text and "
             "always stay.",
+            limits="A batch has images or videos, not both, and several answers to a prompt with several images see "
+            "these in another order: so does transformers' model without a pruner.",
             depths={"9B": 40},
         ),
         Family(
             "Glm46VForConditionalGeneration",
             "GLM-4.6V",
             "As in GLM-4V.",
+            limits="A batch has images or videos, not both, and several answers to a prompt with several images see "
+            "these in another order: so does transformers' model without a pruner.",
         ),
         Family(
             "Idefics3ForConditionalGeneration",
@@ -285,10 +287,15 @@ def count_visual(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> list[i
     return visual.sum(1).tolist()
 
 
-def video_token_ids(model: PreTrainedModel, family: Family) -> tuple[int, ...]:
-    """Return the ``visual_token_ids`` that stand for videos only, if the model takes videos as separate arguments."""
-    if "pixel_values_videos" not in inspect.signature(model.base_model.forward).parameters:
-        return ()
+def placeholder_ids(model: PreTrainedModel, family: Family) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Return the ``visual_token_ids`` of images, and those of videos if the model takes these as separate arguments.
+
+    They are the same ids where the frames of a video stand for images in the prompt (GLM-4V). A model that takes no
+    videos may have an id for them, which stands for nothing (PaddleOCR-VL).
+    """
     ids = visual_token_ids(model, family)
-    images = {number for name, number in ids.items() if "video" not in name}
-    return tuple(number for number in dict.fromkeys(ids.values()) if number not in images)
+    images = tuple(dict.fromkeys(number for name, number in ids.items() if "video" not in name))
+    if "pixel_values_videos" not in inspect.signature(model.base_model.forward).parameters:
+        return images or tuple(ids.values()), ()
+    videos = tuple(number for number in dict.fromkeys(ids.values()) if number not in images)
+    return images, images if videos_have_image_ids(model.base_model, images) else videos

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 
 if TYPE_CHECKING:
@@ -65,14 +66,29 @@ def visual_id_names(config: PreTrainedConfig) -> tuple[str, ...]:
     return tuple(ids.values())
 
 
-def has_plain_positions(decoder: PreTrainedModel) -> bool:
-    """Tell whether positions count tokens; M-RoPE's are places in images and moments of videos."""
-    return "mrope_section" not in (getattr(decoder.config, "rope_parameters", None) or {})
+def videos_have_image_ids(base: PreTrainedModel, image_ids: Sequence[int]) -> bool:
+    """Tell whether features of videos go where ``image_ids`` stand, by asking the model's own search for slots."""
+    find = getattr(base, "get_placeholder_mask", None)
+    if find is None or "video_features" not in inspect.signature(find).parameters:
+        return False
+    ids = torch.tensor([list(image_ids)])
+    masks = find(ids, inputs_embeds=torch.zeros(*ids.shape, 1))
+    return bool(masks[1].any())
+
+
+def has_plain_positions(model: PreTrainedModel) -> bool:
+    """Tell whether positions count tokens; M-RoPE's are places in images and moments of videos.
+
+    A decoder with M-RoPE counts tokens where its model does not find places for it (MiniCPM-V 4.6).
+    """
+    rope = getattr(decoder_of(model).config, "rope_parameters", None) or {}
+    return "mrope_section" not in rope or not any(hasattr(one, "get_rope_index") for one in (model, model.base_model))
 
 
 def has_kinds_of_positions(decoder: PreTrainedModel) -> bool:
     """Tell whether rotary tables differ by kind of layer, as in Gemma 3."""
-    return "layer_type" in inspect.signature(decoder.rotary_emb.forward).parameters
+    rotary = getattr(decoder, "rotary_emb", None)  # none in a decoder without positions
+    return rotary is not None and "layer_type" in inspect.signature(rotary.forward).parameters
 
 
 def has_attention(layer: nn.Module) -> bool:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from toprl_models.families import family_of, min_stage_of
 from toprl_models.policy import Policy
-from toprl_models.probe import blocked_stages, decoder_of, has_kinds_of_positions, has_plain_positions
+from toprl_models.probe import blocked_stages, decoder_of, has_plain_positions
 from toprl_models.runtime.compact import Compact
 from toprl_models.runtime.guards import refuse_key_selection, refuse_recurrent
 from toprl_models.runtime.hooks import Runtime
@@ -42,15 +42,21 @@ class Pruner:
     def __init__(self, model: PreTrainedModel, policy: Policy, schedule: Schedule, mode: Mode) -> None:
         self.model, self.policy, self.schedule, self.mode = model, policy, schedule, mode
         decoder = decoder_of(model)
-        plain = has_plain_positions(decoder)
+        plain = has_plain_positions(model)
         renumbers = tuple(
             plain and policy.at_stage(stage).positions == "renumbered" for stage in range(len(schedule.layers))
         )
         self._mode: Compact | Mask = Mask() if mode == "mask" else Compact(decoder, schedule.layers, renumbers)
         self._runtime = Runtime(model, policy, schedule, self._mode, VisualIds.of(model, family_of(model)))
-        _ATTACHED.add(decoder)
         runtime = self._runtime
-        self._handles: list[RemovableHandle] = runtime.hook() + self.policy.hooks(model)
+        self._handles: list[RemovableHandle] = runtime.hook()
+        try:
+            self._handles += self.policy.hooks(model)
+        except BaseException:  # the model is as it was
+            for handle in self._handles:
+                handle.remove()
+            raise
+        _ATTACHED.add(decoder)
         self._wrapped: dict[str, tuple[object, object]] = {}  # the model's attributes: ours, and the instance's before
         # PEFT calls the method forward(), past the module's hooks
         self._wrap("forward", runtime.calling(model.forward))
@@ -248,9 +254,4 @@ def _check_stage(policy: Policy, layer: int, earlier: int, decoder: PreTrainedMo
         raise ValueError(
             f'mode="mask" removes nothing, so that positions stay, but {name} has positions="renumbered": use '
             'mode="compact", or set policy.positions = "original"'
-        )
-    if policy.positions == "renumbered" and has_kinds_of_positions(decoder):
-        raise ValueError(
-            f'{name} has positions="renumbered", which a decoder with several kinds of rotary tables does not support: '
-            'set policy.positions = "original"'
         )

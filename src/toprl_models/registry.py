@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from toprl_kernels import flops
 from toprl_models.families import Family, count_visual, family_of, min_stage_of
 from toprl_models.policy import Policy
+from toprl_models.probe import decoder_of
+from toprl_models.runtime.scores import fitting_layers
 from toprl_models.schedule import PAPER_LAYERS, PAPER_STAGES, Schedule, stage_layers_for
 
 if TYPE_CHECKING:
@@ -184,6 +186,27 @@ def method_of(name: str) -> Method:
     return METHODS[name]
 
 
+def layers_for(method: Method, model: PreTrainedModel, trained: Sequence[int] = ()) -> tuple[int, ...]:
+    """Scale a method's stages to ``model``, each moved on to the first layer that offers what the method reads.
+
+    Layers of linear attention and convolutions (Qwen3.5, LFM2-VL) have no attention weights: PyramidDrop prunes before
+    a layer that has them, FastV after one. Of several stages of one method those that find no layer are left out.
+
+    Args:
+        method: a plain or composed method.
+        model: gives depth, kinds of layers and the first one that may prune.
+        trained: stages of the trained policy, which stay where they are.
+    """
+    decoder = decoder_of(model)
+    layers = method.layers(len(decoder.layers), min_stage_of(model, family_of(model)), trained)
+    if method.trained:
+        return layers
+    policy = method.make(layers)
+    moved = fitting_layers(decoder, layers, [policy.at_stage(number).attention_from for number in range(len(layers))])
+    # a composition needs a layer for each part: attach tells which has none
+    return layers if not moved or (method.parts and len(moved) < len(layers)) else moved
+
+
 def _composed(name: str) -> Method:
     """Compose the methods that "+" joins in ``name``."""
     from toprl_models.methods.compose import Compose
@@ -229,7 +252,7 @@ def schedule_for(
             them keep the same share, and their mean meets ``average_tokens``.
         num_visual: instead of ``inputs``, visual tokens of a prompt.
         num_layers: decoder layers.
-        layers: the stages; by default those of the authors, scaled to the depth.
+        layers: the stages; by default those of the authors, scaled to the model by ``layers_for``.
 
     Raises:
         ValueError: unknown method, no or two budgets, ``average_tokens`` for a model without ``inputs`` or
@@ -253,7 +276,10 @@ def schedule_for(
     else:
         depth = num_layers or model.config.get_text_config().num_hidden_layers
         info, known, first = method_of(str(method)), model, min_stage_of(model, family_of(model))
-    chosen = info.layers(depth, first) if layers is None else tuple(layers)
+    if layers is not None:
+        chosen = tuple(layers)
+    else:
+        chosen = info.layers(depth, first) if known is None or num_layers else layers_for(info, known)
     tokens, alike = _tokens_of(known, inputs, num_visual)
     if keep is not None and average_tokens is None:
         floor = chosen[0] / depth

@@ -27,11 +27,10 @@ from torch import Tensor
 from transformers import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, AutoConfig, PreTrainedConfig
 from transformers.image_utils import load_image
 
-from toprl_models.families import family_of, min_stage_of
 from toprl_models.integrations.lmms_eval import PruningArguments, load_policy, skeleton, trained_parts
 from toprl_models.policy import Policy
 from toprl_models.pruner import Pruner, attach
-from toprl_models.registry import method_of, schedule_for
+from toprl_models.registry import layers_for, method_of, schedule_for
 from toprl_models.schedule import Schedule
 
 try:
@@ -254,8 +253,7 @@ def prepare(config: PreTrainedConfig, options: argparse.Namespace) -> tuple[Poli
         raise ValueError(f"--num_visual {options.num_visual}: --keep is a share of any number; leave it out")
     trained = None if options.policy is None else load_policy(options.policy)
     model = skeleton(config)
-    num_layers, first = config.get_text_config().num_hidden_layers, min_stage_of(model, family_of(model))
-    layers = method.layers(num_layers, first, () if trained is None else trained.stage_layers)
+    layers = layers_for(method, model, () if trained is None else trained.stage_layers)
     policy, schedule = method.make(layers, trained), schedule_for(model, method.name, keep=options.keep, layers=layers)
     attach(model, policy, schedule=schedule).detach()
     return policy, schedule

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from tests.models.by_hand import by_hand
 from tests.models.conftest import HashPolicy
 from tests.models.tiny_families import Rows, assemble, build_model, parts_of, tiny_family, visual_mask
-from toprl_models import Pruner, Schedule, StageTrace, attach
+from toprl_models import Policy, Pruner, Schedule, StageTrace, attach
 from toprl_models.probe import decoder_of
+from toprl_models.runtime.scores import fitting_layers
 
 NEW_TOKENS = 8
 # float32 rounding of the same sums in another order; the states are around 1, the logits around 2
@@ -94,6 +95,13 @@ def modes_of(model: Any) -> tuple[str, ...]:
     with pytest.raises(ValueError, match=r'keeps a state of all earlier tokens.*mode="mask" cannot support'):
         attach(model, HashPolicy(), schedule=Schedule(((1, 0.5),)), mode="mask")
     return ("compact",)
+
+
+def fitting(model: Any, policy: Policy, schedule: Schedule) -> Schedule:
+    """Move stages on to layers that offer the attention that ``policy`` reads."""
+    reads = [policy.at_stage(stage).attention_from for stage in range(len(schedule))]
+    layers = fitting_layers(decoder_of(model), schedule.layers, reads)
+    return Schedule(tuple((layer, keep) for layer, (_, keep) in zip(layers, schedule.stages, strict=False)))
 
 
 def lengths_of(cache: Any) -> list[int]:

@@ -89,6 +89,11 @@ METHODS_NOT_APPLICABLE = {
     if (reason := method.refuses(family))
 }
 
+# what attach says of a class that a row does not tell
+METHODS_NOT_APPLICABLE["downsample", "ovis2"] = (
+    "the vision tower (Ovis2VisionModel) cannot interpolate its position embeddings"
+)
+
 HYBRIDS = ("qwen3_5", "qwen3_5_moe", "lfm2_vl", "minicpmv4_6")
 # why a feature does not apply, by (feature, family)
 NOT_APPLICABLE: dict[tuple[str, str], str] = {
@@ -109,6 +114,11 @@ NOT_APPLICABLE: dict[tuple[str, str], str] = {
     **{
         (name, family): "layers that keep a state have no mask mode"
         for name in ("compact = mask (Eqs. 6-7)", "gradient of the keep mask")
+        for family in HYBRIDS
+    },
+    **{
+        ("several prompts packed into a row", family): "layers that keep a state run on from one prompt of a row into "
+        "the next, unpruned too: refused"
         for family in HYBRIDS
     },
     **{

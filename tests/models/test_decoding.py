@@ -28,7 +28,7 @@ from tests.models.generating import (
     pruned,
     with_answer,
 )
-from tests.models.tiny_families import IMAGE_ID, TOKEN_ARGUMENTS, VIDEO_ID, build_inputs, build_model
+from tests.models.tiny_families import IMAGE_ID, TOKEN_ARGUMENTS, VIDEO_ID, build_inputs, build_model, tiny_family
 from toprl_models import Decision, FastV, Policy, PyramidDrop, RandomPolicy, Schedule, attach
 from toprl_models.probe import decoder_of
 
@@ -139,6 +139,10 @@ def test_several_answers(family: str, rows: tuple) -> None:
     options = {"do_sample": True, "temperature": 2.0, "num_return_sequences": 2}
     compact, mask = (pruned(family, mode, inputs, **options) for mode in MODES)
     assert_same(compact, mask)
+    if not tiny_family(family).repeats_images and any(row.count("image") > 1 for row in rows):
+        unpruned = generate(model_of(family), inputs, **options).logits[0, ::2]
+        assert (unpruned - greedy(family, "unattached", rows).logits[0]).abs().max() > 0.1
+        return
     first = greedy(family, "compact", rows)
     torch.testing.assert_close(compact.logits[0, ::2], compact.logits[0, 1::2], atol=TOLERANCE, rtol=0)
     torch.testing.assert_close(compact.logits[0, ::2], first.logits[0], atol=TOLERANCE, rtol=0)
@@ -227,10 +231,14 @@ class TwoWords(LogitsProcessor):
         return allowed
 
 
+# weights whose drafts are wrong now and then, where those of seed 1 are all right or all wrong
+ASSISTANTS = {"qwen3_vl_moe": 4}
+
+
 @functools.cache
 def assistant_of(family: str) -> Any:
     """A smaller model with other weights."""
-    assistant = build_model(family, seed=1)
+    assistant = build_model(family, seed=ASSISTANTS.get(family, 1))
     decoder = decoder_of(assistant)
     decoder.layers = decoder.layers[:2]
     decoder.config.num_hidden_layers = 2

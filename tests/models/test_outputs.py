@@ -13,12 +13,13 @@ from torch.overrides import TorchFunctionMode
 from transformers import LlavaForConditionalGeneration
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from tests.models.agreement import modes_of, schedule_of
+from tests.models.agreement import keeps_state, modes_of, schedule_of, single_row
+from tests.models.by_hand import by_hand
 from tests.models.conftest import HashPolicy
 from tests.models.features import feature
-from tests.models.tiny_families import build_inputs, build_model, tiny_family, visual_mask
+from tests.models.tiny_families import build_inputs, build_model, in_float64, tiny_family, visual_mask
 from toprl_models import Decision, Policy, Pruner, Schedule, attach
-from toprl_models.probe import decoder_of
+from toprl_models.probe import decoder_of, has_attention
 
 ROWS = (("image",), ("image", "image"), ())
 TOLERANCE = {"atol": 1e-4, "rtol": 1e-4}
@@ -191,9 +192,28 @@ class MaskedColumns:
         return args, {**kwargs, "attention_mask": mask.masked_fill(self.closed, torch.finfo(mask.dtype).min)}
 
 
+def assert_weights_by_hand(family: str, model: Any) -> None:
+    """Row by row after one stage: no mask takes a token out of a state. There are weights of layers with attention."""
+    schedule = Schedule(((1, 0.5),))
+    with attach(model, HashPolicy(), schedule=schedule):
+        found = model(**build_inputs(family, ROWS), output_attentions=True).attentions
+    assert len(found) == sum(map(has_attention, decoder_of(model).layers))
+    for row in range(len(ROWS)):
+        with by_hand(model, schedule):
+            inputs = single_row(family, build_inputs(family, ROWS), ROWS, row)
+            expected = model(**inputs, output_attentions=True).attentions
+        for weights, wanted in zip(found, expected, strict=True):
+            mine = slice(weights.shape[2] - wanted.shape[2], None)  # padded on the left
+            torch.testing.assert_close(weights[row, :, mine, mine], wanted[0], **TOLERANCE)
+        assert expected[0].shape[2] < inputs["input_ids"].shape[1] or not ROWS[row]
+
+
 @feature("output_attentions")
 def test_attention_weights_are_those_among_the_survivors(family: str) -> None:
     model, inputs = shared_model(family, "eager"), build_inputs(family, ROWS)
+    if keeps_state(model):
+        assert_weights_by_hand(family, model)
+        return
     with attach(model, HashPolicy(), schedule=schedule_of(family)) as pruner:
         found = model(**inputs, output_attentions=True).attentions
     layers = decoder_of(model).layers
@@ -264,7 +284,7 @@ class InFloat64(TorchFunctionMode):
 
 @feature("gradient of the keep mask")
 def test_the_mask_gradient_is_that_of_finite_differences(family: str) -> None:
-    model, inputs = build_model(family).double(), build_inputs(family)
+    model, inputs = in_float64(build_model(family)), build_inputs(family)
     inputs = {name: value.double() if value.is_floating_point() else value for name, value in inputs.items()}
     count = int(visual_mask(inputs).sum())
     first = torch.tensor([1.0, 0.0, 0.3, 0.8], dtype=torch.float64).repeat(count)[:count]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from tests.models.agreement import model_of
+from tests.models.agreement import fitting, model_of
 from tests.models.conftest import HashPolicy
 from tests.models.features import feature
 from tests.models.generating import BATCH, generate, inputs_of, with_answer
@@ -20,9 +20,9 @@ WORDS = ((20, 21, 22), (33, 34, 35))
 SINGLE = (("image",),)
 
 
-def conditioned() -> OneShot:
+def conditioned(layer: int = 3) -> OneShot:
     torch.manual_seed(0)
-    return OneShot(TopRLPolicy(HIDDEN_SIZE, [3], 8, condition_on="text"), 3)
+    return OneShot(TopRLPolicy(HIDDEN_SIZE, [layer], 8, condition_on="text"), layer)
 
 
 READERS = {"fastv": FastV, "pyramiddrop": PyramidDrop, "sparsevlm": SparseVLM, "toprl_text": conditioned}
@@ -52,7 +52,9 @@ def test_scoring_an_answer_is_generating_it(family: str, reader: str) -> None:
     """The answer's log-probabilities in one pass with labels are those of the steps that generated it."""
     model, inputs = model_of(family), inputs_of(family)
     length = inputs["input_ids"].shape[1]
-    with attach(model, READERS[reader](), schedule=schedule()):
+    where = fitting(model, PyramidDrop(), schedule())  # before a layer with attention
+    make = (lambda: conditioned(*where.layers)) if reader == "toprl_text" else READERS[reader]
+    with attach(model, make(), schedule=where):
         output = generate(model, inputs, suppress_tokens=[IMAGE_ID, VIDEO_ID])
         longer = with_answer(inputs, output.tokens)
         scored = model(**longer, labels=labels_of(longer, length)).logits[:, length - 1 : -1]

@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.models.agreement import assert_agreement, attached
+from tests.models.agreement import assert_agreement, attached, kept_slots
+from tests.models.conftest import HashPolicy
 from tests.models.tiny_families import (
     BOS_ID,
     FIRST_WORD,
@@ -22,6 +23,7 @@ from tests.models.tiny_families import (
     text_config,
 )
 from toprl_models import Family, FastV, Policy, PyramidDrop, Schedule, attach, families, register_family
+from toprl_models.probe import decoder_of
 
 SCHEDULE = Schedule(((1, 0.5), (3, 0.25), (5, 2)))
 FULL, SLIDING = "full_attention", "sliding_attention"
@@ -195,7 +197,19 @@ def test_scores_use_the_rotary_tables_of_their_layers_kind(policy: Policy) -> No
         torch.testing.assert_close(scores[1][0], weights[inputs["input_ids"][0] == IMAGE_ID], atol=1e-6, rtol=1e-4)
 
 
-def test_renumbered_positions_are_refused() -> None:
-    register_family(Family("Gemma3ForConditionalGeneration", "Gemma 3", "All tokens of every image."))
-    with pytest.raises(ValueError, match="several kinds of rotary tables"):
-        attach(model_of(gemma3), PyramidDrop(), schedule=SCHEDULE)
+def test_renumbered_positions_have_the_rotary_tables_of_each_kind() -> None:
+    """The unattached decoder, given the survivors alone, their part of its masks, and positions from 0."""
+    model, inputs, given = model_of(gemma3, "eager"), gemma3_inputs((2,)), {}
+    policy, decoder = HashPolicy(), decoder_of(model)
+    policy.positions = "renumbered"
+    hook = decoder.register_forward_pre_hook(lambda _, args, kwargs: given.update(kwargs), with_kwargs=True)
+    with attach(model, policy, schedule=Schedule(((0, 0.5),))) as pruner:
+        states = model.base_model(**inputs).last_hidden_state
+    hook.remove()
+    alive = kept_slots(inputs, pruner.trace[0])[0]
+    short = decoder(
+        inputs_embeds=given["inputs_embeds"][:, alive],
+        attention_mask={kind: mask[..., alive, :][..., alive] for kind, mask in given["attention_mask"].items()},
+        position_ids=torch.arange(int(alive.sum()))[None],
+    )
+    torch.testing.assert_close(states[:, alive], short.last_hidden_state, atol=1e-5, rtol=1e-5)

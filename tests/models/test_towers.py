@@ -239,7 +239,8 @@ def encode(model: Any, inputs: dict[str, Tensor]) -> Tensor:
 
 
 def layers_of(tower: Any) -> Any:
-    for path in ("encoder.layers", "encoder.layer", "transformer.layers", "blocks"):
+    paths = ("encoder.layers", "encoder.layer", "transformer.layers", "blocks")
+    for path in (*paths, "vision_model.encoder.layers", "transformer.encoder.layers"):
         try:
             return tower.get_submodule(path)
         except AttributeError:
@@ -366,6 +367,19 @@ def test_scores_are_the_towers_own(name: str) -> None:
         assert (expected >= 0).all()
     torch.testing.assert_close(read.double(), expected, atol=1e-7, rtol=1e-5)
     assert expected[expected >= 0].std() > 1e-4  # or any order would do
+
+
+@pytest.mark.parametrize("name", ["paddleocr_vl", "ovis2"])
+def test_the_patches_of_a_token_are_those_that_it_depends_on(name: str) -> None:
+    """Patches come row by row, whatever the tower is told of grids."""
+    model, inputs = model_of(name), build_inputs(name, (("image",), ("image", "image")))
+    layout, tower, seen = layout_of(model), tower_of(model), {}
+    hook = tower.register_forward_pre_hook(lambda _, args, kwargs: seen.update(kwargs), with_kwargs=True)
+    groups = patches_of_tokens(model, inputs)
+    hook.remove()
+    arguments = {**seen, "pixel_values": inputs["pixel_values"].shape}
+    shares = layout.merged(torch.eye(groups.shape[1]), layout.grids(arguments))
+    assert torch.equal(shares > 0, groups)
 
 
 @pytest.mark.parametrize("name", ["llava_siglip", "mistral3", "smolvlm", "qwen2_5_vl"])

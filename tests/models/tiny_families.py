@@ -326,6 +326,9 @@ class TinyFamily:
     min_stage: int = 0
     is_qwen: bool = False  # needs mm_token_type_ids
     counts_images: bool = False  # needs batch_num_images
+    mixes: bool = True  # takes images and videos in one call
+    blocks: str = ""  # whose tokens see each other: those of an "image", of the whole "prompt"
+    repeats_images: bool = True  # several answers to a prompt with several images see these in order
     attn_implementation: str = "sdpa"  # what the decoder uses unless told otherwise
     finish: Callable[[dict[str, Tensor], Rows], dict[str, Tensor]] | None = None  # the last word on the inputs
     not_a_case: str = ""  # why no visual token is a token of the decoder
@@ -388,10 +391,19 @@ def build_model(family: str | TinyFamily = "llava", attn_implementation: str | N
     model.set_attn_implementation({place: implementation})
     model.generation_config.eos_token_id = None  # random models must not stop early
     model.generation_config.pad_token_id = PAD_ID
-    if family in MORE_FAMILIES:  # nor answer with a placeholder, which would want an image
-        model.generation_config.suppress_tokens = [IMAGE_ID, VIDEO_ID]
+    if (
+        family in MORE_FAMILIES
+    ):  # nor answer with a placeholder, which would want an image, or with Ovis2's marks of one
+        marks = getattr(model.config, "visual_indicator_token_ids", ())
+        model.generation_config.suppress_tokens = [IMAGE_ID, VIDEO_ID, *marks]
     model.requires_grad_(False)
     return model
+
+
+def in_float64(model: Any) -> Any:
+    """The model in float64, with experts one by one: torch's grouped product of matrices has no float64."""
+    model.config.get_text_config()._experts_implementation = "eager"
+    return model.double()
 
 
 def build_inputs(
@@ -402,13 +414,14 @@ def build_inputs(
 
 
 def parts_of(family: str | TinyFamily, rows: Rows, seed: int = 0) -> tuple[list[list[int]], list[list[Item]]]:
-    """Ids and items of each row."""
+    """Ids and items of each row; videos alone where there is one and the class takes no images along."""
     tiny = tiny_family(family)
     generator = torch.Generator().manual_seed(seed)
 
     def words(n: int) -> list[int]:
         return torch.randint(FIRST_WORD, LAST_WORD + 1, (n,), generator=generator).tolist()
 
+    has_videos = any("video" in row for row in rows)
     prompts: list[list[int]] = []
     items: list[list[Item]] = []
     for number, row in enumerate(rows):
@@ -416,7 +429,7 @@ def parts_of(family: str | TinyFamily, rows: Rows, seed: int = 0) -> tuple[list[
         items.append([])
         for kind in row:
             count = sum(map(len, items))
-            if kind == "image":
+            if kind == "image" and (tiny.mixes or not has_videos):
                 item = tiny.image(count, list(row).count("image") == 1, generator)
             else:
                 assert tiny.video is not None, f"{family} has no video"

@@ -17,10 +17,11 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import PreTrainedModel, set_seed, testing_utils
+from transformers import PreTrainedModel, set_seed
 
 from toprl_models import Policy, Schedule, attach
-from toprl_models.families import FAMILIES, decoder_of, min_stage_of
+from toprl_models.families import FAMILIES, min_stage_of
+from toprl_models.probe import decoder_of
 from toprl_models.runtime import compact
 from toprl_models.runtime.state import Segment, gather_slots
 
@@ -105,7 +106,6 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("toprl")
     group.addoption("--toprl-pruner", choices=VARIANTS, default="none", help="what is attached to the models")
     group.addoption("--toprl-report", help="JSON file for the outcomes")
-    group.addoption("--toprl-layers", type=int, help="decoder layers of the testers' models, instead of their own 2")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -118,15 +118,12 @@ class Judge:
     def __init__(self, config: pytest.Config) -> None:
         self.variant: str = config.getoption("toprl_pruner")
         self.path: str | None = config.getoption("toprl_report")
-        self.layers: int | None = config.getoption("toprl_layers")
         self.groups: dict[str, str] = {}
         self.outcomes: dict[str, str] = {}
         self.attacher: Attacher | None = None
         self._patches = pytest.MonkeyPatch()
 
     def pytest_sessionstart(self) -> None:
-        if self.layers is not None:
-            self._patches.setitem(testing_utils._TEXT_MODEL_TESTER_DEFAULTS, "num_hidden_layers", self.layers)
         if self.variant == "none":
             return
         self.attacher = Attacher(keep=0.0 if self.variant == "drop" else 1.0)
@@ -136,8 +133,6 @@ class Judge:
 
     def pytest_collection_modifyitems(self, config: pytest.Config, items: list[pytest.Item]) -> None:
         groups = {item: group_of(item) for item in items}
-        if self.layers is not None:
-            groups.update((item, None) for item in items if item.name == "test_num_layers_is_small")
         config.hook.pytest_deselected(items=[item for item in items if groups[item] is None])
         items[:] = [item for item in items if groups[item] is not None]
         self.groups = {item.nodeid: str(groups[item]) for item in items}

@@ -22,8 +22,6 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 FAMILIES = ("llava", "llava_next", "video_llava", "llava_onevision", "qwen2_5_vl", "internvl", "qwen3_vl")
 WITH = ("keep-all", "gather", "drop")
-# the testers' models have 2 decoder layers; stages of Qwen3-VL lie behind those that get deepstack features, 2 there
-LAYERS = {"qwen3_vl": 4}
 # (family, pruner, test): reason; real tokens are bitwise equal in these
 EXPECTED = {
     ("internvl", "gather", "test_retain_grad_hidden_states_attentions"): "hidden_states[0] comes back as a copy",
@@ -92,8 +90,6 @@ def run_pytest(tests: Path, family: str, variant: str, args: argparse.Namespace)
     # nothing of the checkout's own pytest configuration: its conftest.py would put the checkout's src first
     command += ["-c", os.devnull, f"--rootdir={tests.parent}", f"--confcutdir={tests}", "-p", "no:cacheprovider"]
     command += ["-q", "-rf", "--tb=short", "-W", "ignore", "-k", args.k]
-    if family in LAYERS:
-        command.append(f"--toprl-layers={LAYERS[family]}")
     command.append(str(tests / "models" / family / f"test_modeling_{family}.py"))
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(HERE), os.environ.get("PYTHONPATH")]))

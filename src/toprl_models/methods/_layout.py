@@ -61,6 +61,15 @@ def takes_grids(tower: nn.Module) -> bool:
     return "grid_thw" in inspect.signature(tower.forward).parameters
 
 
+def has_blocks(tower: nn.Module, projector: nn.Module | None) -> bool:
+    """Tell whether the patches of a token follow each other.
+
+    So Qwen's processor orders them; a projector that is told the grid puts blocks together itself (PaddleOCR-VL).
+    """
+    told = () if projector is None else inspect.signature(projector.forward).parameters
+    return takes_grids(tower) and not any("grid" in name for name in told)
+
+
 def layers_of(tower: nn.Module) -> nn.ModuleList:
     """Find the layers of a tower: its longest list of modules with one attention each.
 
@@ -111,11 +120,11 @@ def merge_side(model: PreTrainedModel, tower: PreTrainedModel) -> int:
     """Return m, where m x m patches become one visual token; 1 where a patch is a token.
 
     Sources: ``spatial_merge_size`` (Qwen, Mistral 3), ``scale_factor`` (Idefics 3, SmolVLM), ``downsample_factor``,
-    ``downsample_ratio`` (InternVL), or ``mm_tokens_per_image`` (Gemma 3). What they say is checked against the
-    numbers of patches and tokens in each forward pass.
+    ``hidden_stride`` (Ovis2), ``downsample_ratio`` (InternVL), or ``mm_tokens_per_image`` (Gemma 3). What they say is
+    checked against the numbers of patches and tokens in each forward pass.
     """
     for config in (tower.config, model.config):
-        for name in ("spatial_merge_size", "scale_factor", "downsample_factor"):
+        for name in ("spatial_merge_size", "scale_factor", "downsample_factor", "hidden_stride"):
             if getattr(config, name, None):
                 return int(getattr(config, name))
         if getattr(config, "downsample_ratio", None):
@@ -211,7 +220,7 @@ def layout_of(model: PreTrainedModel) -> Layout:
     if size is None:
         raise ValueError(f"model: the config of the vision tower ({type(tower).__name__}) has no patch_size")
     down, across = (size, size) if isinstance(size, int) else size
-    blocks = takes_grids(tower)
+    blocks = has_blocks(tower, projector_of(model))
     windowed = blocks and getattr(tower.config, "fullatt_block_indexes", None) is not None
     window = tower.config.window_size // merge // down if windowed else 0
     return Layout(has_class, merge, blocks, window, (down, across))

@@ -114,7 +114,7 @@ class Source:
             recorder.output_of(tower, "features", lambda output: output.pooler_output)
             recorder.output_of(tower, "planes", lambda output: getattr(output, "deepstack_features", None))
         else:
-            recorder.output_of(projector, "features", lambda features: features.flatten(0, -2))
+            recorder.output_of(projector, "features", lambda features: features.flatten(0, -2), after=tower)
 
     @property
     def model(self) -> PreTrainedModel:
@@ -197,21 +197,24 @@ class AnySize(Source):
 
 
 class Patches(Source):
-    """Pictures of any size, cut into patches by Qwen's processor."""
+    """Pictures of any size, cut into patches by Qwen's processor, or row by row by that of PaddleOCR-VL."""
 
     def __init__(self, model: PreTrainedModel, recorder: Recorder) -> None:
         super().__init__(model, recorder)
-        self._frames = image_tower(model).config.temporal_patch_size
+        self._frames = getattr(image_tower(model).config, "temporal_patch_size", 1)
 
     def arguments(self, given: Mapping[str, Any], numbers: list[int], size: tuple[int, int]) -> dict[str, Any]:
-        grids, merge, (side, _) = given["grid_thw"].tolist(), self._layout.merge, self._layout.patch_size
-        pictures = given["hidden_states"].split([math.prod(grid) for grid in grids])
+        grids, (side, _) = given["grid_thw"].tolist(), self._layout.patch_size
+        merge = self._layout.merge if self._layout.by_blocks else 1
+        values = given["hidden_states"] if "hidden_states" in given else given["pixel_values"][0]  # a batch of one
+        pictures = values.flatten(1).split([math.prod(grid) for grid in grids])
         patches = []
         for number in numbers:
             picture = from_patches(pictures[number], grids[number], merge, self._frames, side)
             patches.append(to_patches(resized(picture, *size), merge, self._frames, side))
         grid = torch.tensor([[1, size[0] // side, size[1] // side]] * len(numbers))
-        return {"pixel_values": torch.cat(patches), "image_grid_thw": grid.to(given["grid_thw"].device)}
+        pixels = torch.cat(patches).unflatten(1, values.shape[1:])
+        return {"pixel_values": pixels, "image_grid_thw": grid.to(given["grid_thw"].device)}
 
 
 class Tiled(Source):

@@ -137,9 +137,21 @@ class Recorder:
     def record(self, name: str, value: object) -> None:
         self.seen[name] = value
 
-    def output_of(self, module: nn.Module, name: str, pick: Callable = lambda output: output) -> None:
-        """Record what ``module`` returns."""
-        self.handles.append(module.register_forward_hook(lambda _, args, output: self.record(name, pick(output))))
+    def output_of(
+        self, module: nn.Module, name: str, pick: Callable = lambda output: output, after: nn.Module | None = None
+    ) -> None:
+        """Record what ``module`` returns; only the first time after each call of ``after``, if that is given."""
+
+        def hook(_: nn.Module, args: tuple, output: Any) -> None:
+            if after is None or name not in self.seen:
+                self.record(name, pick(output))
+
+        self.handles.append(module.register_forward_hook(hook))
+        if after is not None:
+            self.handles.append(after.register_forward_pre_hook(lambda *_: self.forget(name)))
+
+    def forget(self, name: str) -> None:
+        self.seen.pop(name, None)
 
     def input_of(self, module: nn.Module, name: str, pick: Callable[[tuple, dict[str, Any]], object]) -> None:
         """Record what ``pick`` takes of the arguments of ``module``."""
@@ -356,7 +368,8 @@ class TowerReader:
             recorder.output_of(tower, "features", lambda output: output.pooler_output)
         else:
             recorder.input_of(projector, "selected", lambda args, kwargs: (args or tuple(kwargs.values()))[0])
-            recorder.output_of(projector, "features", lambda features: features.flatten(0, -2))
+            # Ovis2's makes the marks around an image, too
+            recorder.output_of(projector, "features", lambda features: features.flatten(0, -2), after=tower)
         if self._layout.window:
             recorder.output_of(tower.merger, "merged")
         if self._layout.merge == 1 and projector is not None:

@@ -14,9 +14,9 @@ from torch import Tensor
 from toprl_kernels import prune_stage, topk_compact
 from toprl_kernels.stage.reference import score_difference
 from toprl_models.policy import Decision
-from toprl_models.probe import first_attention, keyless_layers
+from toprl_models.probe import first_attention, has_kinds_of_positions, keyless_layers
 from toprl_models.runtime.cache import cache_of, enter_cache, layer_keys, report_whole_sequence
-from toprl_models.runtime.guards import refuse_padding_after_state
+from toprl_models.runtime.guards import refuse_packing_with_state, refuse_padding_after_state
 from toprl_models.runtime.outputs import Survivors, scatter_all, scatter_back, slots_of
 from toprl_models.runtime.shortened import other_arguments, shortened_arguments
 from toprl_models.runtime.stage import Stage, trace_of
@@ -42,6 +42,8 @@ class Compact:
         self._decoder, self._stage_layers, self._renumbers = decoder, stage_layers, renumbers
         self._config, self._first_attention = decoder.config, first_attention(decoder.layers)
         self._keyless = keyless_layers(decoder.layers)
+        # of each layer, where rotary tables differ by it
+        self._kinds = decoder.config.layer_types if has_kinds_of_positions(decoder) else None
 
     def install(self, model: PreTrainedModel) -> None:
         """Prepare ``model``: nothing to do."""
@@ -89,6 +91,8 @@ class Compact:
     ) -> tuple[Tensor, Segment]:
         visual, before, raster = forward.visual, forward.segment, forward.visual.index
         packing = before.packing
+        if packing is not None:
+            refuse_packing_with_state(self._decoder.layers)
         if decision.states is not None:
             hidden_states = put(hidden_states, visual.slots, visual.valid, decision.states, packing)
         scores, columns, kept = selection(forward, stage, decision, counts), forward.columns, counts
@@ -190,7 +194,8 @@ class Compact:
         arguments = None if asked else segment.made_from(*sources)
         if arguments is None:
             keys = layer_keys(forward, number, index, cache, hidden_states, len(self._stage_layers), self._config)
-            arguments = shortened_arguments(self._decoder, forward, keys, hidden_states, kwargs)
+            kind = () if self._kinds is None else (self._kinds[index],)
+            arguments = shortened_arguments(self._decoder, forward, keys, hidden_states, kwargs, kind)
             if not asked:
                 segment.made.append((sources, arguments))
         return {**kwargs, **arguments, **other_arguments(forward, kwargs)}

@@ -128,6 +128,16 @@ def refuse_padding_after_state(layer: nn.Module, index: int) -> None:
     )
 
 
+def refuse_packing_with_state(layers: nn.ModuleList) -> None:
+    """Refuse several prompts in a row where a convolution or a recurrence runs on from one into the next."""
+    for index, layer in enumerate(layers):
+        if has_state(layer):
+            raise ValueError(
+                f"{type(layer).__name__} (decoder layer {index}) keeps a state of all earlier tokens, which runs on "
+                "from one prompt of a row into the next: give each prompt a row of its own"
+            )
+
+
 def refuse_recurrent(layers: nn.ModuleList, first: int, mode: str) -> None:
     """Refuse a decoder whose layers from ``first`` on cannot forget a token."""
     for index, layer in list(enumerate(layers))[first:]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from toprl_models.families import Family, video_token_ids, visual_token_ids
+from toprl_models.families import Family, placeholder_ids
 from toprl_models.policy import Decision
 from toprl_models.runtime.state import ForwardPass, Packing, Prompts, Segment, Visual, on_device, take, visual_of
 
@@ -28,10 +28,8 @@ class VisualIds:
 
     @classmethod
     def of(cls, model: PreTrainedModel, family: Family) -> VisualIds:
-        videos = video_token_ids(model, family)
-        images = tuple(token for token in visual_token_ids(model, family).values() if token not in videos)
         vision = getattr(model.config, "vision_config", None)
-        return cls(images, videos, getattr(vision, "spatial_merge_size", 1))
+        return cls(*placeholder_ids(model, family), getattr(vision, "spatial_merge_size", 1))
 
     def frame_starts(self, inputs: Mapping[str, Any]) -> Tensor | bool:
         """Find the first token of each frame of the videos, bool ``[B, N]``, where ``video_grid_thw`` tells frames."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import FunctionType
 from typing import TYPE_CHECKING, Any
@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from toprl_models.probe import branches_on_backend, has_attention
+from toprl_models.probe import blocked_stages, branches_on_backend, has_attention
 from toprl_models.runtime.prompt import open_slots
 from toprl_models.runtime.state import AttentionMask, Length, Packing
 
@@ -59,6 +59,28 @@ def attention_of(layer: nn.Module) -> nn.Module:
 def source_of(layers: nn.ModuleList, stage_layer: int) -> int:
     """Return the last layer with attention before a stage: recurrent layers may lie between."""
     return next((index for index in reversed(range(stage_layer)) if has_attention(layers[index])), stage_layer - 1)
+
+
+def fitting_layers(decoder: PreTrainedModel, wanted: Sequence[int], reads: Sequence[str]) -> tuple[int, ...]:
+    """Move stages on to the first layers that offer what their policies read; leave out those that find none.
+
+    Args:
+        decoder: the text decoder.
+        wanted: the stages' layers, ascending.
+        reads: the ``attention_from`` of each stage's policy.
+    """
+    layers: Any = decoder.layers
+    blocked = blocked_stages(decoder)
+    found: list[int] = []
+    for layer, attention_from in zip(wanted, reads, strict=True):
+        earlier = found[-1] if found else -1
+        for candidate in range(max(layer, earlier + 1), len(layers)):
+            source = candidate if attention_from == "current" else source_of(layers, candidate)
+            offers = attention_from == "none" or (source >= max(earlier, 0) and has_attention(layers[source]))
+            if offers and candidate not in blocked:
+                found.append(candidate)
+                break
+    return tuple(found)
 
 
 def _forward_of(module: nn.Module) -> FunctionType:

@@ -20,12 +20,20 @@ RotaryTables: TypeAlias = Tensor | tuple[Tensor, ...] | None  # (cos, sin), or o
 
 
 def shortened_arguments(
-    decoder: PreTrainedModel, forward: ForwardPass, keys: LayerKeys, hidden_states: Tensor, kwargs: Mapping[str, Any]
+    decoder: PreTrainedModel,
+    forward: ForwardPass,
+    keys: LayerKeys,
+    hidden_states: Tensor,
+    kwargs: Mapping[str, Any],
+    kind: tuple[str, ...] = (),
 ) -> dict[str, Any]:
-    """Make the arguments of a layer that differ from the model's, for the current segment of a forward pass."""
+    """Make the arguments of a layer that differ from the model's, for the current segment of a forward pass.
+
+    ``kind`` is that of the layer where rotary tables differ by it.
+    """
     refuse_tables_of_cached(kwargs.get("position_embeddings"), forward, hidden_states)
     mask = _mask(decoder.config, forward, keys, hidden_states, kwargs.get("attention_mask"))
-    return {"attention_mask": mask, **_positions(decoder, forward.segment, keys.earlier, hidden_states, kwargs)}
+    return {"attention_mask": mask, **_positions(decoder, forward.segment, keys.earlier, hidden_states, kwargs, kind)}
 
 
 def _mask(
@@ -44,13 +52,18 @@ def _mask(
 
 
 def _positions(
-    decoder: PreTrainedModel, segment: Segment, earlier: Tensor | None, hidden_states: Tensor, kwargs: Mapping[str, Any]
+    decoder: PreTrainedModel,
+    segment: Segment,
+    earlier: Tensor | None,
+    hidden_states: Tensor,
+    kwargs: Mapping[str, Any],
+    kind: tuple[str, ...],
 ) -> dict[str, Any]:
     """Make rotary tables and positions, and the bounds of packed prompts for flash attention."""
     if segment.slots is None and earlier is None:
         return {}
     arguments: dict[str, Any] = {}
-    positions = kwargs.get("position_ids")
+    positions, tables = kwargs.get("position_ids"), kwargs.get("position_embeddings")
     if positions is not None and segment.slots is not None:
         positions = _carried(segment, "position_ids", positions, gather_positions)
     if segment.moved is not None or earlier is not None:
@@ -59,9 +72,10 @@ def _positions(
             positions = positions - segment.moved.to(positions.device)
         if earlier is not None:
             positions = positions - earlier[:, None].to(positions.device)
-        arguments["position_embeddings"] = decoder.rotary_emb(hidden_states, positions)
-    elif "position_embeddings" in kwargs:
-        tables = kwargs["position_embeddings"]
+        if tables is not None:  # None: a layer without rotary positions
+            like = hidden_states if isinstance(tables, Tensor) else hidden_states.to(tables[0].dtype)
+            arguments["position_embeddings"] = decoder.rotary_emb(like, positions, *kind)
+    elif tables is not None:
         arguments["position_embeddings"] = _carried(segment, "position_embeddings", tables, gather_tables)
     if "position_ids" in kwargs:
         arguments["position_ids"] = positions

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from tests.models.tiny_families import (
+    FIRST_WORD,
     IMAGE_ID,
     VIDEO_ID,
     VISION_END_ID,
@@ -189,6 +190,21 @@ def gemma4_image(number: int, alone: bool, generator: torch.Generator) -> Item:
     )
 
 
+def gemma4_video(number: int, generator: torch.Generator) -> Item:
+    """Two frames of one size, each after its time stamp."""
+    ids, frames = [], [gemma4_image(number, False, generator) for _ in range(2)]
+    for frame, item in enumerate(frames):
+        ids += [FIRST_WORD + frame, *(VIDEO_ID if token == IMAGE_ID else token for token in item.ids)]
+    return Item(
+        ids,
+        {
+            "pixel_values_videos": torch.cat([item.tensors["pixel_values"] for item in frames]),
+            "video_position_ids": torch.cat([item.tensors["image_position_ids"] for item in frames]),
+            "num_frames_per_video": torch.tensor([2]),
+        },
+    )
+
+
 def gemma4_unified_image(number: int, alone: bool, generator: torch.Generator) -> Item:
     values, places, count = _patches(number, 8, MOST_PATCHES // 4, generator)
     return Item(
@@ -198,9 +214,9 @@ def gemma4_unified_image(number: int, alone: bool, generator: torch.Generator) -
 
 
 ZOO = {
-    "Gemma3ForConditionalGeneration": TinyFamily(gemma3, image_of(16), finish=with_token_types),
+    "Gemma3ForConditionalGeneration": TinyFamily(gemma3, image_of(16), finish=with_token_types, blocks="image"),
     "Gemma3nForConditionalGeneration": TinyFamily(gemma3n, image_of(16)),
-    "Gemma4ForConditionalGeneration": TinyFamily(gemma4, gemma4_image, is_qwen=True),
+    "Gemma4ForConditionalGeneration": TinyFamily(gemma4, gemma4_image, gemma4_video, is_qwen=True),
     "Gemma4ForConditionalGeneration+per_layer_inputs": TinyFamily(
         partial(gemma4, hidden_size_per_layer_input=8), gemma4_image, is_qwen=True
     ),

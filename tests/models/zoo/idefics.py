@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from tests.models.tiny_families import (
+    FIRST_WORD,
     HIDDEN_SIZE,
     IMAGE_ID,
     PAD_ID,
@@ -22,13 +24,30 @@ from tests.models.tiny_families import (
     vision_config,
 )
 
+FRAMES = 2  # of a video, each an image
+
+
+def images_of(rows: Rows) -> list[int]:
+    return [sum(FRAMES if kind == "video" else 1 for kind in row) for row in rows]
+
+
+def video_of_images(tokens: int) -> Callable[[int, torch.Generator], Item]:
+    """Make videos of two images, each after its time stamp."""
+    image = image_of(tokens)
+
+    def video(number: int, generator: torch.Generator) -> Item:
+        frames = [image(number, False, generator) for _ in range(FRAMES)]
+        ids = [token for frame, item in enumerate(frames) for token in (FIRST_WORD + frame, *item.ids)]
+        return Item(ids, {"pixel_values": torch.cat([item.tensors["pixel_values"] for item in frames])})
+
+    return video
+
 
 def by_row(inputs: dict[str, Tensor], rows: Rows) -> dict[str, Tensor]:
     """Bring images [images, ...] into rows [rows, most images of a row, ...]; the models leave out images of zeros."""
     if "pixel_values" not in inputs:
         return inputs
-    counts = [list(row).count("image") for row in rows]
-    values = inputs["pixel_values"].split(counts)
+    values = inputs["pixel_values"].split(images_of(rows))
     padded = torch.nn.utils.rnn.pad_sequence(list(values), batch_first=True)
     return {**inputs, "pixel_values": padded}
 
@@ -37,7 +56,7 @@ def with_real_tiles(inputs: dict[str, Tensor], rows: Rows) -> dict[str, Tensor]:
     inputs = by_row(inputs, rows)
     if "pixel_values" not in inputs:
         return inputs
-    counts = torch.tensor([list(row).count("image") for row in rows])
+    counts = torch.tensor(images_of(rows))
     real = torch.arange(inputs["pixel_values"].shape[1]) < counts[:, None]
     return {**inputs, "pixel_attention_mask": real}
 

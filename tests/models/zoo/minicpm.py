@@ -64,15 +64,24 @@ def minicpm_image(patches_a_token: int):
     return image
 
 
+def minicpm_video(number: int, generator: torch.Generator) -> Item:
+    """Two frames of one size."""
+    ids, frames = [], [minicpm_image(16)(number, False, generator) for _ in range(2)]
+    for item in frames:
+        ids += [VIDEO_ID if token == IMAGE_ID else token for token in item.ids]
+    tensors = {name: torch.cat([item.tensors[name] for item in frames]) for name in ("pixel_values", "target_sizes")}
+    return Item(ids, {"pixel_values_videos": tensors["pixel_values"], "target_sizes_videos": tensors["target_sizes"]})
+
+
 def strip(inputs: dict[str, torch.Tensor], rows: Rows) -> dict[str, torch.Tensor]:
     """Lay the patches side by side."""
-    if "pixel_values" in inputs:
-        inputs["pixel_values"] = inputs["pixel_values"].permute(1, 2, 0, 3).reshape(1, 3, 4, -1)
+    for name in inputs.keys() & {"pixel_values", "pixel_values_videos"}:
+        inputs[name] = inputs[name].permute(1, 2, 0, 3).reshape(1, 3, 4, -1)
     return inputs
 
 
 ZOO = {
-    "MiniCPMV4_6ForConditionalGeneration": TinyFamily(minicpmv4_6, minicpm_image(16), finish=strip),
+    "MiniCPMV4_6ForConditionalGeneration": TinyFamily(minicpmv4_6, minicpm_image(16), minicpm_video, finish=strip),
     "MiniCPMV4_7ForConditionalGeneration": TinyFamily(minicpmv4_7, minicpm_image(16), is_qwen=True, finish=strip),
     "MiniCPMOcrForConditionalGeneration": TinyFamily(minicpm_ocr, minicpm_image(4), finish=strip),
 }

@@ -23,7 +23,7 @@ from tests.models.tiny_families import (
     text_config,
     vision_config,
 )
-from tests.models.zoo.idefics import by_row
+from tests.models.zoo.idefics import by_row, video_of_images
 from tests.models.zoo.llava_kin import tiles
 
 
@@ -257,9 +257,9 @@ ZOO = {
     "Step3p7ForConditionalGeneration": TinyFamily(step3p7, step3p7_image),
     "UnlimitedOcrForConditionalGeneration": TinyFamily(unlimited_ocr, image_of(21, 1, 3, 64, 64)),
     "UnlimitedOcrForConditionalGeneration+window": TinyFamily(lambda: unlimited_ocr(2), image_of(21, 1, 3, 64, 64)),
-    "SmolVLMForConditionalGeneration": TinyFamily(smolvlm, image_of(16), finish=by_row),
+    "SmolVLMForConditionalGeneration": TinyFamily(smolvlm, image_of(16), video_of_images(16), finish=by_row),
     "PaliGemmaForConditionalGeneration+gemma2": TinyFamily(
         paligemma_2, tiles(16), finish=paligemma_finish, attn_implementation="eager"
     ),
-    "PaliGemmaForConditionalGeneration": TinyFamily(paligemma, tiles(16), finish=paligemma_finish),
+    "PaliGemmaForConditionalGeneration": TinyFamily(paligemma, tiles(16), finish=paligemma_finish, blocks="prompt"),
 }
