@@ -15,6 +15,7 @@ from torch import distributed
 
 from toprl_models import Policy, Schedule, attach
 from toprl_models.families import count_visual, family_of, min_stage_of
+from toprl_models.registry import layers_for
 from toprl_models.schedule import stage_layers_for
 from training.evaluation.config import EvaluateConfig
 from training.evaluation.measure import answer_timed
@@ -67,7 +68,6 @@ class Runner:
         self.config, self.model, self.processor, self.tasks = config, model, processor, tasks
         self.policies, self.batch_size = policies, batch_size
         self.num_layers: int = model.config.get_text_config().num_hidden_layers
-        self.first = min_stage_of(model, family_of(model))
         self.layers = self._layers()
         self._warm: set[tuple[str, str]] = set()
 
@@ -79,7 +79,7 @@ class Runner:
         settled = self.policies or self.config.stages or self.config.keep
         if info.staged and settled:
             return self.layers
-        return info.layers(self.num_layers, self.first, self.layers if self.policies else ())
+        return layers_for(info, self.model, self.layers if self.policies else ())
 
     def _layers(self) -> tuple[int, ...]:
         """The layers that methods of several stages prune before.
@@ -91,7 +91,11 @@ class Runner:
         asked = tuple(self.config.stages)
         if trained and asked and trained != asked:
             raise ValueError(f"--stages {asked}: the policy was trained for {trained}; leave --stages out")
-        layers = trained or asked or stage_layers_for(self.num_layers, max(1, self.first))
+        layers = (
+            trained
+            or asked
+            or stage_layers_for(self.num_layers, max(1, min_stage_of(self.model, family_of(self.model))))
+        )
         for one in self.policies:
             one.policy.check(self.model, _keep_all(layers))
         return layers

@@ -14,7 +14,7 @@ import torch
 from toprl_models.methods import TopRLPolicy
 from toprl_models.policy import Policy
 from toprl_models.pruner import attach
-from toprl_models.registry import METHODS, in_shares, method_of, schedule_for
+from toprl_models.registry import METHODS, in_shares, layers_for, method_of, schedule_for
 from toprl_models.schedule import Schedule
 
 if TYPE_CHECKING:
@@ -84,7 +84,8 @@ class PruningArguments:
         num_layers, num_visual = config.get_text_config().num_hidden_layers, self._out_of(config)
         method = method_of(self.method)
         trained = None if self.policy is None else load_policy(self.policy)
-        layers = self.stages or method.layers(num_layers, trained=() if trained is None else trained.stage_layers)
+        model = skeleton(config)
+        layers = self.stages or layers_for(method, model, () if trained is None else trained.stage_layers)
         policy = method.make(layers, trained)
         try:
             counted = schedule_for(
@@ -94,7 +95,7 @@ class PruningArguments:
             stages = ":".join(map(str, layers))
             raise ValueError(f"budget={self.budget:g}, stages={stages}: {error}") from error
         schedule = in_shares(counted, num_visual)  # also where authors state numbers
-        attach(skeleton(config), policy, schedule=schedule).detach()
+        attach(model, policy, schedule=schedule).detach()
         return policy, schedule
 
     def _out_of(self, config: PretrainedConfig) -> int:

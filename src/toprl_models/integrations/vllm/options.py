@@ -21,7 +21,6 @@ from toprl_models.methods._tower import TowerPolicy
 from toprl_models.methods.toprl import TopRLPolicy
 from toprl_models.plugins import files_of
 from toprl_models.policy import Policy
-from toprl_models.probe import decoder_of, has_kinds_of_positions
 from toprl_models.pruner import attach
 from toprl_models.registry import METHODS, Method, method_of
 from toprl_models.schedule import Keep, Schedule
@@ -183,11 +182,8 @@ class PruningOptions:
                 f"LLaVA-1.5 and LLaVA-NeXT with a CLIP tower only, not in {config.model_type} with {tower}: choose "
                 "another method, such as divprune"
             )
-        model = skeleton(config)
-        if has_kinds_of_positions(decoder_of(model)):  # Gemma 3, which attach does not renumber
-            policy.positions = "original"
         try:
-            attach(model, policy, schedule=self.schedule).detach()
+            attach(skeleton(config), policy, schedule=self.schedule).detach()
         except (TypeError, ValueError, RuntimeError) as error:
             raise ValueError(f"{KEY}: method={self.method!r}, keep={self.keep}: {error}") from error
         return policy
