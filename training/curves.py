@@ -64,7 +64,8 @@ class CurvesConfig:
 def train(arguments: dict[str, Any], folder: Path) -> dict[str, Any]:
     """One training; its validations and the mean seconds of its iterations."""
     output = folder / "trainings" / digest_of(arguments)
-    main(PPOConfig(output_dir=str(output), cache_dir=str(folder / "cache"), resume="auto", **arguments))
+    flags = {name: value for name, value in arguments.items() if name != "made_with"}
+    main(PPOConfig(output_dir=str(output), cache_dir=str(folder / "cache"), resume="auto", **flags))
     validations, metrics = (
         [json.loads(line) for line in (output / f"{name}.jsonl").read_text().splitlines()]
         for name in ("validation", "metrics")

@@ -151,7 +151,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any] | None:
 def _evaluate(config: EvaluateConfig, runner: Runner, ranks: Ranks, model_name: str) -> dict[str, Any] | None:
     folder = config.folder(list(runner.tasks))
     store, console = Store(folder, ranks.rank), Console()
-    settings = settings_of(config, runner, model_name) if ranks.rank == 0 else {}
+    settings: dict[str, Any] = {}
     try:
         if ranks.rank == 0:
             runner.check_methods()
@@ -159,6 +159,7 @@ def _evaluate(config: EvaluateConfig, runner: Runner, ranks: Ranks, model_name: 
             if config.dry_run:
                 print(*runner.plan(), sep="\n")
                 return None
+            settings = settings_of(config, runner, model_name)
             for line in store.open(settings, config.overwrite):
                 console.print(line, highlight=False)
         ranks.wait()

@@ -77,7 +77,7 @@ def change_keys(patch: pytest.MonkeyPatch, **changes: Any) -> None:
 
 
 def columns_are_counted_in_the_short_sequence(patch: pytest.MonkeyPatch) -> None:
-    change_keys(patch, origins=None)
+    change_keys(patch, origins=lambda: None)
 
 
 def no_modality_gate(patch: pytest.MonkeyPatch) -> None:

@@ -39,7 +39,6 @@ class _PerThread(threading.local):
     told: Told | None = None  # of the call of the whole model that is under way
     prompt_length: int | Tensor | None = None  # of Pruner.prompt_length()
     generation: Generation | None = None
-    began: bool = False  # whether the decoder was reached since the model was called
     survivors: Survivors | None = None  # of the last pass, for its loss
     fixed: FixedPrompt | None = None  # of Pruner.fixed_prompt()
 
@@ -66,6 +65,7 @@ class Runtime:
         shortened = self.layers[schedule.layers[0] :] if mode.name == "compact" else ()
         self._temperature = guards.temperature_floor(shortened)
         self._call: Call | None = None
+        self._told: Told | None = None  # of the model's call, until the decoder begins
         self._inputs: Mapping[str, Any] = {}  # the model's arguments, until the decoder begins
         self._forward: ForwardPass | None = None
         self._watched: tuple[scores.Watched, Length, Tensor | None] | None = None
@@ -103,13 +103,12 @@ class Runtime:
 
         @functools.wraps(forward)
         def call(*args: Any, **kwargs: Any) -> Any:
-            self.thread.told = Told.pop_from(kwargs)
+            told = self.thread.told = Told.pop_from(kwargs)
             try:
                 output = forward(*args, **kwargs)
             finally:
                 self.thread.told = None
-            began, self.thread.began = self.thread.began, False
-            if self.enabled and not began and self._ids.brought(kwargs):
+            if self.enabled and not told.reached and self._ids.brought(kwargs):
                 raise RuntimeError(
                     f"{type(self.model).__name__} got images, but no forward pass of {type(self.decoder).__name__} was "
                     "seen, so that nothing was pruned: this model cannot be supported"
@@ -141,6 +140,7 @@ class Runtime:
             self.thread.survivors = None
         self.running.enter()
         self._call = self._forward = None
+        self._told = told
         if self.enabled:
             if told.prompt_length is None:
                 told.prompt_length = self.thread.prompt_length
@@ -177,7 +177,9 @@ class Runtime:
         if not self.enabled:
             return None
         self.running.check()
-        self.thread.began, call, self._call = True, self._call, None
+        call, self._call = self._call, None
+        if self._told is not None:
+            self._told.reached, self._told = True, None
         inputs, self._inputs = self._inputs, {}
         embeddings: Tensor = (
             args[0] if args else kwargs["hidden_states" if "hidden_states" in kwargs else "inputs_embeds"]
@@ -338,7 +340,7 @@ class Runtime:
         """Forget the forward pass."""
         if self._watched is not None:
             self._watched[0].end()
-        self._forward = self._call = self._watched = None
+        self._forward = self._call = self._told = self._watched = None
         self._inputs = {}
 
     @torch.compiler.disable

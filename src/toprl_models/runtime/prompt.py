@@ -62,12 +62,14 @@ class Told:
             cached tokens included: an int, or int64 with a number for each prompt.
         visual_mask: bool ``[B, N]``, the slots whose ``inputs_embeds`` hold image features.
         labels: ``[B, N]``; ``shifted`` when they are transformers' ``shift_labels``.
+        reached: whether the call has come to the decoder.
     """
 
     prompt_length: int | Tensor | None = None
     visual_mask: Tensor | None = None
     labels: Tensor | None = None
     shifted: bool = False
+    reached: bool = False
 
     @classmethod
     def pop_from(cls, kwargs: dict[str, Any]) -> Told:
