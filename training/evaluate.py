@@ -39,6 +39,7 @@ from training.evaluation.tables import console_tables, html_page, markdown
 from training.fingerprint import code_facts, model_facts, processor_digest, samples_digest, versions
 from training.tasks import Task, check_stages, device_of, load_model, make_task
 from training.tasks.factory import SCENES
+from training.trainer.launch import device_name
 
 SCENES_TAKEN = 512  # scenes are endless: so many where --limit does not say
 
@@ -124,7 +125,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any] | None:
     names = task_names(config, policies)
     ranks = Ranks()
     try:
-        device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        device = device_name(config.device)
         if device == "cuda" and ranks.world > 1:
             device = f"cuda:{ranks.local_rank}"
         model_name = config.model_name_or_path or (policies[0].model if policies else "tiny")

@@ -35,18 +35,20 @@ def validation_task(config: PPOConfig) -> Task | None:
         names = [name for name in ("validation", "val") if name in splits and splits[name] != splits["test"]]
     if not names or Path(config.dataset_path or ".").is_file():
         return None
-    options = {name: value for name in ("dataset_path", "metric") if (value := getattr(config, name))}
     try:
-        return make_task(config.task, names[0], config.eval_size, **options)
+        return make_task(config.task, names[0], config.eval_size, **_data_options(config))
     except FileNotFoundError:  # a local folder without that split
         return None
 
 
 def tasks_of(config: PPOConfig) -> tuple[Task, Task | None]:
     """Make the task to train on and the one to validate on; None where samples are split off the former."""
-    options = {name: value for name in ("dataset_path", "metric") if (value := getattr(config, name))}
-    train = make_task(config.task, "train", config.train_size, seed=config.seed, **options)
+    train = make_task(config.task, "train", config.train_size, seed=config.seed, **_data_options(config))
     return train, validation_task(config) if config.eval_every else None
+
+
+def _data_options(config: PPOConfig) -> dict[str, Any]:
+    return {name: value for name in ("dataset_path", "metric") if (value := getattr(config, name))}
 
 
 def split_off(data: TrainingData, size: int) -> tuple[TrainingData, TrainingData]:
