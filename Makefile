@@ -1,7 +1,9 @@
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
-# byte code is made where a module is first imported: for all of torch and transformers it takes over a minute
+# byte code is made where a module is first imported: for all of torch and transformers it takes over a minute. It has to
+# be kept, whatever the shell says: tests start some hundred processes
+export PYTHONDONTWRITEBYTECODE :=
 PIP    := $(BIN)/python -m pip install --disable-pip-version-check -q --no-compile -c constraints.txt
 STAMP  := $(VENV)/.installed
 OLDEST := $(VENV)/oldest
