@@ -218,9 +218,9 @@ def masked_attention(
     if plan is None:
         assert keep_mask is not None  # examined
         plan = attention_plan(keep_mask, key_padding_mask, **patterns, backend=choice.name)  # type: ignore[arg-type]
-    scale = query.shape[3] ** -0.5 if scale is None else float(scale)
-    if not math.isfinite(scale):
+    if scale is not None and not abs(scale) < math.inf:
         raise ValueError(f"{OP}: scale={scale} must be finite; leave it out for 1 / sqrt(D)")
+    scale = query.shape[3] ** -0.5 if scale is None else float(scale)
     if query.numel() == 0 or value.numel() == 0:  # without keys too, since Nq <= N
         output = empty_output(query, value).zero_() + 0 * query.sum()  # connected to the graph
         lse = query.new_full(query.shape[:3], torch.inf, dtype=torch.promote_types(query.dtype, torch.float32))
