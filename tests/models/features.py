@@ -90,9 +90,25 @@ METHODS_NOT_APPLICABLE = {
 }
 
 # what attach says of a class that a row does not tell
-METHODS_NOT_APPLICABLE["downsample", "ovis2"] = (
-    "the vision tower (Ovis2VisionModel) cannot interpolate its position embeddings"
-)
+METHODS_NOT_APPLICABLE |= {
+    ("downsample", "ovis2"): "the vision tower (Ovis2VisionModel) cannot interpolate its position embeddings",
+    ("downsample", "gemma3"): "Gemma3MultiModalProjector pools a picture of one size alone",
+    **{
+        (name, family): f"the vision tower ({tower}) takes lists of patches ({argument}), of which this method does"
+        " not know which become one token"
+        for name in ("visionzip", "fastervlm", "downsample")
+        for family, tower, argument in (
+            ("lfm2_vl", "Siglip2VisionModel", "spatial_shapes"),
+            ("gemma4", "Gemma4VisionModel", "pixel_position_ids"),
+            ("minicpmv4_6", "MiniCPMV4_6VisionModel", "target_sizes"),
+        )
+    },
+    **{
+        (name, "llama4"): "the vision tower (Llama4VisionModel) has a class token, and nothing in the config of "
+        "Llama4ForConditionalGeneration says where it goes"
+        for name in ("visionzip", "fastervlm", "downsample")
+    },
+}
 
 HYBRIDS = ("qwen3_5", "qwen3_5_moe", "lfm2_vl", "minicpmv4_6")
 # why a feature does not apply, by (feature, family)

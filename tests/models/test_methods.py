@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from tests.models.agreement import kept_slots, lengths_of, model_of, single_row
-from tests.models.features import ALL_FAMILIES, CLASSES, METHODS_NOT_APPLICABLE, NOT_APPLICABLE, each_method
+from tests.models.features import ALL_FAMILIES, CLASSES, METHODS_NOT_APPLICABLE, NOT_APPLICABLE, case, each_method
 from tests.models.generating import (
     BATCH,
     NEW_TOKENS,
@@ -98,7 +98,7 @@ def test_which_methods_prune_before_the_language_model() -> None:
     assert {name for name, info in METHODS.items() if info.stages == (0,)} == set(METHODS_BEFORE_LLM)
 
 
-@pytest.mark.parametrize(("name", "family"), METHODS_NOT_APPLICABLE)
+@pytest.mark.parametrize(("name", "family"), [case(family, name) for name, family in METHODS_NOT_APPLICABLE])
 def test_a_method_that_does_not_apply_says_why(name: str, family: str) -> None:
     """Where ``attach`` takes a method, the matrix has tests; the other cells are here."""
     reason = METHODS_NOT_APPLICABLE[name, family]
