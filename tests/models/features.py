@@ -147,6 +147,34 @@ NOT_APPLICABLE: dict[tuple[str, str], str] = {
         for name in (*HYBRIDS, "gemma3", "gemma4", "llama4")
     },
     **{
+        (name, "llama4"): "transformers repeats no images for several answers of this model and raises, unpruned too"
+        for name in ("num_return_sequences", "beam search")
+    },
+    **{
+        (
+            "prefill in chunks",
+            name,
+        ): "transformers cannot cut vision features of this model and raises, unpruned too"
+        for name in ("llama4", "ovis2")
+    },
+    ("torch.compile of the decode step", "llama4"): "transformers compiles no step of this model, unpruned too",
+    **{
+        (name, "paligemma"): "tokens of a prompt see all tokens of its pass, drafts too, so that answers differ, "
+        "unpruned too"
+        for name in ("assisted decoding", "prompt lookup")
+    },
+    **{
+        (
+            name,
+            "paligemma",
+        ): "tokens of a prompt see all of it, and a part that comes first sees itself alone, unpruned too"
+        for name in ("prefill in chunks", "image-only prefix for many questions")
+    },
+    **{
+        (f"flash_attention_2, {which}", "llama4"): "transformers refuses flash attention for this model"
+        for which in ("stand-in", "real")
+    },
+    **{
         (f"flash_attention_2, {which}", name): "with flash attention transformers' model lets no image token see later "
         "ones, unpruned too"
         for name in ("gemma3", "paligemma")

@@ -37,7 +37,7 @@ METHODS_BY_ATTENTION = ("fastv", "fastv_progressive", "pyramiddrop", "sparsevlm"
 TOLERANCE = {"atol": 1e-6, "rtol": 1e-6}
 # linear attention computes its state in float32 whatever the model's dtype, and amplifies the rounding
 RECURRENT_TOLERANCE = {"atol": 1e-4, "rtol": 1e-4}
-# positions of Qwen's visual tokens are places in the image; tokens of Gemma's images see each other
+# positions of Qwen's visual tokens are places in the image; tokens of Gemma 3's images see each other
 TAKES = {family: inspect.signature(one.forward).parameters for family, one in CLASSES.items()}
 PLACES = [family for family in ALL_FAMILIES if "mm_token_type_ids" in TAKES[family]]
 BLOCKS = [family for family in ALL_FAMILIES if "token_type_ids" in TAKES[family]]
@@ -233,12 +233,16 @@ def shorter_planes(arguments: dict[str, Any], row: int, alive: Tensor) -> dict[s
 
 @each_method(*METHODS_BEFORE_LLM, families=PLACES)
 def test_places_in_the_image_stay(name: str, family: str) -> None:
-    """As above, with the positions that the model gave the whole prompt; of its first new token."""
+    """As above, with the positions that the model gave the whole prompt, or from 0 (Gemma 4); of the first new token."""
     model = exact_model(family)
     output, arguments, embeddings, alive = shortened(name, family)
     for row in range(len(alive)):
         short = embeddings[row : row + 1, alive[row]]
-        positions = arguments["position_ids"][:, row : row + 1, alive[row]]
+        positions = arguments["position_ids"]
+        if positions.ndim == 3:  # planes of M-RoPE
+            positions = positions[:, row : row + 1, alive[row]]
+        else:
+            positions = torch.arange(short.shape[1])[None]
         planes = shorter_planes(arguments, row, alive[row])
         states = decoder_of(model)(inputs_embeds=short, position_ids=positions, **planes).last_hidden_state
         torch.testing.assert_close(
