@@ -106,9 +106,8 @@ def test_survivors_keep_their_positions(family: str) -> None:
         slots = kept_slots(inputs, stage)[0].nonzero()[:, 0]
         after = pruner.trace[number + 1].layer if number + 1 < len(pruner.trace) else NUM_LAYERS
         for layer in set(range(stage.layer, after)) - keyless_layers(decoder_of(model).layers):
-            for table, whole in zip(
-                pruned[layer]["position_embeddings"], own[layer]["position_embeddings"], strict=True
-            ):
+            tables = (pruned[layer]["position_embeddings"], own[layer]["position_embeddings"])
+            for table, whole in zip(*tables, strict=True) if isinstance(tables[0], tuple) else [tables]:
                 assert torch.equal(table, whole[:, slots])
                 assert not torch.equal(table, whole[:, : len(slots)])  # renumbered positions
             for_layer, whole = pruned[layer]["position_ids"], own[layer]["position_ids"]

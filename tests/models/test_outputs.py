@@ -314,7 +314,8 @@ def test_the_mask_gradient_is_that_of_finite_differences(family: str) -> None:
             else:  # a mask is not negative: from one side; a token that would dominate bends the value sharply
                 here, above, beyond = (moved(stage, token, by) for by in (0, 1e-9, 2e-9))
                 numeric = (4 * above - beyond - 3 * here) / 2e-9
-            assert float(gradient[token]) == pytest.approx(numeric, rel=1e-4, abs=1e-5)
+            # Llama 4 rotates in complex64
+            assert float(gradient[token]) == pytest.approx(numeric, rel=1e-3 if family == "llama4" else 1e-4, abs=1e-5)
 
 
 def trained(
@@ -347,9 +348,12 @@ def test_checkpointing_changes_no_gradient(family: str, mode: str, use_reentrant
             outcome.append(trained(model, inputs, checkpointing, use_reentrant))
     (loss, gradients), (again, checkpointed) = outcome
     torch.testing.assert_close(again, loss)
-    assert gradients.keys() == checkpointed.keys() and len(gradients) > 50
-    for name, gradient in gradients.items():
-        torch.testing.assert_close(checkpointed[name], gradient, msg=name)
+    if lost := gradients.keys() - checkpointed.keys():  # a reentrant tower whose input is pixels has none, unpruned too
+        model = build_model(family).train().requires_grad_(True)
+        assert use_reentrant and not lost & trained(model, inputs, True, use_reentrant)[1].keys()
+    assert gradients.keys() >= checkpointed.keys() and len(checkpointed) > 50
+    for name, gradient in checkpointed.items():
+        torch.testing.assert_close(gradient, gradients[name], msg=name)
     plain, unpruned = trained(build_model(family).train().requires_grad_(True), inputs, False)
     assert (plain - loss).abs() > 0.1
     name = next(name for name in gradients if "layers.5" in name and name.endswith(("q_proj.weight", "w1.weight")))
