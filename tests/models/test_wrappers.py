@@ -108,19 +108,20 @@ def test_an_attached_model_changes_its_dtype(family: str, mode: str) -> None:
     before = build_model(family)
     if mode not in modes_of(before):
         return
+    coarse = {name: value.bfloat16() if value.is_floating_point() else value for name, value in inputs.items()}
     rounded = copy.deepcopy(before).to(torch.bfloat16)
     expected = run(copy.deepcopy(rounded).float(), inputs, schedule, mode)
     model = copy.deepcopy(before)
     with attached(model, schedule, mode) as pruner:
         model.to(torch.bfloat16)
-        assert model(**inputs).logits.dtype == torch.bfloat16
+        assert model(**coarse).logits.dtype == torch.bfloat16
         assert [stage.counts for stage in pruner.trace] == expected_counts(inputs, schedule)
         model.float()  # the weights are rounded, all else is as it was
         assert torch.equal(answer(model, inputs)[:, -6:], expected.tokens[:, :6])
         torch.testing.assert_close(last_states(model, **inputs), expected.states)
     for policy, stages in policies(model, schedule):
         with attach(model, policy, schedule=stages, mode=mode) as pruner:
-            model.to(torch.bfloat16)(**inputs)
+            model.to(torch.bfloat16)(**coarse)
             assert [stage.counts for stage in pruner.trace] == expected_counts(inputs, stages)
 
 
@@ -323,7 +324,7 @@ class Int8Linear(nn.Module):
 def in_8_bit(model: Any) -> Any:
     for module in list(decoder_of(model).modules()):
         for name, child in list(module.named_children()):
-            if isinstance(child, nn.Linear):
+            if type(child) is nn.Linear:  # a router is a Linear that returns more
                 setattr(module, name, Int8Linear(child))
     return model
 
