@@ -6,6 +6,7 @@ printed at the end of a run, and ``--write-features`` stores it for ``python -m 
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -200,14 +201,43 @@ def feature(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     return mark
 
 
-def each_method(
-    *names: str, families: Sequence[str] = ALL_FAMILIES
-) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Decorator of a test with arguments ``name`` and ``family``: evidence for methods, all or ``names``, by family."""
+def unusual(*numbers: int, every: int) -> list[Any]:
+    """Mark a combination, by the numbers of its values, as left out of the usual run unless it is an ``every``-th.
+
+    Any two values of different arguments still meet there, if the other arguments have ``every`` values or more.
+    """
+    return [pytest.mark.exhaustive] if sum(numbers) % every else []
+
+
+def crossed(name: str, arguments: str, *values: Sequence[Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Decorator as ``feature``, for two more ``arguments`` of two values each; the usual run has half of the cases."""
+    families = [family for family in ALL_FAMILIES if (name, family) not in NOT_APPLICABLE]
     cells = [
-        case(family, name, marks=[pytest.mark.feature(f"method {name}")])
-        for name in names or METHODS
-        for family in families
+        case(
+            families[one],
+            *(values[i][number] for i, number in enumerate(numbers)),
+            marks=unusual(*numbers, one, every=2),
+        )
+        for *numbers, one in itertools.product(*(range(len(some)) for some in values), range(len(families)))
+    ]
+
+    def mark(function: Callable[..., Any]) -> Callable[..., Any]:
+        return pytest.mark.feature(name)(pytest.mark.parametrize((*arguments.split(), "family"), cells)(function))
+
+    return mark
+
+
+def each_method(
+    *names: str, families: Sequence[str] = ALL_FAMILIES, every: int = 1
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Decorator of a test with arguments ``name`` and ``family``: evidence for methods, all or ``names``, by family.
+
+    The usual run has each method with ``every``-th family, and each family with ``every``-th method.
+    """
+    cells = [
+        case(family, name, marks=[pytest.mark.feature(f"method {name}"), *unusual(i, j, every=every)])
+        for i, name in enumerate(names or METHODS)
+        for j, family in enumerate(families)
         if (name, family) not in METHODS_NOT_APPLICABLE
     ]
     return pytest.mark.parametrize(("name", "family"), cells)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from tests.models.agreement import kept_slots, lengths_of, model_of, single_row
-from tests.models.features import ALL_FAMILIES, CLASSES, METHODS_NOT_APPLICABLE, NOT_APPLICABLE, case, each_method
+from tests.models.features import ALL_FAMILIES, CLASSES, METHODS_NOT_APPLICABLE, NOT_APPLICABLE, each_method
 from tests.models.generating import (
     BATCH,
     NEW_TOKENS,
@@ -98,7 +98,7 @@ def test_which_methods_prune_before_the_language_model() -> None:
     assert {name for name, info in METHODS.items() if info.stages == (0,)} == set(METHODS_BEFORE_LLM)
 
 
-@pytest.mark.parametrize(("name", "family"), [case(family, name) for name, family in METHODS_NOT_APPLICABLE])
+@pytest.mark.parametrize(("name", "family"), METHODS_NOT_APPLICABLE)
 def test_a_method_that_does_not_apply_says_why(name: str, family: str) -> None:
     """Where ``attach`` takes a method, the matrix has tests; the other cells are here."""
     reason = METHODS_NOT_APPLICABLE[name, family]
@@ -126,7 +126,7 @@ def test_tokens_per_layer(name: str, family: str) -> None:
     assert cache.get_seq_length() == inputs["input_ids"].shape[1] + written
 
 
-@each_method()
+@each_method(every=2)
 def test_keep_all_is_the_unattached_model(name: str, family: str) -> None:
     """Bitwise, in float32."""
     inputs, plain, schedule = inputs_of(family), greedy(family, "unattached"), schedule_of(name, family, keep=1.0)
@@ -136,7 +136,7 @@ def test_keep_all_is_the_unattached_model(name: str, family: str) -> None:
     assert torch.equal(output.tokens, plain.tokens)
 
 
-@each_method()
+@each_method(every=2)
 def test_two_runs_are_equal(name: str, family: str) -> None:
     first, second = batch_run(name, family), run(name, family)
     assert torch.equal(first.logits, second.logits)
@@ -259,7 +259,7 @@ def _uncompiled() -> Iterator[None]:
 
 @pytest.mark.usefixtures("_uncompiled")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:flex_attention called without")
-@each_method(*METHODS_BY_ATTENTION, families=[family for family in ALL_FAMILIES if family not in NO_FLEX])
+@each_method(*METHODS_BY_ATTENTION, families=[one for one in ALL_FAMILIES if one not in NO_FLEX], every=2)
 def test_scores_by_attention_need_no_special_backend(name: str, family: str) -> None:
     """In float32, as eager and flex attention compute the softmax in any case."""
     expected = run(name, family, inputs_of(family), model_of(family, "sdpa"))

@@ -12,7 +12,7 @@ from torch import Tensor
 from tests.models import flash_stand_in
 from tests.models.agreement import last_states, model_of
 from tests.models.conftest import HashPolicy
-from tests.models.features import feature
+from tests.models.features import crossed
 from tests.models.test_prompt_end import READERS, conditioned
 from tests.models.tiny_families import PAD_ID, TOKEN_ARGUMENTS, build_inputs, build_model, tiny_family, visual_mask
 from tests.models.zoo.idefics import by_row
@@ -120,9 +120,7 @@ def policies() -> dict[str, tuple[Any, Schedule]]:
     }
 
 
-@feature("several prompts packed into a row")
-@pytest.mark.parametrize("backend", ["sdpa", "eager"])
-@pytest.mark.parametrize("told_by", ["4-D mask", "position_ids"])
+@crossed("several prompts packed into a row", "told_by backend", ["4-D mask", "position_ids"], ["sdpa", "eager"])
 def test_packed_prompts_are_each_alone(family: str, told_by: str, backend: str) -> None:
     model = model_of(family, backend)
     if tiny_family(family).blocks and told_by == "position_ids":
