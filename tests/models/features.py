@@ -158,6 +158,7 @@ NOT_APPLICABLE: dict[tuple[str, str], str] = {
         ): "transformers cannot cut vision features of this model and raises, unpruned too"
         for name in ("llama4", "ovis2")
     },
+    ("logits_to_keep", "minicpmv4_6"): "transformers' model has no such argument",
     ("torch.compile of the decode step", "llama4"): "transformers compiles no step of this model, unpruned too",
     **{
         (name, "paligemma"): "tokens of a prompt see all tokens of its pass, drafts too, so that answers differ, "

@@ -76,3 +76,10 @@ def test_no_step_is_compiled(family: str) -> None:
     torch._dynamo.utils.counters.clear()
     compiled_answer(model_of(family), build_inputs(family, MIXED))
     assert num_graphs() == 0
+
+
+@pytest.mark.parametrize("family", [case("minicpmv4_6")])
+def test_logits_to_keep_is_ignored(family: str) -> None:
+    assert ("logits_to_keep", family) in NOT_APPLICABLE
+    inputs = build_inputs(family)
+    assert model_of(family)(**inputs, logits_to_keep=3).logits.shape[1] == inputs["input_ids"].shape[1]
