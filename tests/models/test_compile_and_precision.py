@@ -164,6 +164,9 @@ def test_bfloat16_rounds_compact_mode_no_worse_than_mask_mode(family: str, rows:
     rounded = {name: value.bfloat16() if value.is_floating_point() else value for name, value in inputs.items()}
     low = build_model(family).bfloat16()
     high = build_model(family).bfloat16().float()
+    for module in (*low.modules(), *high.modules()):
+        if hasattr(module, "top_k") and hasattr(module, "num_experts"):
+            module.top_k = module.num_experts  # a token that rounding sends to other experts is another token
     exact = {name: value.float() if value.is_floating_point() else value for name, value in rounded.items()}
     error, states, modes = {}, {}, modes_of(low)
     for mode in modes:
