@@ -355,7 +355,7 @@ def test_checkpointing_changes_no_gradient(family: str, mode: str, use_reentrant
     for name, gradient in checkpointed.items():
         torch.testing.assert_close(gradient, gradients[name], msg=name)
     plain, unpruned = trained(build_model(family).train().requires_grad_(True), inputs, False)
-    assert (plain - loss).abs() > 0.1
+    assert (plain - loss).abs() > 0.02
     name = next(name for name in gradients if "layers.5" in name and name.endswith(("q_proj.weight", "w1.weight")))
     assert (unpruned[name] - gradients[name]).abs().max() > 0.1 * gradients[name].abs().max()
 

@@ -27,7 +27,7 @@ SHARED = {"insert_layer_id": 0, "image_token_id": IMAGE_ID, "video_token_id": VI
 
 def parts() -> dict[str, Any]:
     return {
-        "text_config": transformers.Qwen3_5TextConfig(**text_config(**LINEAR)),
+        "text_config": transformers.Qwen3_5TextConfig(**text_config(**{**LINEAR, "initializer_range": 0.1})),
         "vision_config": vision_config(patch_size=4, initializer_range=0.3),
         **SHARED,
     }
