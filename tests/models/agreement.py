@@ -67,11 +67,11 @@ def states_of(model: Any, inputs: dict[str, Tensor], schedule: Schedule, mode: s
     """Last hidden states of a pruned prompt; "mask" as in ``run``."""
     by_a_hand = mode == "mask" and keeps_state(model)
     with by_hand(model, schedule) if by_a_hand else attached(model, schedule, mode):
-        return model.base_model(**inputs).last_hidden_state
+        return last_states(model, **inputs)
 
 
 def _run(model: Any, inputs: dict[str, Tensor]) -> Run:
-    states = model.base_model(**inputs).last_hidden_state
+    states = last_states(model, **inputs)
     answer = generate(model, inputs)
     return Run(states, torch.stack(answer.logits, 1), answer.sequences[:, inputs["input_ids"].shape[1] :], [])
 
@@ -107,6 +107,13 @@ def fitting(model: Any, policy: Policy, schedule: Schedule) -> Schedule:
 def lengths_of(cache: Any) -> list[int]:
     """Keys and values of every layer that has them."""
     return [int(cache.get_seq_length(layer)) for layer, one in enumerate(cache.layers) if hasattr(one, "keys")]
+
+
+def last_states(model: Any, **inputs: Any) -> Tensor:
+    """[B, N, d]: what the head gets. Llama 4 has no model without a head."""
+    if model.base_model is model:
+        return model(**inputs, output_hidden_states=True).hidden_states[-1]
+    return model.base_model(**inputs).last_hidden_state
 
 
 def with_keys(model: Any, lengths: Sequence[int]) -> list[int]:
@@ -195,7 +202,7 @@ def masked_by_hand(model: Any, inputs: dict[str, Tensor], trace: list[StageTrace
         for layer in decoder.layers[stage.layer : end]:
             handles.append(layer.register_forward_pre_hook(close(stage), with_kwargs=True))
     try:
-        return model.base_model(**inputs).last_hidden_state
+        return last_states(model, **inputs)
     finally:
         for handle in handles:
             handle.remove()

@@ -6,6 +6,7 @@ printed at the end of a run, and ``--write-features`` stores it for ``python -m 
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -90,9 +91,25 @@ METHODS_NOT_APPLICABLE = {
 }
 
 # what attach says of a class that a row does not tell
-METHODS_NOT_APPLICABLE["downsample", "ovis2"] = (
-    "the vision tower (Ovis2VisionModel) cannot interpolate its position embeddings"
-)
+METHODS_NOT_APPLICABLE |= {
+    ("downsample", "ovis2"): "the vision tower (Ovis2VisionModel) cannot interpolate its position embeddings",
+    ("downsample", "gemma3"): "Gemma3MultiModalProjector pools a picture of one size alone",
+    **{
+        (name, family): f"the vision tower ({tower}) takes lists of patches ({argument}), of which this method does"
+        " not know which become one token"
+        for name in ("visionzip", "fastervlm", "downsample")
+        for family, tower, argument in (
+            ("lfm2_vl", "Siglip2VisionModel", "spatial_shapes"),
+            ("gemma4", "Gemma4VisionModel", "pixel_position_ids"),
+            ("minicpmv4_6", "MiniCPMV4_6VisionModel", "target_sizes"),
+        )
+    },
+    **{
+        (name, "llama4"): "the vision tower (Llama4VisionModel) has a class token, and nothing in the config of "
+        "Llama4ForConditionalGeneration says where it goes"
+        for name in ("visionzip", "fastervlm", "downsample")
+    },
+}
 
 HYBRIDS = ("qwen3_5", "qwen3_5_moe", "lfm2_vl", "minicpmv4_6")
 # why a feature does not apply, by (feature, family)
@@ -131,6 +148,35 @@ NOT_APPLICABLE: dict[tuple[str, str], str] = {
         for name in (*HYBRIDS, "gemma3", "gemma4", "llama4")
     },
     **{
+        (name, "llama4"): "transformers repeats no images for several answers of this model and raises, unpruned too"
+        for name in ("num_return_sequences", "beam search")
+    },
+    **{
+        (
+            "prefill in chunks",
+            name,
+        ): "transformers cannot cut vision features of this model and raises, unpruned too"
+        for name in ("llama4", "ovis2")
+    },
+    ("logits_to_keep", "minicpmv4_6"): "transformers' model has no such argument",
+    ("torch.compile of the decode step", "llama4"): "transformers compiles no step of this model, unpruned too",
+    **{
+        (name, "paligemma"): "tokens of a prompt see all tokens of its pass, drafts too, so that answers differ, "
+        "unpruned too"
+        for name in ("assisted decoding", "prompt lookup")
+    },
+    **{
+        (
+            name,
+            "paligemma",
+        ): "tokens of a prompt see all of it, and a part that comes first sees itself alone, unpruned too"
+        for name in ("prefill in chunks", "image-only prefix for many questions")
+    },
+    **{
+        (f"flash_attention_2, {which}", "llama4"): "transformers refuses flash attention for this model"
+        for which in ("stand-in", "real")
+    },
+    **{
         (f"flash_attention_2, {which}", name): "with flash attention transformers' model lets no image token see later "
         "ones, unpruned too"
         for name in ("gemma3", "paligemma")
@@ -156,14 +202,43 @@ def feature(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     return mark
 
 
-def each_method(
-    *names: str, families: Sequence[str] = ALL_FAMILIES
-) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Decorator of a test with arguments ``name`` and ``family``: evidence for methods, all or ``names``, by family."""
+def unusual(*numbers: int, every: int) -> list[Any]:
+    """Mark a combination, by the numbers of its values, as left out of the usual run unless it is an ``every``-th.
+
+    Any two values of different arguments still meet there, if the other arguments have ``every`` values or more.
+    """
+    return [pytest.mark.exhaustive] if sum(numbers) % every else []
+
+
+def crossed(name: str, arguments: str, *values: Sequence[Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Decorator as ``feature``, for two more ``arguments`` of two values each; the usual run has half of the cases."""
+    families = [family for family in ALL_FAMILIES if (name, family) not in NOT_APPLICABLE]
     cells = [
-        case(family, name, marks=[pytest.mark.feature(f"method {name}")])
-        for name in names or METHODS
-        for family in families
+        case(
+            families[one],
+            *(values[i][number] for i, number in enumerate(numbers)),
+            marks=unusual(*numbers, one, every=2),
+        )
+        for *numbers, one in itertools.product(*(range(len(some)) for some in values), range(len(families)))
+    ]
+
+    def mark(function: Callable[..., Any]) -> Callable[..., Any]:
+        return pytest.mark.feature(name)(pytest.mark.parametrize((*arguments.split(), "family"), cells)(function))
+
+    return mark
+
+
+def each_method(
+    *names: str, families: Sequence[str] = ALL_FAMILIES, every: int = 1
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Decorator of a test with arguments ``name`` and ``family``: evidence for methods, all or ``names``, by family.
+
+    The usual run has each method with ``every``-th family, and each family with ``every``-th method.
+    """
+    cells = [
+        case(family, name, marks=[pytest.mark.feature(f"method {name}"), *unusual(i, j, every=every)])
+        for i, name in enumerate(names or METHODS)
+        for j, family in enumerate(families)
         if (name, family) not in METHODS_NOT_APPLICABLE
     ]
     return pytest.mark.parametrize(("name", "family"), cells)

@@ -107,6 +107,8 @@ def with_answer(inputs: dict[str, Tensor], words: Any) -> dict[str, Tensor]:
     longer = dict(inputs)
     for name, fill in TOKEN_ARGUMENTS.items():
         if name in inputs:
+            if name == "token_type_ids" and not inputs[name].any():
+                fill = 1  # PaliGemma: 0 is a prompt whose tokens see each other
             addition = answer if name == "input_ids" else torch.tensor(fill).expand(answer.shape).to(inputs[name].dtype)
             longer[name] = torch.cat([inputs[name], addition], 1)
     return longer

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from tests.models import agreement, flash_stand_in
-from tests.models.agreement import MIXED, assert_agreement, model_of, schedule_of
+from tests.models.agreement import MIXED, assert_agreement, last_states, model_of, schedule_of
 from tests.models.features import NOT_APPLICABLE, feature
 from tests.models.tiny_families import Rows, build_inputs, build_model, tiny_family
 from toprl_models.probe import decoder_of, has_attention
@@ -29,7 +29,7 @@ def assert_same_as_sdpa_without_a_cache(family: str, model: Any) -> None:
     del inputs["attention_mask"]
     for one in (model, model_of(family)):
         with agreement.attached(one, schedule_of(family)):
-            states.append(one.base_model(**inputs, use_cache=False).last_hidden_state)
+            states.append(last_states(one, **inputs, use_cache=False))
     torch.testing.assert_close(states[0], states[1], atol=agreement.ATOL, rtol=1e-4)
 
 
@@ -64,7 +64,7 @@ def _uncompiled() -> Iterator[None]:
 def test_flex(family: str, batch: str) -> None:
     model = build_model(family, "flex_attention")
     inputs, seen = build_inputs(family, rows_of(family, batch)), Counter()
-    layer = decoder_of(model).layers[-1]
+    layer = [layer for layer in decoder_of(model).layers if has_attention(layer)][-1]
     layer.register_forward_pre_hook(
         lambda module, args, kwargs: seen.update([type(kwargs["attention_mask"]).__name__]), with_kwargs=True
     )

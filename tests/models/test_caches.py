@@ -201,10 +201,7 @@ def test_a_reset_static_cache_forgets(family: str) -> None:
         cache = StaticCache(config=model.config.get_text_config(), max_cache_len=160)
         with attach(model, HashPolicy(), schedule=schedule_of(family), mode=mode):
             model(**full, past_key_values=cache)
-            rows = {
-                "input_ids": words["input_ids"].repeat(3, 1),
-                "attention_mask": words["attention_mask"].repeat(3, 1),
-            }
+            rows = {name: value.repeat(3, 1) for name, value in words.items()}
             cache.reset()
             answers[mode] = [generate(model, rows, past_key_values=cache, disable_compile=True)]
             cache.reset()

@@ -10,7 +10,16 @@ import torch
 import torch._dynamo.utils
 from torch import Tensor
 
-from tests.models.agreement import MIXED, attached, expected_counts, generate, kept_slots, modes_of, schedule_of
+from tests.models.agreement import (
+    MIXED,
+    attached,
+    expected_counts,
+    generate,
+    kept_slots,
+    last_states,
+    modes_of,
+    schedule_of,
+)
 from tests.models.conftest import HashPolicy
 from tests.models.features import feature
 from tests.models.test_outputs import MODES, shared_model
@@ -155,24 +164,26 @@ def test_bfloat16_rounds_compact_mode_no_worse_than_mask_mode(family: str, rows:
     rounded = {name: value.bfloat16() if value.is_floating_point() else value for name, value in inputs.items()}
     low = build_model(family).bfloat16()
     high = build_model(family).bfloat16().float()
+    for module in (*low.modules(), *high.modules()):
+        if hasattr(module, "top_k") and hasattr(module, "num_experts"):
+            module.top_k = module.num_experts  # a token that rounding sends to other experts is another token
     exact = {name: value.float() if value.is_floating_point() else value for name, value in rounded.items()}
     error, states, modes = {}, {}, modes_of(low)
     for mode in modes:
         with attached(high, schedule_of(family), mode) as pruner:
-            reference = high.base_model(**exact).last_hidden_state
+            reference = last_states(high, **exact)
         with attached(low, schedule_of(family), mode) as pruner:
-            states[mode] = low.base_model(**rounded).last_hidden_state
+            states[mode] = last_states(low, **rounded)
             cache = generate(low, rounded).past_key_values
             assert {layer.keys.dtype for layer in cache.layers if hasattr(layer, "keys")} == {torch.bfloat16}
         assert states[mode].dtype == torch.bfloat16
         assert [stage.counts for stage in pruner.trace] == expected_counts(inputs, schedule_of(family))
         alive = kept_slots(inputs, pruner.trace[-1])
         error[mode] = rms(states[mode][alive] - reference[alive])
-    unpruned = high.base_model(**exact).last_hidden_state
+    unpruned = last_states(high, **exact)
     if "mask" not in modes:  # where there is no other mode, the yardstick is the unattached model
-        valid = inputs["attention_mask"].bool()
         states["mask"] = states["compact"]
-        error["mask"] = rms(low.base_model(**rounded).last_hidden_state[valid] - unpruned[valid])
+        error["mask"] = rms((last_states(low, **rounded) - unpruned)[alive])
     assert 0 < error["compact"] < 2 * error["mask"]
     assert error["mask"] < 2 * error["compact"]
     # the two modes differ by no more than the sum of their errors, which is far below what pruning does

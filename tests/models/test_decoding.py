@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import DynamicCache, LogitsProcessor
 
-from tests.models.agreement import keeps_state, lengths_of, model_of, modes_of, schedule_of
+from tests.models.agreement import keeps_state, lengths_of, model_of, modes_of, schedule_of, with_keys
 from tests.models.by_hand import by_hand
 from tests.models.conftest import HashPolicy
 from tests.models.features import feature
@@ -28,7 +28,15 @@ from tests.models.generating import (
     pruned,
     with_answer,
 )
-from tests.models.tiny_families import IMAGE_ID, TOKEN_ARGUMENTS, VIDEO_ID, build_inputs, build_model, tiny_family
+from tests.models.tiny_families import (
+    IMAGE_ID,
+    NUM_LAYERS,
+    TOKEN_ARGUMENTS,
+    VIDEO_ID,
+    build_inputs,
+    build_model,
+    tiny_family,
+)
 from toprl_models import Decision, FastV, Policy, PyramidDrop, RandomPolicy, Schedule, attach
 from toprl_models.probe import decoder_of
 
@@ -219,7 +227,7 @@ def count_passes(model: Any) -> tuple[list[int], Any]:
     def note(module: Any, args: tuple, kwargs: dict[str, Any]) -> None:
         seen.append((args[0] if args else kwargs["input_ids"]).shape[1])
 
-    return seen, model.model.register_forward_pre_hook(note, with_kwargs=True)
+    return seen, model.register_forward_pre_hook(note, with_kwargs=True)
 
 
 class TwoWords(LogitsProcessor):
@@ -337,8 +345,10 @@ def test_each_chunk_is_pruned_by_itself(family: str) -> None:
     for mask in masks:
         assert_same(compact, mask)
     assert compact.pruner.trace[0].num_visual == (sum(visual[size:]),)
-    # two tokens of each image reach the last layer
-    assert lengths_of(compact.past_key_values)[-1] == visual.count(False) + 4 + NEW_TOKENS - 1
+    layer, schedule = with_keys(model_of(family), range(NUM_LAYERS))[-1], schedule_of(family)
+    last = sum(stage <= layer for stage in schedule.layers) - 1
+    kept = sum(schedule.counts(count)[last] for count in (sum(visual[:size]), sum(visual[size:])))
+    assert lengths_of(compact.past_key_values)[-1] == visual.count(False) + kept + NEW_TOKENS - 1
     unattached = generate(model_of(family), inputs, prefill_chunk_size=size)
     assert (compact.logits[0] - unattached.logits[0]).abs().max() > 0.1
 

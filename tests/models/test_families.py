@@ -12,6 +12,7 @@ from tests.models.agreement import (
     expected_counts,
     generate,
     kept_slots,
+    last_states,
     layer_arguments,
     lengths_of,
     model_of,
@@ -82,7 +83,7 @@ def test_a_batch_of_text_alone_never_asks_the_policy(family: str) -> None:
 @feature("right-padded forward")
 def test_right_padding(family: str) -> None:
     inputs, states = build_inputs(family, MIXED, padding_side="right"), {}
-    plain = model_of(family).base_model(**inputs).last_hidden_state
+    plain = last_states(model_of(family), **inputs)
     for mode in ("compact", "mask"):
         states[mode] = agreement.states_of(model_of(family), inputs, schedule_of(family), mode)
     with attach(model_of(family), HashPolicy(), schedule=schedule_of(family)) as pruner:
@@ -105,9 +106,8 @@ def test_survivors_keep_their_positions(family: str) -> None:
         slots = kept_slots(inputs, stage)[0].nonzero()[:, 0]
         after = pruner.trace[number + 1].layer if number + 1 < len(pruner.trace) else NUM_LAYERS
         for layer in set(range(stage.layer, after)) - keyless_layers(decoder_of(model).layers):
-            for table, whole in zip(
-                pruned[layer]["position_embeddings"], own[layer]["position_embeddings"], strict=True
-            ):
+            tables = (pruned[layer]["position_embeddings"], own[layer]["position_embeddings"])
+            for table, whole in zip(*tables, strict=True) if isinstance(tables[0], tuple) else [tables]:
                 assert torch.equal(table, whole[:, slots])
                 assert not torch.equal(table, whole[:, : len(slots)])  # renumbered positions
             for_layer, whole = pruned[layer]["position_ids"], own[layer]["position_ids"]
@@ -171,14 +171,14 @@ def test_both_modes_are_transformers_own_attention_without_the_dropped_keys(fami
     states = {}
     for mode in ("compact", "mask"):
         with attach(model, HashPolicy(), schedule=schedule_of(family), mode=mode) as pruner:
-            states[mode] = model.base_model(**inputs).last_hidden_state
+            states[mode] = last_states(model, **inputs)
     by_hand = agreement.masked_by_hand(model, inputs, pruner.trace)
     valid, alive = inputs["attention_mask"].bool(), kept_slots(inputs, pruner.trace[-1])
     # in mask mode dropped tokens go on (Eq. 7), each seeing itself: all rows are comparable
     torch.testing.assert_close(states["mask"][valid], by_hand[valid], atol=agreement.ATOL, rtol=1e-4)
     torch.testing.assert_close(states["compact"][alive], by_hand[alive], atol=agreement.ATOL, rtol=1e-4)
     assert not states["compact"][~alive].any()
-    assert (by_hand - model.base_model(**inputs).last_hidden_state)[alive].abs().max() > 0.1
+    assert (by_hand - last_states(model, **inputs))[alive].abs().max() > 0.1
 
 
 @feature("stage before the first possible and the last layer")

@@ -13,10 +13,11 @@ from torch.overrides import TorchFunctionMode
 from transformers import LlavaForConditionalGeneration
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from tests.models.agreement import keeps_state, modes_of, schedule_of, single_row
+from tests.models.agreement import keeps_state, last_states, modes_of, schedule_of, single_row
 from tests.models.by_hand import by_hand
 from tests.models.conftest import HashPolicy
 from tests.models.features import feature
+from tests.models.generating import generate
 from tests.models.tiny_families import build_inputs, build_model, in_float64, tiny_family, visual_mask
 from toprl_models import Decision, Policy, Pruner, Schedule, attach
 from toprl_models.probe import decoder_of, has_attention
@@ -102,7 +103,7 @@ def test_the_loss_leaves_out_what_concerns_dropped_tokens(family: str, labelled:
             torch.testing.assert_close(summed, output.loss, **TOLERANCE)
             loss[mode] = output.loss
     torch.testing.assert_close(loss["compact"], loss[modes[-1]], **TOLERANCE)
-    assert (loss["compact"] - plain).abs() > 0.01
+    assert (loss["compact"] - plain).abs() > 0.005
     torch.testing.assert_close(model(**inputs, labels=labels).loss, plain)
 
 
@@ -148,7 +149,7 @@ def test_hidden_states_lie_at_the_places_of_the_prompt(family: str) -> None:
     for mode in modes:
         with attach(model, HashPolicy(), schedule=schedule_of(family), mode=mode) as pruner:
             found[mode] = model(**inputs, output_hidden_states=True).hidden_states
-            last = model.base_model(**inputs).last_hidden_state
+            last = last_states(model, **inputs)
             selected = model(**inputs, output_hidden_states=[2, 4]).hidden_states
         assert len(found[mode]) == len(plain)
         torch.testing.assert_close(found[mode][-1], last)
@@ -313,7 +314,8 @@ def test_the_mask_gradient_is_that_of_finite_differences(family: str) -> None:
             else:  # a mask is not negative: from one side; a token that would dominate bends the value sharply
                 here, above, beyond = (moved(stage, token, by) for by in (0, 1e-9, 2e-9))
                 numeric = (4 * above - beyond - 3 * here) / 2e-9
-            assert float(gradient[token]) == pytest.approx(numeric, rel=1e-4, abs=1e-5)
+            # Llama 4 rotates in complex64
+            assert float(gradient[token]) == pytest.approx(numeric, rel=1e-3 if family == "llama4" else 1e-4, abs=1e-5)
 
 
 def trained(
@@ -346,12 +348,15 @@ def test_checkpointing_changes_no_gradient(family: str, mode: str, use_reentrant
             outcome.append(trained(model, inputs, checkpointing, use_reentrant))
     (loss, gradients), (again, checkpointed) = outcome
     torch.testing.assert_close(again, loss)
-    assert gradients.keys() == checkpointed.keys() and len(gradients) > 50
-    for name, gradient in gradients.items():
-        torch.testing.assert_close(checkpointed[name], gradient, msg=name)
+    if lost := gradients.keys() - checkpointed.keys():  # a reentrant tower whose input is pixels has none, unpruned too
+        model = build_model(family).train().requires_grad_(True)
+        assert use_reentrant and not lost & trained(model, inputs, True, use_reentrant)[1].keys()
+    assert gradients.keys() >= checkpointed.keys() and len(checkpointed) > 50
+    for name, gradient in checkpointed.items():
+        torch.testing.assert_close(gradient, gradients[name], msg=name)
     plain, unpruned = trained(build_model(family).train().requires_grad_(True), inputs, False)
-    assert (plain - loss).abs() > 0.1
-    name = next(name for name in gradients if "layers.5" in name and name.endswith("q_proj.weight"))
+    assert (plain - loss).abs() > 0.02
+    name = next(name for name in gradients if "layers.5" in name and name.endswith(("q_proj.weight", "w1.weight")))
     assert (unpruned[name] - gradients[name]).abs().max() > 0.1 * gradients[name].abs().max()
 
 
@@ -393,20 +398,20 @@ def test_vision_features_serve_several_generations(family: str, mode: str, monke
         "get_image_features",
         functools.wraps(original)(lambda *args, **kwargs: calls.append(1) or original(*args, **kwargs)),
     )
-    options = {"max_new_tokens": 6, "do_sample": False}
-    plain = model.generate(**inputs, **options)
+    plain = generate(model, inputs)
     with attach(model, HashPolicy(), schedule=schedule_of(family), mode=mode) as pruner:
-        expected = model.generate(**inputs, **options)
+        expected = generate(model, inputs)
         counts = [stage.counts for stage in pruner.trace]
         calls.clear()
         features, rest = encode(model, inputs)
         if not TAKES_FEATURES:
             with pytest.raises(ValueError, match="mm_encoder_outputs"):
-                model.generate(**rest, mm_encoder_outputs={"image": features}, **options)
+                generate(model, rest, mm_encoder_outputs={"image": features})
             return
         for _ in range(3):
             pruner.trace.clear()
-            assert torch.equal(model.generate(**rest, mm_encoder_outputs={"image": features}, **options), expected)
+            again = generate(model, rest, mm_encoder_outputs={"image": features})
+            assert torch.equal(again.tokens, expected.tokens) and torch.equal(again.logits, expected.logits)
             assert [stage.counts for stage in pruner.trace] == counts
     assert len(calls) == 1
-    assert not torch.equal(plain, expected)
+    assert (plain.logits - expected.logits).abs().max() > 0.1

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from tests.models import flash_stand_in
-from tests.models.agreement import model_of
+from tests.models.agreement import last_states, model_of
 from tests.models.conftest import HashPolicy
-from tests.models.features import feature
+from tests.models.features import crossed
 from tests.models.test_prompt_end import READERS, conditioned
 from tests.models.tiny_families import PAD_ID, TOKEN_ARGUMENTS, build_inputs, build_model, tiny_family, visual_mask
 from tests.models.zoo.idefics import by_row
@@ -95,9 +95,9 @@ def assert_each_is_alone(family: str, model: Any, make: Any, schedule: Schedule,
     with attach(model, make(), schedule=schedule) as pruner:
         rows = []
         for prompt in prompts:
-            states = model.base_model(**prompt, use_cache=False).last_hidden_state[0]
+            states = last_states(model, **prompt, use_cache=False)[0]
             rows.append((states, pruner.trace))
-        states, trace = model.base_model(**inputs).last_hidden_state[0], pruner.trace
+        states, trace = last_states(model, **inputs)[0], pruner.trace
     pieces = states.split([prompt["input_ids"].shape[1] for prompt in prompts])
     stage_numbers = range(len(schedule))
     for number, (piece, (expected, trace_alone)) in enumerate(zip(pieces, rows, strict=True)):
@@ -106,7 +106,7 @@ def assert_each_is_alone(family: str, model: Any, make: Any, schedule: Schedule,
             kept = trace[stage].indices[number]
             assert torch.equal(kept[kept >= 0], trace_alone[stage].indices[0])
     assert trace[0].num_visual == tuple(int(visual_mask(prompt).sum()) for prompt in prompts)
-    plain = model.base_model(**inputs).last_hidden_state[0]
+    plain = last_states(model, **inputs)[0]
     assert (states - plain)[states.any(-1)].abs().max() > 0.1  # pruning matters
 
 
@@ -120,17 +120,13 @@ def policies() -> dict[str, tuple[Any, Schedule]]:
     }
 
 
-@feature("several prompts packed into a row")
-@pytest.mark.parametrize("backend", ["sdpa", "eager"])
-@pytest.mark.parametrize("told_by", ["4-D mask", "position_ids"])
+@crossed("several prompts packed into a row", "told_by backend", ["4-D mask", "position_ids"], ["sdpa", "eager"])
 def test_packed_prompts_are_each_alone(family: str, told_by: str, backend: str) -> None:
     model = model_of(family, backend)
     if tiny_family(family).blocks and told_by == "position_ids":
         # transformers mixes up the blocks of packed prompts, unpruned too: they need a mask
-        whole = model.base_model(**packed(family, model, told_by)).last_hidden_state[0]
-        apart = torch.cat(
-            [model.base_model(**prompt, use_cache=False).last_hidden_state[0] for prompt in alone(family)]
-        )
+        whole = last_states(model, **packed(family, model, told_by))[0]
+        apart = torch.cat([last_states(model, **prompt, use_cache=False)[0] for prompt in alone(family)])
         assert (whole - apart).abs().max() > 0.1
         return
     for make, schedule in policies().values():
@@ -186,8 +182,8 @@ def test_layers_with_a_state_refuse(family: str) -> None:
     """Their states run on from one prompt into the next, so that unpruned prompts are not each alone either."""
     model = model_of(family)
     inputs, last = packed(family, model, "position_ids"), alone(family)[-1]
-    states = model.base_model(**inputs).last_hidden_state[:, -last["input_ids"].shape[1] :]
-    assert (states - model.base_model(**last).last_hidden_state).abs().max() > 0.1
+    states = last_states(model, **inputs)[:, -last["input_ids"].shape[1] :]
+    assert (states - last_states(model, **last)).abs().max() > 0.1
     with attach(model, HashPolicy(), schedule=STAGES), pytest.raises(ValueError, match="give each prompt a row"):
         model(**inputs)
 

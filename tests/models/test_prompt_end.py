@@ -55,7 +55,8 @@ def test_scoring_an_answer_is_generating_it(family: str, reader: str) -> None:
     where = fitting(model, PyramidDrop(), schedule())  # before a layer with attention
     make = (lambda: conditioned(*where.layers)) if reader == "toprl_text" else READERS[reader]
     with attach(model, make(), schedule=where):
-        output = generate(model, inputs, suppress_tokens=[IMAGE_ID, VIDEO_ID])
+        marks = getattr(model.config, "visual_indicator_token_ids", ())  # Ovis2 takes them for features
+        output = generate(model, inputs, suppress_tokens=[IMAGE_ID, VIDEO_ID, *marks])
         longer = with_answer(inputs, output.tokens)
         scored = model(**longer, labels=labels_of(longer, length)).logits[:, length - 1 : -1]
     log_probs = [

@@ -22,6 +22,7 @@ from tests.models.agreement import (
     expected_counts,
     fitting,
     kept_slots,
+    last_states,
     modes_of,
     run,
     schedule_of,
@@ -107,19 +108,20 @@ def test_an_attached_model_changes_its_dtype(family: str, mode: str) -> None:
     before = build_model(family)
     if mode not in modes_of(before):
         return
+    coarse = {name: value.bfloat16() if value.is_floating_point() else value for name, value in inputs.items()}
     rounded = copy.deepcopy(before).to(torch.bfloat16)
     expected = run(copy.deepcopy(rounded).float(), inputs, schedule, mode)
     model = copy.deepcopy(before)
     with attached(model, schedule, mode) as pruner:
         model.to(torch.bfloat16)
-        assert model(**inputs).logits.dtype == torch.bfloat16
+        assert model(**coarse).logits.dtype == torch.bfloat16
         assert [stage.counts for stage in pruner.trace] == expected_counts(inputs, schedule)
         model.float()  # the weights are rounded, all else is as it was
         assert torch.equal(answer(model, inputs)[:, -6:], expected.tokens[:, :6])
-        torch.testing.assert_close(model.base_model(**inputs).last_hidden_state, expected.states)
+        torch.testing.assert_close(last_states(model, **inputs), expected.states)
     for policy, stages in policies(model, schedule):
         with attach(model, policy, schedule=stages, mode=mode) as pruner:
-            model.to(torch.bfloat16)(**inputs)
+            model.to(torch.bfloat16)(**coarse)
             assert [stage.counts for stage in pruner.trace] == expected_counts(inputs, stages)
 
 
@@ -174,7 +176,7 @@ def test_lora_may_come_after_the_pruner(family: str) -> None:
         assert torch.equal(answer(model, inputs)[:, -6:], expected.tokens[:, :6])
         merged = model.merge_and_unload()
         assert merged is base
-        torch.testing.assert_close(merged.base_model(**inputs).last_hidden_state, expected.states, atol=1e-3, rtol=1e-3)
+        torch.testing.assert_close(last_states(merged, **inputs), expected.states, atol=1e-3, rtol=1e-3)
         assert [stage.counts for stage in pruner.trace] == expected_counts(inputs, schedule)
 
 
@@ -203,7 +205,7 @@ def test_lora_is_trained_on_the_surviving_tokens(family: str) -> None:
     assert gradients["compact"].keys() == gradients["mask"].keys() == gradients[None].keys()
     for name, gradient in gradients["compact"].items():
         torch.testing.assert_close(gradient, gradients["mask"][name], atol=1e-4, rtol=1e-3, msg=name)
-    assert max((gradients["compact"][name] - gradients[None][name]).abs().max() for name in gradients[None]) > 0.1
+    assert max((gradients["compact"][name] - gradients[None][name]).abs().max() for name in gradients[None]) > 0.05
 
 
 # --- accelerate ---
@@ -277,7 +279,7 @@ def test_hooks_of_accelerate_come_before_or_behind(family: str, wrap: Any, mode:
     later = build_model(family)
     with attached(later, schedule, mode) as pruner:
         later = wrap(later, tmp_path / "later")
-        torch.testing.assert_close(later.base_model(**inputs).last_hidden_state, expected.states)
+        torch.testing.assert_close(last_states(later, **inputs), expected.states)
         assert [stage.counts for stage in pruner.trace] == expected_counts(inputs, schedule)
     for policy, stages in policies(first, schedule):
         with attach(first, policy, schedule=stages, mode=mode) as pruner:
@@ -322,7 +324,7 @@ class Int8Linear(nn.Module):
 def in_8_bit(model: Any) -> Any:
     for module in list(decoder_of(model).modules()):
         for name, child in list(module.named_children()):
-            if isinstance(child, nn.Linear):
+            if type(child) is nn.Linear:  # a router is a Linear that returns more
                 setattr(module, name, Int8Linear(child))
     return model
 

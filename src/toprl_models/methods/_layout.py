@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 # Parameters that are a class token: CLIP's, and that of ViT and its relatives
 CLASS_TOKENS = ("class_embedding", "cls_token")
+# Arguments of towers that take padded lists of patches (SigLIP 2, Gemma 4) or one strip of them (MiniCPM-V)
+LISTS_OF_PATCHES = ("spatial_shapes", "pixel_position_ids", "target_sizes")
 
 
 def image_tower(model: PreTrainedModel) -> PreTrainedModel:
@@ -206,10 +208,22 @@ def layout_of(model: PreTrainedModel) -> Layout:
     """Find the structure of a model's vision tower.
 
     Raises:
-        ValueError: the class token is a visual token itself, or a patch is dropped.
+        ValueError: the class token is a visual token itself, or a patch is dropped; or the tower takes pictures in a
+            form that does not tell their patches.
     """
     tower = image_tower(model)
+    lists = [name for name in inspect.signature(tower.forward).parameters if name in LISTS_OF_PATCHES]
+    if lists:
+        raise ValueError(
+            f"model: the vision tower ({type(tower).__name__}) takes lists of patches ({lists[0]}), of which this "
+            "method does not know which become one token"
+        )
     has_class, strategy = has_class_token(tower), getattr(model.config, "vision_feature_select_strategy", None)
+    if has_class and not hasattr(model.config, "vision_feature_select_strategy"):
+        raise ValueError(
+            f"model: the vision tower ({type(tower).__name__}) has a class token, and nothing in the config of "
+            f"{type(model).__name__} says where it goes"
+        )
     if has_class != (strategy == "default"):
         wanted = '"default", so that the class token is no visual token itself' if has_class else '"full"'
         raise ValueError(

@@ -372,7 +372,7 @@ class TowerReader:
             recorder.output_of(projector, "features", lambda features: features.flatten(0, -2), after=tower)
         if self._layout.window:
             recorder.output_of(tower.merger, "merged")
-        if self._layout.merge == 1 and projector is not None:
+        if self._layout.merge == 1 and projector is not None and hasattr(model.config, "vision_feature_layer"):
             recorder.output_of(layer, "states", lambda output: output[0] if isinstance(output, tuple) else output)
         if hasattr(base, "pack_image_features"):
             recorder.handles.append(PackingWatch(base, recorder))

@@ -44,6 +44,8 @@ def gemma3():
         image_token_index=IMAGE_ID,
         boi_token_index=VISION_START_ID,
         eoi_token_index=VISION_END_ID,
+        tie_word_embeddings=False,  # random models whose embeddings are their head repeat the last word
+        initializer_range=0.3,
     )
     model = Gemma3ForConditionalGeneration(config)
     model.model.multi_modal_projector.mm_input_projection_weight.data.normal_(std=0.3)  # zeros at first
@@ -142,6 +144,8 @@ def gemma4(**changes: Any):
         audio_config=None,
         video_token_id=VIDEO_ID,
         audio_token_id=AUDIO_ID,
+        tie_word_embeddings=False,
+        initializer_range=0.3,
         **MARKS,
     )
     return Gemma4ForConditionalGeneration(config)

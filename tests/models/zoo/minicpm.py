@@ -27,7 +27,7 @@ SHARED = {"insert_layer_id": 0, "image_token_id": IMAGE_ID, "video_token_id": VI
 
 def parts() -> dict[str, Any]:
     return {
-        "text_config": transformers.Qwen3_5TextConfig(**text_config(**LINEAR)),
+        "text_config": transformers.Qwen3_5TextConfig(**text_config(**{**LINEAR, "initializer_range": 0.1})),
         "vision_config": vision_config(patch_size=4, initializer_range=0.3),
         **SHARED,
     }
@@ -54,9 +54,10 @@ def minicpm_ocr() -> Any:
     return transformers.MiniCPMOcrForConditionalGeneration(config)
 
 
-def minicpm_image(patches_a_token: int):
+def minicpm_image(patches_a_token: int, scale: int = 2):
     def image(number: int, alone: bool, generator: torch.Generator) -> Item:
-        _, height, width = GRIDS[number % len(GRIDS)]
+        _, *sides = GRIDS[number % len(GRIDS)]
+        height, width = (scale * side for side in sides)
         ids = [VISION_START_ID] + [IMAGE_ID] * (height * width // patches_a_token) + [VISION_END_ID]
         values = pixels(generator, height * width, 3, 4, 4)
         return Item(ids, {"pixel_values": values, "target_sizes": torch.tensor([[height, width]])})
@@ -66,7 +67,7 @@ def minicpm_image(patches_a_token: int):
 
 def minicpm_video(number: int, generator: torch.Generator) -> Item:
     """Two frames of one size."""
-    ids, frames = [], [minicpm_image(16)(number, False, generator) for _ in range(2)]
+    ids, frames = [], [minicpm_image(16, 1)(number, False, generator) for _ in range(2)]
     for item in frames:
         ids += [VIDEO_ID if token == IMAGE_ID else token for token in item.ids]
     tensors = {name: torch.cat([item.tensors[name] for item in frames]) for name in ("pixel_values", "target_sizes")}

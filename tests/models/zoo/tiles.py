@@ -232,6 +232,7 @@ def paligemma(text: Any = None) -> Any:
         projection_dim=HIDDEN_SIZE,
         hidden_size=HIDDEN_SIZE,
         vocab_size=VOCABULARY,
+        tie_word_embeddings=False,
     )
     return transformers.PaliGemmaForConditionalGeneration(config)
 
