@@ -21,6 +21,24 @@ from toprl_models.families import FAMILIES
 
 MATRIX_FILE = Path(__file__).resolve().parents[2] / "src/toprl_models/feature_matrix.json"
 
+# the methods whose cells are stored for every family
+MATRIX_METHODS = (
+    "toprl",
+    "fastv",
+    "fastv_progressive",
+    "pyramiddrop",
+    "sparsevlm",
+    "visionzip",
+    "fastervlm",
+    "divprune",
+    "downsample",
+    "oneshot",
+    "random",
+)
+# the other methods run with it in the usual lane, with all families when asked for
+SHELF_FAMILY = "llava"
+IMAGE_METHODS = [name for name, method in METHODS.items() if "images" in method.inputs]
+
 # in the order of the printed table; the tests of those of ``MORE_FAMILIES`` are left out unless asked for
 ALL_FAMILIES = [*FAMILY_NAMES, *MORE_FAMILIES]
 FEATURES = (
@@ -77,7 +95,7 @@ FEATURES = (
     "accelerate hooks",
     "8-bit weights",
     # methods
-    *(f"method {name}" for name in METHODS),
+    *(f"method {name}" for name in MATRIX_METHODS),
 )
 
 CLASSES = {model_type_of(family): getattr(transformers, family.model_class) for family in FAMILIES.values()}
@@ -160,9 +178,15 @@ def each_method(
     *names: str, families: Sequence[str] = ALL_FAMILIES
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Decorator of a test with arguments ``name`` and ``family``: evidence for methods, all or ``names``, by family."""
+
+    def marks(name: str, family: str) -> list[Any]:
+        if name in MATRIX_METHODS:
+            return [pytest.mark.feature(f"method {name}")]
+        return [] if family == SHELF_FAMILY or family in MORE_FAMILIES else [pytest.mark.exhaustive]
+
     cells = [
-        case(family, name, marks=[pytest.mark.feature(f"method {name}")])
-        for name in names or METHODS
+        case(family, name, marks=marks(name, family))
+        for name in names or IMAGE_METHODS
         for family in families
         if (name, family) not in METHODS_NOT_APPLICABLE
     ]

@@ -13,7 +13,16 @@ import torch
 from torch import Tensor
 
 from tests.models.agreement import kept_slots, lengths_of, model_of, single_row
-from tests.models.features import ALL_FAMILIES, CLASSES, METHODS_NOT_APPLICABLE, NOT_APPLICABLE, each_method
+from tests.models.features import (
+    ALL_FAMILIES,
+    CLASSES,
+    IMAGE_METHODS,
+    MATRIX_METHODS,
+    METHODS_NOT_APPLICABLE,
+    NOT_APPLICABLE,
+    SHELF_FAMILY,
+    each_method,
+)
 from tests.models.generating import (
     BATCH,
     NEW_TOKENS,
@@ -29,9 +38,14 @@ from toprl_models import METHODS, Decision, Policy, Schedule, StageContext, TopR
 from toprl_models.probe import decoder_of
 from toprl_models.registry import layers_for
 
-METHODS_BEFORE_LLM = ("visionzip", "fastervlm", "divprune", "downsample")
+METHODS_BEFORE_LLM = (
+    *("visionzip", "fastervlm", "divprune", "downsample", "cdpruner", "vispruner", "holov", "prumerge_plus", "hiprune"),
+    *("gprune", "tome"),
+)
+# of these, those whose survivors get consecutive positions
+RENUMBERED = tuple(name for name in METHODS_BEFORE_LLM if name != "gprune")
 # they need one query row, or a few, and the keys: no attention matrix that only one backend gives
-METHODS_BY_ATTENTION = ("fastv", "fastv_progressive", "pyramiddrop", "sparsevlm")
+METHODS_BY_ATTENTION = ("fastv", "fastv_progressive", "pyramiddrop", "sparsevlm", "dart")
 # Models compute in float64: in float32 sums in another order move logits by 1e-4 without any pruning. What generate()
 # returns is float32, up to about 10.
 TOLERANCE = {"atol": 1e-6, "rtol": 1e-6}
@@ -95,10 +109,14 @@ def num_visual(inputs: dict[str, Tensor]) -> list[int]:
 
 
 def test_which_methods_prune_before_the_language_model() -> None:
-    assert {name for name, info in METHODS.items() if info.stages == (0,)} == set(METHODS_BEFORE_LLM)
+    assert {name for name in IMAGE_METHODS if METHODS[name].stages == (0,)} == set(METHODS_BEFORE_LLM)
+    assert {METHODS[name].make().positions for name in RENUMBERED} == {"renumbered"}
 
 
-@pytest.mark.parametrize(("name", "family"), METHODS_NOT_APPLICABLE)
+@pytest.mark.parametrize(
+    ("name", "family"),
+    [(name, family) for name, family in METHODS_NOT_APPLICABLE if name in MATRIX_METHODS or family == SHELF_FAMILY],
+)
 def test_a_method_that_does_not_apply_says_why(name: str, family: str) -> None:
     """Where ``attach`` takes a method, the matrix has tests; the other cells are here."""
     reason = METHODS_NOT_APPLICABLE[name, family]
@@ -149,7 +167,7 @@ def test_two_runs_are_equal(name: str, family: str) -> None:
 
 
 # random pruning draws for the whole batch at once: a row alone gets other draws
-@each_method(*(name for name in METHODS if name != "random"))
+@each_method(*(name for name in IMAGE_METHODS if name != "random"))
 def test_a_batch_is_its_rows(name: str, family: str) -> None:
     """Rows with one, two and no images, padded on the left, give what each of them gives alone."""
     batch, inputs = batch_run(name, family), exact_inputs(family)
@@ -204,7 +222,7 @@ def shortened(name: str, family: str) -> tuple[Any, dict[str, Any], Tensor, Tens
     return output, arguments, embeddings, kept_slots(inputs, output.pruner.trace[0])
 
 
-@each_method(*METHODS_BEFORE_LLM, families=NUMBERS)
+@each_method(*RENUMBERED, families=NUMBERS)
 def test_before_the_llm_is_the_llm_on_fewer_embeddings(name: str, family: str) -> None:
     """The unattached language model, given by hand the embeddings that stay, with positions from 0."""
     output, _, embeddings, alive = shortened(name, family)

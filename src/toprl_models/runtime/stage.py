@@ -78,13 +78,16 @@ class Stage:
         def last_slots() -> Tensor:
             return _last_slots(segment, prompts.last)
 
-        def attention(queries: Tensor) -> Tensor:
+        def observed() -> Observed:
             if observe is None:
                 raise RuntimeError(
                     "the attention needs attention_from='current' or 'previous' on the policy class "
                     f"{type(self.policy).__name__}"
                 )
-            seen = observe()
+            return observe()
+
+        def attention(queries: Tensor) -> Tensor:
+            seen = observed()
             weights = seen.call.weights(queries, seen.past, packing, seen.keep_mask)
             columns = (visual.slots + seen.past)[:, None].expand(-1, queries.shape[1], -1).to(weights.device)
             return self.heads.mean(weights.gather(2, columns)).to(hidden_states.device)
@@ -101,6 +104,14 @@ class Stage:
         def text_attention() -> Tensor:
             queries, valid = text_slots()
             return attention(queries).masked_fill(~valid[..., None], 0)
+
+        def key_norms() -> tuple[Tensor, Tensor]:
+            seen, (text, valid) = observed(), text_slots()
+            norms = self.heads.mean(seen.call.key.float().abs().sum(-1).mean(1)).to(hidden_states.device)
+            of_visual, of_text = (
+                take(norms[..., None], slots + seen.past, packing)[..., 0] for slots in (visual.slots, text)
+            )
+            return of_visual, of_text.masked_fill(~valid, 0)
 
         return _Context(
             later={
@@ -121,6 +132,7 @@ class Stage:
             prompt=lambda: prompt_embeddings(forward, prompts),
             inputs=prompts.inputs,
             text_states=text_states,
+            key_norms=key_norms,
             sequence=hidden_states if packing is None else None,
             slots=visual.slots if packing is None else None,
         )
