@@ -45,7 +45,7 @@ METHODS_BEFORE_LLM = (
 # of these, those whose survivors get consecutive positions
 RENUMBERED = tuple(name for name in METHODS_BEFORE_LLM if name != "gprune")
 # they need one query row, or a few, and the keys: no attention matrix that only one backend gives
-METHODS_BY_ATTENTION = ("fastv", "fastv_progressive", "pyramiddrop", "sparsevlm", "dart")
+METHODS_BY_ATTENTION = ("fastv", "fastv_progressive", "pyramiddrop", "sparsevlm", "dart", "fitprune")
 # Models compute in float64: in float32 sums in another order move logits by 1e-4 without any pruning. What generate()
 # returns is float32, up to about 10.
 TOLERANCE = {"atol": 1e-6, "rtol": 1e-6}

@@ -226,10 +226,11 @@ def test_holov_shares_among_crops() -> None:
         ratio = np.mean(np.abs(scaled)) / (np.mean(np.abs(variances)) + 1e-6)
         merits.append(np.mean([a + 0.09 * v * ratio for a, v in zip(scaled, variances, strict=True)]))
     weights = np.array(merits) / (sum(merits) + 1e-6)
-    shares = [int(weight * 7) for weight in weights]
-    for crop in best(weights, 7 - sum(shares)):
+    shares = [min(int(weight * 7), len(crop)) for weight, crop in zip(weights, crops, strict=True)]
+    rounds = [crop for size in range(PATCHES) for crop in best(weights, 5) if shares[crop] + size < len(crops[crop])]
+    for crop in rounds[: 7 - sum(shares)]:
         shares[crop] += 1
-    assert len(set(shares)) > 1 and all(share <= len(crop) for share, crop in zip(shares, crops, strict=True))
+    assert len(set(shares)) > 1
     expected = [crop[one] for crop, share in zip(crops, shares, strict=True) for one in best(attention[crop], share)]
     assert kept(pruner) == [sorted(expected)]
 
@@ -334,6 +335,20 @@ def test_dart_keeps_what_resembles_the_pivots_least() -> None:
         assert len(chosen) == keep and kept(pruner)[row] == [list(slots).index(slot) for slot in sorted(chosen)]
     visual_keys, text_keys = recorded.context.visual_index.shape, recorded.context.text_states().valid.shape
     assert visual_keys[0] == text_keys[0] == len(ROWS)
+
+
+def test_fitprune_multiplies_the_attention_of_question_and_picture() -> None:
+    model, layer = sharp_model(), 2
+    recorded, _, inputs = decided(model, FitPrune(), 7, layer)
+    peaks = model(**inputs, output_attentions=True).attentions[layer - 1].amax(1).double().numpy()
+    for row, visual in enumerate(visual_mask(inputs).numpy()):
+        if not visual.any():
+            continue
+        slots = visual.nonzero()[0]
+        of_question = [sum(peaks[row, query, slot] for query in range(slots[-1] + 1, len(visual))) for slot in slots]
+        of_picture = [sum(peaks[row, query, slot] for query in slots) for slot in slots]
+        found = recorded.decision.scores[row, : len(slots)].numpy()
+        np.testing.assert_allclose(found, np.multiply(of_question, of_picture), rtol=1e-4)
 
 
 @pytest.mark.parametrize("keep", [0, 1, 3, 16])

@@ -43,7 +43,7 @@ def taken(name: str, frames: Tensor, keep: int) -> set[tuple[int, int]]:
 
 
 def cosine(a: Tensor, b: Tensor) -> float:
-    return float(np.dot(a, b) / np.linalg.norm(a) / np.linalg.norm(b))
+    return float(a @ b / np.linalg.norm(a.numpy()) / np.linalg.norm(b.numpy()))
 
 
 @pytest.mark.parametrize("keep", [4, 6, 17, 54])

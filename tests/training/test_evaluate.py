@@ -423,7 +423,7 @@ def test_all_methods_at_one_budget(policy_folder, tmp_path):
     )
     results = evaluate(config)
     rows = {row["method"]: row for row in results["rows"]}
-    assert list(rows) == ["full", *names] and len(names) == 21
+    assert list(rows) == ["full", *names] and len(names) == 22
     for name in names:
         # 25 tokens are the largest whole image within the budget; counts are whole numbers
         assert rows[name]["average_tokens"] == pytest.approx(25 if name == "downsample" else 32, abs=1), name

@@ -27,6 +27,7 @@ from toprl_models.methods.gprune import GPrune
 from toprl_models.methods.vscan import VScan
 from toprl_models.methods.tome import ToMe
 from toprl_models.methods.dart import DART
+from toprl_models.methods.fitprune import FitPrune
 from toprl_models.methods.evs import EVS
 from toprl_models.methods.vidcom2 import VidCom2
 from toprl_models.methods.dycoke import DyCoke
@@ -47,6 +48,7 @@ __all__ = [
     "FastV",
     "FastVProgressive",
     "FasterVLM",
+    "FitPrune",
     "GPrune",
     "HiPrune",
     "HoloV",
