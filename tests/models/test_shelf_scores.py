@@ -11,7 +11,19 @@ from torch import Tensor
 
 from tests.models.tiny_families import build_inputs, build_model, visual_mask
 from toprl_models import METHODS, Decision, Policy, Schedule, StageContext, attach
-from toprl_models.methods import DART, CDPruner, GPrune, HiPrune, HoloV, PruMergePlus, ToMe, VisPruner, VScan, __main__
+from toprl_models.methods import (
+    DART,
+    CDPruner,
+    FitPrune,
+    GPrune,
+    HiPrune,
+    HoloV,
+    PruMergePlus,
+    ToMe,
+    VisPruner,
+    VScan,
+    __main__,
+)
 from toprl_models.methods.cdpruner import LEAST
 from toprl_models.methods.prumerge_plus import NEIGHBOURS
 from toprl_models.methods.pyramiddrop import PyramidDrop
