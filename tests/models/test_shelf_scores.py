@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tests.models.tiny_families import build_inputs, build_model, visual_mask
-from toprl_models import METHODS, Decision, Policy, Schedule, StageContext, attach
+from toprl_models import Decision, Policy, Schedule, StageContext, attach
 from toprl_models.methods import (
     DART,
     CDPruner,
@@ -22,7 +22,6 @@ from toprl_models.methods import (
     ToMe,
     VisPruner,
     VScan,
-    __main__,
 )
 from toprl_models.methods.cdpruner import LEAST
 from toprl_models.methods.prumerge_plus import NEIGHBOURS
@@ -367,34 +366,3 @@ def test_fitprune_multiplies_the_attention_of_question_and_picture() -> None:
 def test_dart_at_small_budgets(keep: int) -> None:
     _, pruner, _ = decided(sharp_model(), DART(), keep, 2)
     assert pruner.trace[0].counts == (keep, keep, 0)
-
-
-# --- settings, and the list ---
-
-
-@pytest.mark.parametrize(
-    ("make", "message"),
-    [
-        (lambda: DART(visual_pivots=0), "visual_pivots=0 and|visual_pivots=0 must"),
-        (lambda: GPrune(temperature=0), "temperature=0 must be positive"),
-        (lambda: GPrune(steps=0), "steps=0 must be at least 1"),
-        (lambda: VisPruner(1.5), "important_ratio=1.5 must be in"),
-        (lambda: HoloV(crops=0), "crops=0 must be at least 1"),
-        (lambda: HiPrune(alpha=2), "alpha=2 and depth=None must be in"),
-        (lambda: VScan(windows=0), "windows=0 must be at least 1"),
-        (lambda: VScan(local_ratio=-1), "local_ratio=-1 must be in"),
-    ],
-)
-def test_bad_settings(make: Any, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        make()
-
-
-def test_the_list_of_methods(capsys: pytest.CaptureFixture[str]) -> None:
-    __main__.main([])
-    text = capsys.readouterr().out
-    assert f"{len(METHODS)} methods" in text and all(f"{name}: {one.title}" in text for name, one in METHODS.items())
-    __main__.main(["evs"])
-    assert "before the language model; renumbered positions; training-free; videos\n  Qwen2.5-VL" in (
-        capsys.readouterr().out
-    )

@@ -48,6 +48,15 @@ def check_before_llm(policy: Policy, schedule: Schedule) -> None:
         )
 
 
+def check_merging(policy: Policy, schedule: Schedule) -> None:
+    """Refuse shares of images for a policy that merges the tokens that it drops into those that it keeps."""
+    if schedule.share == "image":
+        raise ValueError(
+            f"schedule: share='image', but {type(policy).__name__} merges tokens, and the tokens that images keep must "
+            "be those it merged into; use share='row'"
+        )
+
+
 def refuse_videos(policy: Policy, inputs: Mapping[str, Any]) -> None:
     """Refuse model ``inputs`` with videos."""
     encoded = inputs.get("mm_encoder_outputs") or {}

@@ -11,13 +11,15 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from toprl_models.methods._tiles import LayersPolicy, Tile, kept_with, layer_at
-from toprl_models.methods._tower import KEPT, WEIGHTS_AT_ONCE, after_first_layers, sequences
+from toprl_models.methods._tower import KEPT, WEIGHTS_AT_ONCE, after_first_layers, check_merging, sequences
 from toprl_models.policy import Decision, StageContext
 from toprl_models.registry import BEFORE_LLM, register_method
 from toprl_models.runtime.scores import Observation, visible_rows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+    from toprl_models.schedule import Schedule
 
 # Tokens that are merged into each
 NEIGHBOURS = 32
@@ -61,6 +63,10 @@ class PruMergePlus(LayersPolicy):
             attention = wide_attention(part, has_class_token)
             found.append(torch.cat([attention[..., None], keys], 2)[:, first:].flatten(0, 1))
         return torch.cat(found)
+
+    def check(self, model: PreTrainedModel, schedule: Schedule) -> None:
+        super().check(model, schedule)
+        check_merging(self, schedule)
 
     def decide(self, context: StageContext) -> Decision:
         reading, tiles = self._reader.read_layers(self, context)

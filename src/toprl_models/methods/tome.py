@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from toprl_models.methods._tower import after_first_layers, check_before_llm
+from toprl_models.methods._tower import after_first_layers, check_before_llm, check_merging
 from toprl_models.policy import Decision, Policy, StageContext
 from toprl_models.registry import BEFORE_LLM, register_method
 
@@ -44,10 +44,11 @@ class ToMe(Policy):
                 tokens, size, left = merged(states[row, slots], keep)
                 states[row, slots[left]] = tokens.to(states.dtype)
                 sizes[row, slots[left]] = size.to(sizes.dtype)
-        return Decision(sizes, sizes > 0, states)
+        return Decision(sizes, states=states)
 
     def check(self, model: PreTrainedModel, schedule: Schedule) -> None:
         check_before_llm(self, schedule)
+        check_merging(self, schedule)
 
 
 def merged(tokens: Tensor, keep: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -13,7 +13,7 @@ from torch.nn.functional import normalize
 
 from toprl_models.methods._layout import image_tower, read_layer
 from toprl_models.methods._tiles import LayersPolicy, Tile, kept_with, layer_at
-from toprl_models.methods._tower import KEPT, after_first_layers, mean_attention, sequences
+from toprl_models.methods._tower import KEPT, after_first_layers, check_merging, mean_attention, sequences
 from toprl_models.methods.pyramiddrop import PyramidDrop
 from toprl_models.policy import Decision, Policy, StageContext
 from toprl_models.registry import register_method
@@ -46,6 +46,10 @@ class Scan(LayersPolicy):
         parts = itertools.chain.from_iterable(map(sequences, calls))
         first = int(has_class_token)
         return torch.cat([mean_attention(part, has_class_token)[:, first:].flatten() for part in parts])[:, None]
+
+    def check(self, model: PreTrainedModel, schedule: Schedule) -> None:
+        super().check(model, schedule)
+        check_merging(self, schedule)
 
     def decide(self, context: StageContext) -> Decision:
         reading, tiles = self._reader.read_layers(self, context)
