@@ -105,7 +105,7 @@ def test_which_decisions_depend_on_the_text() -> None:
     blind = {name for name, method in METHODS.items() if not method.trained and not method.make().uses_text}
     assert blind == {
         *("visionzip", "fastervlm", "divprune", "downsample", "random", "vispruner", "holov", "prumerge_plus"),
-        *("hiprune", "gprune", "tome", "evs", "vidcom2", "dycoke"),
+        *("hiprune", "gprune", "tome", "evs", "vidcom2", "dycoke", "fastvid"),
     }
     for condition_on, uses_text in (("none", False), ("text", True)):
         policy = TopRLPolicy(8, [1, 2], 8, condition_on=condition_on)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from tests.models.tiny_families import VIDEO_GRID, build_inputs, build_model
 from toprl_models import METHODS, Schedule, attach
+from toprl_models.methods import FastVID
 from toprl_models.methods._video import VideoPolicy, portions
 
 VIDEO_METHODS = [name for name, method in METHODS.items() if method.inputs == ("videos",)]
@@ -92,6 +93,78 @@ def test_dycoke_compares_frames_of_four(keep: int) -> None:
         mine = [n for n in range(6) if (t, n) in found]
         assert sorted(ranked[: len(mine)]) == mine
         assert abs(len(mine) - (keep - 18) / 6) < 1
+
+
+def test_fastvid_merges_segments() -> None:
+    frames, keep, n = video(tokens=12).double(), 40, 12
+    attention = torch.rand(9, n, generator=torch.Generator().manual_seed(1)).softmax(1)
+    policy = FastVID(segments=3, threshold=-1, step=2)
+    segments = policy.cut(frames)
+    means = [frame.mean(0) for frame in frames]
+    likeness = {t: cosine(means[t], means[t + 1]) for t in range(8)}
+    ends = sorted(sorted(likeness, key=likeness.__getitem__)[:2])
+    assert [list(one) for one in segments] == [
+        list(range(0, ends[0] + 1)),
+        list(range(ends[0] + 1, ends[1] + 1)),
+        list(range(ends[1] + 1, 9)),
+    ]
+    numbers = policy.numbers(segments, n, 16)
+    assert sum(numbers) == 16
+    for segment in segments:  # every second frame, from the last one
+        assert all((numbers[t] > 0) == ((segment[-1] - t) % 2 == 0) for t in segment)
+    chosen, states = policy.reduce(frames, keep, attention)
+    assert chosen.sum() == keep
+    salient = [set(attention[t].topk(int(chosen[t].sum()) - numbers[t]).indices.tolist()) for t in range(9)]
+    merged = 0
+    for segment in segments:
+        for t in segment:
+            targets = [n for n in range(12) if chosen[t, n] and n not in salient[t]]
+            assert targets == sorted(by_density(frames[t], [n for n in range(12) if n not in salient[t]], numbers[t]))
+            joined: dict[int, list[Tensor]] = {target: [] for target in targets}
+            for other in segment:
+                for place in set(range(n)) - salient[other] if targets else ():
+                    if other != t or place not in targets:
+                        near = max(targets, key=lambda one, o=other, p=place, t=t: cosine(frames[t, one], frames[o, p]))
+                        joined[near].append(frames[other, place])
+            for target, others in joined.items():
+                weight = max(0.6, 1 / (1 + len(others)))
+                mean = torch.stack(others).mean(0) if others else torch.zeros(16)
+                torch.testing.assert_close(states[t, target], weight * frames[t, target] + (1 - weight) * mean)
+                merged += len(others)
+    assert merged and torch.equal(states[0, sorted(salient[0])], frames[0, sorted(salient[0])])
+
+
+def by_density(frame: Tensor, places: list[int], count: int) -> list[int]:
+    """The places with the largest density times distance to a denser one."""
+    points = {one: frame[one].numpy() for one in places}
+    distance = {(a, b): float(np.linalg.norm(points[a] - points[b])) / 4 for a in places for b in places}
+    density = {a: np.exp(-np.mean([d**2 for d in sorted(distance[a, b] for b in places)[:4]])) for a in places}
+    peak = {
+        a: min([distance[a, b] for b in places if density[b] > density[a]] or [max(distance.values())]) for a in places
+    }
+    return sorted(places, key=lambda one: -peak[one] * density[one])[:count]
+
+
+def test_fastvid_reads_the_attention_of_frames() -> None:
+    """Of the mean query to the mean keys of four patches that follow each other; in the windows' order by value."""
+    model, inputs, seen = model_of("qwen2_5_vl"), build_inputs("qwen2_5_vl", ROWS[:1]), {}
+
+    class Read(FastVID):
+        def read(self, recorded: Any, context: Any) -> Tensor:
+            seen["attention"], seen["calls"] = super().read(recorded, context), recorded["calls"]
+            return seen["attention"]
+
+    with attach(model, Read(), schedule=Schedule(((0, 0.5),))):
+        model(**inputs)
+    frames, tokens = VIDEO_GRID[0], TOKENS // VIDEO_GRID[0]
+    query = torch.cat([call.query for call in seen["calls"]], 2)[0].unflatten(1, (frames, -1)).double()
+    key = torch.cat([call.key for call in seen["calls"]], 2)[0].unflatten(1, (frames, tokens, 4)).double()
+    for frame, found in enumerate(seen["attention"].view(frames, tokens)):
+        weights = torch.zeros(tokens).double()
+        for q, k in zip(query[:, frame], key[:, frame], strict=True):
+            weights += torch.stack([q.mean(0) @ one.mean(0) / len(q[0]) ** 0.5 for one in k]).softmax(0) / len(query)
+        torch.testing.assert_close(found.sort().values.double(), weights.sort().values, atol=1e-5, rtol=1e-4)
+    assert seen["attention"].std() > 0
 
 
 def test_portions() -> None:

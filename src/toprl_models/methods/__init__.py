@@ -31,6 +31,7 @@ from toprl_models.methods.fitprune import FitPrune
 from toprl_models.methods.evs import EVS
 from toprl_models.methods.vidcom2 import VidCom2
 from toprl_models.methods.dycoke import DyCoke
+from toprl_models.methods.fastvid import FastVID
 from toprl_models.methods.downsample import Downsample
 from toprl_models.methods.oneshot import OneShot
 from toprl_models.methods.random import RandomPolicy
@@ -46,6 +47,7 @@ __all__ = [
     "Downsample",
     "DyCoke",
     "FastV",
+    "FastVID",
     "FastVProgressive",
     "FasterVLM",
     "FitPrune",

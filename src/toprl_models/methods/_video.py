@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import functools
 import inspect
+import itertools
 import weakref
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from toprl_models.families import Family
 from toprl_models.methods._tower import KEPT, Recorder, after_first_layers, check_before_llm, split_rows, tile_shares
-from toprl_models.policy import Policy, StageContext
+from toprl_models.policy import Decision, Policy, StageContext
 
 if TYPE_CHECKING:
     from torch.utils.hooks import RemovableHandle
@@ -66,34 +67,54 @@ class VideoPolicy(Policy):
         if reason := takes_no_grid(type(model)):
             raise ValueError(f"model: {reason}; {type(self).__name__} needs them, choose another method")
 
+    def recorder(self, model: PreTrainedModel) -> Recorder:
+        """Make the recorder of what ``read`` needs."""
+        return Recorder(model.base_model)
+
     def hooks(self, model: PreTrainedModel) -> list[RemovableHandle]:
         self._merge = int(model.config.vision_config.spatial_merge_size)
-        self._recorder = Recorder(model.base_model)
+        self._recorder = self.recorder(model)
         self._recorder.handles.append(VideoWatch(model.base_model, self._recorder))
         return self._recorder.handles
 
-    def score(self, context: StageContext) -> Tensor:
+    def reduce(self, video: Tensor, keep: int, attention: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Return ``rank`` and, of methods that merge, new states ``[t, n, d]``; ``attention`` is what ``read`` gave."""
+        return self.rank(video, keep), None
+
+    def read(self, seen: Mapping[str, Any], context: StageContext) -> Tensor | None:
+        """Return a number for each token of all videos, ``[N]``, from what the tower did; None where it is not read."""
+        return None
+
+    def decide(self, context: StageContext) -> Decision:
         """Score as ``rank`` does, float32 ``[B, V]``; 2 more for what stays of a video, -1 for padding."""
         scores = torch.full(context.valid_mask.shape, -1.0, device=context.valid_mask.device)
-        grids = self._grids(context)
+        states, (grids, values) = None, self._grids(context)
         lengths = [frames * tokens for frames, tokens in grids]
         repeats, videos = split_rows(lengths, context.num_visual) if lengths else (1, [range(0)] * len(scores))
+        starts = [0, *itertools.accumulate(lengths)]
         for row, keep in enumerate(context.num_keep):
             numbers = videos[row // repeats]
-            sizes, start = [lengths[number] for number in numbers], 0
-            states = context.hidden_states[row, context.valid_mask[row]].float()
-            for number, size, share in zip(numbers, sizes, tile_shares(keep, sizes, sizes), strict=True):
-                video = states[start : start + size].unflatten(0, grids[number])
-                ranks = self.rank(video, share).flatten().to(scores.dtype)
+            slots = context.valid_mask[row].nonzero()[:, 0].split([lengths[number] for number in numbers])
+            sizes = [len(part) for part in slots]
+            for number, part, share in zip(numbers, slots, tile_shares(keep, sizes, sizes), strict=True):
+                video = context.hidden_states[row, part].float().unflatten(0, grids[number])
+                mine = None if values is None else values[starts[number] : starts[number + 1]].view(video.shape[:2])
+                if 0 < share < len(part):
+                    ranks, tokens = self.reduce(video, share, mine)
+                    if tokens is not None:
+                        states = context.hidden_states.clone() if states is None else states
+                        states[row, part] = tokens.flatten(0, 1).to(states.dtype)
+                else:  # all of it, or nothing
+                    ranks = video.new_zeros(video.shape[:2])
+                ranks = ranks.flatten().to(scores.dtype)
                 ranks[ranks.argsort(descending=True, stable=True)[:share]] += KEPT
-                scores[row, context.valid_mask[row].nonzero()[start : start + size, 0]] = ranks
-                start += size
-        return scores
+                scores[row, part] = ranks
+        return Decision(scores, states=states)
 
-    def _grids(self, context: StageContext) -> list[tuple[int, int]]:
-        """Return the frames of each video and the tokens of a frame."""
+    def _grids(self, context: StageContext) -> tuple[list[tuple[int, int]], Tensor | None]:
+        """Return the frames of each video and the tokens of a frame, and what ``read`` does."""
         if not any(context.num_visual):
-            return []
+            return [], None
         inputs = context.inputs
         encoded = inputs.get("mm_encoder_outputs") or {}
         has_images = inputs.get("pixel_values") is not None or encoded.get("image") is not None
@@ -102,7 +123,9 @@ class VideoPolicy(Policy):
                 f"pixel_values: {type(self).__name__} is defined for videos, not for images; prune this prompt by "
                 "another method"
             )
-        return [(t, height * width // self._merge**2) for t, height, width in self._recorder.take()[GRID].tolist()]
+        seen = self._recorder.take()
+        grids = [(t, height * width // self._merge**2) for t, height, width in seen[GRID].tolist()]
+        return grids, self.read(seen, context)
 
 
 class VideoWatch:
