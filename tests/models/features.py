@@ -158,6 +158,16 @@ NOT_APPLICABLE: dict[tuple[str, str], str] = {
 }
 
 
+# what reads the tower is refused where VisionZip is
+TOWER_METHODS = ("vispruner", "holov", "prumerge_plus", "hiprune", "vscan")
+METHODS_NOT_APPLICABLE |= {
+    (name, family): reason
+    for (other, family), reason in METHODS_NOT_APPLICABLE.items()
+    for name in TOWER_METHODS
+    if other == "visionzip"
+}
+
+
 def case(family: str, *values: Any, marks: Sequence[Any] = ()) -> Any:
     """Make the parameters ``values`` and ``family`` of a test that is left out of the usual run for most families."""
     return pytest.param(*values, family, marks=[*marks, *([pytest.mark.exhaustive] if family in MORE_FAMILIES else [])])

@@ -13,16 +13,7 @@ import torch
 from torch import Tensor
 
 from tests.models.agreement import kept_slots, lengths_of, model_of, single_row
-from tests.models.features import (
-    ALL_FAMILIES,
-    CLASSES,
-    IMAGE_METHODS,
-    MATRIX_METHODS,
-    METHODS_NOT_APPLICABLE,
-    NOT_APPLICABLE,
-    SHELF_FAMILY,
-    each_method,
-)
+from tests.models.features import ALL_FAMILIES, CLASSES, METHODS_NOT_APPLICABLE, NOT_APPLICABLE, each_method
 from tests.models.generating import (
     BATCH,
     NEW_TOKENS,
@@ -38,6 +29,7 @@ from toprl_models import METHODS, Decision, Policy, Schedule, StageContext, TopR
 from toprl_models.probe import decoder_of
 from toprl_models.registry import layers_for
 
+IMAGE_METHODS = [name for name, info in METHODS.items() if "images" in info.inputs]
 METHODS_BEFORE_LLM = (
     *("visionzip", "fastervlm", "divprune", "downsample", "cdpruner", "vispruner", "holov", "prumerge_plus", "hiprune"),
     *("gprune", "tome"),
@@ -113,10 +105,7 @@ def test_which_methods_prune_before_the_language_model() -> None:
     assert {METHODS[name].make().positions for name in RENUMBERED} == {"renumbered"}
 
 
-@pytest.mark.parametrize(
-    ("name", "family"),
-    [(name, family) for name, family in METHODS_NOT_APPLICABLE if name in MATRIX_METHODS or family == SHELF_FAMILY],
-)
+@pytest.mark.parametrize(("name", "family"), METHODS_NOT_APPLICABLE)
 def test_a_method_that_does_not_apply_says_why(name: str, family: str) -> None:
     """Where ``attach`` takes a method, the matrix has tests; the other cells are here."""
     reason = METHODS_NOT_APPLICABLE[name, family]
@@ -249,7 +238,7 @@ def shorter_planes(arguments: dict[str, Any], row: int, alive: Tensor) -> dict[s
     return {"visual_pos_masks": visual[alive][None], "deepstack_visual_embeds": planes}
 
 
-@each_method(*METHODS_BEFORE_LLM, families=PLACES)
+@each_method(*RENUMBERED, families=PLACES)
 def test_places_in_the_image_stay(name: str, family: str) -> None:
     """As above, with the positions that the model gave the whole prompt; of its first new token."""
     model = exact_model(family)
