@@ -136,15 +136,16 @@ class Observation:
             itself = torch.arange(self.key.shape[2], device=kept.device) == queries[..., None] + past
             visible = visible & (kept[:, None] | itself)
         if packing is None:
-            return self._eager(self.query, self.key, self.value, queries, visible, heads)
+            return over_heads(self._eager(self.query, self.key, self.value, queries, visible), heads)
         rows = [slice(row, row + 1) for row in packing.rows]
         parts = [
-            self._eager(self.query[row], self.key[row], self.value[row], queries[i : i + 1], visible[i : i + 1], heads)
+            self._eager(self.query[row], self.key[row], self.value[row], queries[i : i + 1], visible[i : i + 1])
             for i, row in enumerate(rows)
         ]
-        return torch.cat(parts)
+        return over_heads(torch.cat(parts), heads)
 
-    def _eager(self, query: Tensor, key: Tensor, value: Tensor, queries: Tensor, visible: Tensor, heads: str) -> Tensor:
+    def _eager(self, query: Tensor, key: Tensor, value: Tensor, queries: Tensor, visible: Tensor) -> Tensor:
+        """Compute the weights of all heads, ``[P, H, R, L]``."""
         index = queries[:, None, :, None].expand(-1, query.shape[1], -1, query.shape[3])
         closed = torch.zeros(visible.shape, device=query.device).masked_fill(~visible, torch.finfo(torch.float32).min)
         eager = _eager_of(self.module)
@@ -158,7 +159,12 @@ class Observation:
                 closed[:, None],
                 **self.arguments | {"dropout": 0.0},
             )
-        return weights.float().amax(1) if heads == "max" else weights.float().mean(1)
+        return weights.float()
+
+
+def over_heads(weights: Tensor, heads: str) -> Tensor:
+    """Reduce weights ``[P, H, R, L]`` to the "mean" or the "max" over heads."""
+    return weights.amax(1) if heads == "max" else weights.mean(1)
 
 
 def visible_rows(mask: AttentionMask, queries: Tensor, num_keys: int, past: Length, packing: Packing | None) -> Tensor:
