@@ -23,6 +23,7 @@ from toprl_models.methods import (
     VisPruner,
     VScan,
 )
+from toprl_models.methods._tiles import Tile
 from toprl_models.methods.cdpruner import LEAST
 from toprl_models.methods.prumerge_plus import NEIGHBOURS
 from toprl_models.methods.pyramiddrop import PyramidDrop
@@ -198,22 +199,44 @@ def test_tome_merges_pairs(keep: int) -> None:
 # --- by the vision tower ---
 
 
-def test_vispruner_removes_duplicates() -> None:
-    model = sharp_model()
-    for keep, ratio in ((6, 0.5), (3, 0.0), (9, 0.3)):
-        inputs = build_inputs("llava", (("image",),))
-        with attach(model, VisPruner(ratio), schedule=Schedule(((0, keep),))) as pruner:
-            model(**inputs)
-        tower = tower_of(model, inputs)
-        attention, cosine = tower["attention"][0, -1, :, 0, 1:].mean(0), cosines(tower["states"][0, 1:])
-        order = best(attention, PATCHES)
-        important, rest = order[: int(keep * ratio)], order[int(keep * ratio) :]
-        while len(rest) > keep - len(important):
-            likeness = {one: max(cosine[one, other] for other in rest[1::2]) for one in rest[::2]}
-            ranked = sorted(rest[::2], key=lambda one: -likeness[one])
-            removed = ranked[: min(8, len(rest) - keep + len(important), len(ranked))]
-            rest = ranked[len(removed) :] + rest[1::2]
-        assert kept(pruner) == [sorted(important + rest)]
+def by_attention_and_difference(attention: np.ndarray, states: np.ndarray, keep: int, ratio: float) -> list[int]:
+    """VisPruner's choice."""
+    cosine, order = cosines(states), best(attention, len(attention))
+    important, rest = order[: int(keep * ratio)], order[int(keep * ratio) :]
+    while len(rest) > keep - len(important):
+        likeness = {one: max(cosine[one, other] for other in rest[1::2]) for one in rest[::2]}
+        ranked = sorted(rest[::2], key=lambda one: -likeness[one])
+        removed = ranked[: min(8, len(rest) - keep + len(important), len(ranked))]
+        rest = ranked[len(removed) :] + rest[1::2]
+    return sorted(important + rest)
+
+
+@pytest.mark.parametrize(("keep", "ratio"), [(6, 0.5), (3, 0.0), (9, 0.3)])
+def test_vispruner_removes_duplicates(keep: int, ratio: float) -> None:
+    model, inputs = sharp_model(), build_inputs("llava", (("image",),))
+    with attach(model, VisPruner(ratio), schedule=Schedule(((0, keep),))) as pruner:
+        model(**inputs)
+    tower = tower_of(model, inputs)
+    attention = tower["attention"][0, -1, :, 0, 1:].mean(0)
+    assert kept(pruner) == [by_attention_and_difference(attention, tower["states"][0, 1:], keep, ratio)]
+    for seed in range(5):  # of more patches, in several rounds
+        generator = torch.Generator().manual_seed(seed)
+        attention, states = torch.rand(60, generator=generator), torch.randn(60, 6, generator=generator)
+        tile = Tile(attention, states, states, states, torch.arange(60), (1, 60))
+        chosen = VisPruner(ratio).choose(tile, 4 * keep).sort().values.tolist()
+        assert chosen == by_attention_and_difference(attention.numpy(), states.double().numpy(), 4 * keep, ratio)
+
+
+def merit_by_hand(states: np.ndarray, attention: np.ndarray, alpha: float) -> float:
+    """HoloV's mean score of the tokens of a crop."""
+    others, variances = len(states) - 1, []
+    for one in range(len(states)):
+        row = [0 if one == other else cosines(states[[one]], states[[other]])[0, 0] for other in range(len(states))]
+        mean = sum(row) / others
+        variances.append(sum((value - mean) ** 2 for value in row) / others)
+    scaled = attention * 1e3
+    ratio = np.mean(np.abs(scaled)) / (np.mean(np.abs(variances)) + 1e-6)
+    return float(np.mean(scaled + alpha * np.array(variances) * ratio))
 
 
 def test_holov_shares_among_crops() -> None:
@@ -225,17 +248,11 @@ def test_holov_shares_among_crops() -> None:
     attention = tower_of(model, inputs)["attention"][0, -1, :, 0, 1:].mean(0)
     states = embeddings_of(model, inputs)[0, visual_mask(inputs)[0]].double().numpy()
     crops = [list(range(0, 4)), [4, 5, 6], [7, 8, 9], [10, 11, 12], [13, 14, 15]]
-    merits = []
-    for crop in crops:
-        others = len(crop) - 1
-        variances = []
-        for one in crop:
-            row = [0 if one == other else cosines(states[[one]], states[[other]])[0, 0] for other in crop]
-            mean = sum(row) / others
-            variances.append(sum((value - mean) ** 2 for value in row) / others)
-        scaled = [attention[one] * 1e3 for one in crop]
-        ratio = np.mean(np.abs(scaled)) / (np.mean(np.abs(variances)) + 1e-6)
-        merits.append(np.mean([a + 0.09 * v * ratio for a, v in zip(scaled, variances, strict=True)]))
+    merits = [merit_by_hand(states[crop], attention[crop], 0.09) for crop in crops]
+    for crop, merit in zip(crops, merits, strict=True):  # with more weight on variances
+        policy, found = HoloV(alpha=5), [torch.tensor(states[crop]), torch.tensor(attention[crop])]
+        assert float(policy.merit(*found)) == pytest.approx(merit_by_hand(states[crop], attention[crop], 5), rel=1e-5)
+        assert merit_by_hand(states[crop], attention[crop], 5) > 2 * merit
     weights = np.array(merits) / (sum(merits) + 1e-6)
     shares = [min(int(weight * 7), len(crop)) for weight, crop in zip(weights, crops, strict=True)]
     rounds = [crop for size in range(PATCHES) for crop in best(weights, 5) if shares[crop] + size < len(crops[crop])]
