@@ -41,6 +41,10 @@ def _without_text() -> TextStates:
     raise RuntimeError("this StageContext was made without text_states")
 
 
+def _without_attention() -> tuple[Tensor, Tensor]:
+    raise RuntimeError("this StageContext was made without key_norms and peak_attention")
+
+
 @dataclass(frozen=True)
 class StageContext:
     """What a policy may look at when a stage decides (state s_t of the paper, and what other methods need).
@@ -66,6 +70,10 @@ class StageContext:
             alone, which ``generate()`` of recent releases makes of them.
         text_states: call it for the states of the question tokens, the rows of ``text_attention()``. Contexts made by
             hand may leave it out.
+        key_norms: call it for the L1 norms of the keys in the layer that ``Policy.attention_from`` names, mean over
+            heads, rotary positions included: float32 ``[B, V]`` of the visual and ``[B, R]`` of the question tokens.
+        peak_attention: call it for the attention that each visual token receives from the question tokens and from the
+            visual tokens: float32 ``[B, V]`` each, the largest of all heads, summed over the tokens that attend.
         sequence, slots: states ``[B, n, d]`` of all tokens and int64 ``[B, V]``, the place of each visual slot in them
             (0 for padding), for policies that read rows where they are; None where a row holds several prompts. The
             runtime gathers ``hidden_states`` and ``text_state`` when a policy first asks for them.
@@ -84,6 +92,8 @@ class StageContext:
     prompt: Callable[[], PromptEmbeddings]
     inputs: Mapping[str, Any]
     text_states: Callable[[], TextStates] = _without_text
+    key_norms: Callable[[], tuple[Tensor, Tensor]] = _without_attention
+    peak_attention: Callable[[], tuple[Tensor, Tensor]] = _without_attention
     sequence: Tensor | None = None
     slots: Tensor | None = None
 

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 # Visual tokens of LLaVA-1.5, on which the authors state their settings
 PAPER_TOKENS = 576
 BEFORE_LLM = (0,)
+ALL_INPUTS = ("images", "videos")
 Factory = TypeVar("Factory", bound=Callable[..., Policy])
 
 
@@ -43,6 +44,7 @@ class Method:
         authors: tokens that the authors keep at each stage, of 576 in 32 layers, by what they call the budget.
         from_trained: makes the policy of a trained ``TopRLPolicy`` and the stages' layers; None where none is needed.
         refuses: says why the method does not apply to a family; "" where it does.
+        inputs: what the method is defined for, "images" and "videos" or one of them.
         parts: of a composition, the method of each stage; () for a plain method.
     """
 
@@ -56,6 +58,7 @@ class Method:
     authors: Mapping[float, tuple[int, ...]] = field(default_factory=dict, hash=False)
     from_trained: Callable[[Policy, tuple[int, ...]], Policy] | None = None
     refuses: Callable[[Family], str] = lambda family: ""
+    inputs: tuple[str, ...] = ALL_INPUTS
     parts: tuple[Method, ...] = ()
 
     @property
@@ -77,7 +80,9 @@ class Method:
         if not self.parts:
             if trained and self.staged and self.trained:
                 return tuple(trained)
-            return BEFORE_LLM if self.stages == BEFORE_LLM else stage_layers_for(num_layers, max(1, first), self.stages)
+            early: tuple[int, ...] = BEFORE_LLM if self.stages[0] == 0 else ()
+            inside = self.stages[len(early) :]
+            return early + (stage_layers_for(num_layers, max(1, first), inside) if inside else ())
         layers: list[int] = []  # of each part the first stage after the parts before
         for part in self.parts:
             stages = part.layers(num_layers, first, trained)
@@ -129,6 +134,7 @@ def register_method(
     authors: Mapping[float, tuple[int, ...]] | None = None,
     from_trained: Callable[[Policy, tuple[int, ...]], Policy] | None = None,
     refuses: Callable[[Family], str] = Method.refuses,
+    inputs: tuple[str, ...] = ALL_INPUTS,
 ) -> Callable[[Factory], Factory]:
     """Register a pruning method; a decorator of its ``Policy`` class, or of a function that makes the policy.
 
@@ -136,7 +142,7 @@ def register_method(
         name: as on command lines, without ":" and "+"; an earlier method of the same name is replaced.
         title: for people; by default the class's name.
         paper: where the method is from.
-        stages, staged, merges, authors, from_trained, refuses: as in ``Method``.
+        stages, staged, merges, authors, from_trained, refuses, inputs: as in ``Method``.
 
     Raises:
         ValueError: a name with ":" or "+", which stand for files and compositions.
@@ -153,7 +159,7 @@ def register_method(
     def register(policy: Factory) -> Factory:
         known_as = title or getattr(policy, "__name__", name)
         METHODS[name] = Method(
-            name, known_as, paper, policy, stages, staged, merges, authors or {}, from_trained, refuses
+            name, known_as, paper, policy, stages, staged, merges, authors or {}, from_trained, refuses, inputs
         )
         return policy
 
@@ -220,6 +226,7 @@ def _composed(name: str) -> Method:
         stages=(),
         merges=any(part.merges for part in parts),
         refuses=lambda family: next((reason for part in parts if (reason := part.refuses(family))), ""),
+        inputs=tuple(kind for kind in ALL_INPUTS if all(kind in part.inputs for part in parts)),
         parts=parts,
     )
 

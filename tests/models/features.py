@@ -22,6 +22,24 @@ from toprl_models.families import FAMILIES
 
 MATRIX_FILE = Path(__file__).resolve().parents[2] / "src/toprl_models/feature_matrix.json"
 
+# the methods whose cells are stored for every family
+MATRIX_METHODS = (
+    "toprl",
+    "fastv",
+    "fastv_progressive",
+    "pyramiddrop",
+    "sparsevlm",
+    "visionzip",
+    "fastervlm",
+    "divprune",
+    "downsample",
+    "oneshot",
+    "random",
+)
+# the other methods run with it in the usual lane, with all families when asked for
+SHELF_FAMILY = "llava"
+IMAGE_METHODS = [name for name, method in METHODS.items() if "images" in method.inputs]
+
 # in the order of the printed table; the tests of those of ``MORE_FAMILIES`` are left out unless asked for
 ALL_FAMILIES = [*FAMILY_NAMES, *MORE_FAMILIES]
 FEATURES = (
@@ -78,7 +96,7 @@ FEATURES = (
     "accelerate hooks",
     "8-bit weights",
     # methods
-    *(f"method {name}" for name in METHODS),
+    *(f"method {name}" for name in MATRIX_METHODS),
 )
 
 CLASSES = {model_type_of(family): getattr(transformers, family.model_class) for family in FAMILIES.values()}
@@ -186,6 +204,16 @@ NOT_APPLICABLE: dict[tuple[str, str], str] = {
 }
 
 
+# what reads the tower is refused where VisionZip is
+TOWER_METHODS = ("vispruner", "holov", "prumerge_plus", "hiprune", "vscan")
+METHODS_NOT_APPLICABLE |= {
+    (name, family): reason
+    for (other, family), reason in METHODS_NOT_APPLICABLE.items()
+    for name in TOWER_METHODS
+    if other == "visionzip"
+}
+
+
 def case(family: str, *values: Any, marks: Sequence[Any] = ()) -> Any:
     """Make the parameters ``values`` and ``family`` of a test that is left out of the usual run for most families."""
     return pytest.param(*values, family, marks=[*marks, *([pytest.mark.exhaustive] if family in MORE_FAMILIES else [])])
@@ -233,11 +261,18 @@ def each_method(
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Decorator of a test with arguments ``name`` and ``family``: evidence for methods, all or ``names``, by family.
 
-    The usual run has each method with ``every``-th family, and each family with ``every``-th method.
+    The usual run has each method with ``every``-th family, and each family with ``every``-th method; the methods whose
+    cells are not stored with ``SHELF_FAMILY`` alone.
     """
+
+    def marks(name: str, family: str, number: int) -> list[Any]:
+        if name in MATRIX_METHODS:
+            return [pytest.mark.feature(f"method {name}"), *unusual(number, every=every)]
+        return [] if family == SHELF_FAMILY or family in MORE_FAMILIES else [pytest.mark.exhaustive]
+
     cells = [
-        case(family, name, marks=[pytest.mark.feature(f"method {name}"), *unusual(i, j, every=every)])
-        for i, name in enumerate(names or METHODS)
+        case(family, name, marks=marks(name, family, i + j))
+        for i, name in enumerate(names or IMAGE_METHODS)
         for j, family in enumerate(families)
         if (name, family) not in METHODS_NOT_APPLICABLE
     ]

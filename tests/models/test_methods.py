@@ -29,9 +29,15 @@ from toprl_models import METHODS, Decision, Policy, Schedule, StageContext, TopR
 from toprl_models.probe import decoder_of
 from toprl_models.registry import layers_for
 
-METHODS_BEFORE_LLM = ("visionzip", "fastervlm", "divprune", "downsample")
+IMAGE_METHODS = [name for name, info in METHODS.items() if "images" in info.inputs]
+METHODS_BEFORE_LLM = (
+    *("visionzip", "fastervlm", "divprune", "downsample", "cdpruner", "vispruner", "holov", "prumerge_plus", "hiprune"),
+    *("gprune", "tome"),
+)
+# of these, those whose survivors get consecutive positions
+RENUMBERED = tuple(name for name in METHODS_BEFORE_LLM if name != "gprune")
 # they need one query row, or a few, and the keys: no attention matrix that only one backend gives
-METHODS_BY_ATTENTION = ("fastv", "fastv_progressive", "pyramiddrop", "sparsevlm")
+METHODS_BY_ATTENTION = ("fastv", "fastv_progressive", "pyramiddrop", "sparsevlm", "dart", "fitprune")
 # Models compute in float64: in float32 sums in another order move logits by 1e-4 without any pruning. What generate()
 # returns is float32, up to about 10.
 TOLERANCE = {"atol": 1e-6, "rtol": 1e-6}
@@ -95,7 +101,8 @@ def num_visual(inputs: dict[str, Tensor]) -> list[int]:
 
 
 def test_which_methods_prune_before_the_language_model() -> None:
-    assert {name for name, info in METHODS.items() if info.stages == (0,)} == set(METHODS_BEFORE_LLM)
+    assert {name for name in IMAGE_METHODS if METHODS[name].stages == (0,)} == set(METHODS_BEFORE_LLM)
+    assert {METHODS[name].make().positions for name in RENUMBERED} == {"renumbered"}
 
 
 @pytest.mark.parametrize(("name", "family"), METHODS_NOT_APPLICABLE)
@@ -149,7 +156,7 @@ def test_two_runs_are_equal(name: str, family: str) -> None:
 
 
 # random pruning draws for the whole batch at once: a row alone gets other draws
-@each_method(*(name for name in METHODS if name != "random"))
+@each_method(*(name for name in IMAGE_METHODS if name != "random"))
 def test_a_batch_is_its_rows(name: str, family: str) -> None:
     """Rows with one, two and no images, padded on the left, give what each of them gives alone."""
     batch, inputs = batch_run(name, family), exact_inputs(family)
@@ -204,7 +211,7 @@ def shortened(name: str, family: str) -> tuple[Any, dict[str, Any], Tensor, Tens
     return output, arguments, embeddings, kept_slots(inputs, output.pruner.trace[0])
 
 
-@each_method(*METHODS_BEFORE_LLM, families=NUMBERS)
+@each_method(*RENUMBERED, families=NUMBERS)
 def test_before_the_llm_is_the_llm_on_fewer_embeddings(name: str, family: str) -> None:
     """The unattached language model, given by hand the embeddings that stay, with positions from 0."""
     output, _, embeddings, alive = shortened(name, family)
@@ -231,7 +238,7 @@ def shorter_planes(arguments: dict[str, Any], row: int, alive: Tensor) -> dict[s
     return {"visual_pos_masks": visual[alive][None], "deepstack_visual_embeds": planes}
 
 
-@each_method(*METHODS_BEFORE_LLM, families=PLACES)
+@each_method(*RENUMBERED, families=PLACES)
 def test_places_in_the_image_stay(name: str, family: str) -> None:
     """As above, with the positions that the model gave the whole prompt, Gemma 4 from 0; of its first new token."""
     model = exact_model(family)

@@ -103,7 +103,10 @@ def test_bad_sizes(changes):
 def test_which_decisions_depend_on_the_text() -> None:
     """Those that do not may prune a prompt that ends in an image."""
     blind = {name for name, method in METHODS.items() if not method.trained and not method.make().uses_text}
-    assert blind == {"visionzip", "fastervlm", "divprune", "downsample", "random"}
+    assert blind == {
+        *("visionzip", "fastervlm", "divprune", "downsample", "random", "vispruner", "holov", "prumerge_plus"),
+        *("hiprune", "gprune", "tome", "evs", "vidcom2", "dycoke", "fastvid"),
+    }
     for condition_on, uses_text in (("none", False), ("text", True)):
         policy = TopRLPolicy(8, [1, 2], 8, condition_on=condition_on)
         assert policy.uses_text is uses_text and OneShot(policy, 2).uses_text is uses_text

@@ -18,6 +18,20 @@ from toprl_models.methods.sparsevlm import SparseVLM
 from toprl_models.methods.visionzip import VisionZip
 from toprl_models.methods.fastervlm import FasterVLM
 from toprl_models.methods.divprune import DivPrune
+from toprl_models.methods.cdpruner import CDPruner
+from toprl_models.methods.vispruner import VisPruner
+from toprl_models.methods.holov import HoloV
+from toprl_models.methods.prumerge_plus import PruMergePlus
+from toprl_models.methods.hiprune import HiPrune
+from toprl_models.methods.gprune import GPrune
+from toprl_models.methods.vscan import VScan
+from toprl_models.methods.tome import ToMe
+from toprl_models.methods.dart import DART
+from toprl_models.methods.fitprune import FitPrune
+from toprl_models.methods.evs import EVS
+from toprl_models.methods.vidcom2 import VidCom2
+from toprl_models.methods.dycoke import DyCoke
+from toprl_models.methods.fastvid import FastVID
 from toprl_models.methods.downsample import Downsample
 from toprl_models.methods.oneshot import OneShot
 from toprl_models.methods.random import RandomPolicy
@@ -25,17 +39,31 @@ from toprl_models.methods.compose import Compose
 # isort: on
 
 __all__ = [
+    "DART",
+    "EVS",
+    "CDPruner",
     "Compose",
     "DivPrune",
     "Downsample",
+    "DyCoke",
     "FastV",
+    "FastVID",
     "FastVProgressive",
     "FasterVLM",
+    "FitPrune",
+    "GPrune",
+    "HiPrune",
+    "HoloV",
     "OneShot",
+    "PruMergePlus",
     "PyramidDrop",
     "RandomPolicy",
     "SparseVLM",
+    "ToMe",
     "TopRLPolicy",
+    "VScan",
+    "VidCom2",
+    "VisPruner",
     "VisionZip",
 ]
 

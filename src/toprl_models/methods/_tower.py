@@ -48,6 +48,15 @@ def check_before_llm(policy: Policy, schedule: Schedule) -> None:
         )
 
 
+def check_merging(policy: Policy, schedule: Schedule) -> None:
+    """Refuse shares of images for a policy that merges the tokens that it drops into those that it keeps."""
+    if schedule.share == "image":
+        raise ValueError(
+            f"schedule: share='image', but {type(policy).__name__} merges tokens, and the tokens that images keep must "
+            "be those it merged into; use share='row'"
+        )
+
+
 def refuse_videos(policy: Policy, inputs: Mapping[str, Any]) -> None:
     """Refuse model ``inputs`` with videos."""
     encoded = inputs.get("mm_encoder_outputs") or {}
@@ -230,8 +239,8 @@ class _Calls(Watched):
         return output
 
 
-def watch_attention(module: nn.Module, recorder: Recorder) -> None:
-    """Record as ``calls`` what an attention module of a tower hands to its attention function."""
+def watch_attention(module: nn.Module, recorder: Recorder, name: str = "calls") -> None:
+    """Record as ``name`` what an attention module of a tower hands to its attention function."""
     watches: list[_Calls] = []
 
     def begin(module: nn.Module, args: tuple) -> None:
@@ -240,13 +249,13 @@ def watch_attention(module: nn.Module, recorder: Recorder) -> None:
     def end(module: nn.Module, args: tuple, output: object) -> None:
         watch = watches.pop()
         watch.end()
-        recorder.record("calls", watch.calls)
+        recorder.record(name, watch.calls)
 
     recorder.handles.append(module.register_forward_pre_hook(begin))
     recorder.handles.append(module.register_forward_hook(end, always_call=True))
 
 
-def _sequences(call: Observation) -> list[Observation]:
+def sequences(call: Observation) -> list[Observation]:
     """Split a call into its sequences, each with a mask that says what its tokens see."""
     bounds = call.arguments.get("cu_seq_lens_q")  # flash attention
     if bounds is None:
@@ -290,7 +299,7 @@ def mean_attention(call: Observation, from_class_token: bool = False) -> Tensor:
 def read_patches(calls: Sequence[Observation], has_class_token: bool) -> tuple[Tensor, Tensor]:
     """Return what the patches of all calls receive, float32 ``[N]``, and their keys, mean over heads, ``[N, D]``."""
     received, keys, first = [], [], int(has_class_token)
-    for sequence in itertools.chain.from_iterable(map(_sequences, calls)):
+    for sequence in itertools.chain.from_iterable(map(sequences, calls)):
         received.append(mean_attention(sequence, has_class_token)[:, first:].flatten())
         keys.append(sequence.key.float().mean(1)[:, first:].flatten(0, 1))
     return torch.cat(received), torch.cat(keys)

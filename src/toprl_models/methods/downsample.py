@@ -26,7 +26,9 @@ if TYPE_CHECKING:
     from toprl_models.schedule import Schedule
 
 
-@register_method("downsample", "Smaller image", "arXiv 2511.02650", stages=BEFORE_LLM, refuses=after_first_layers)
+@register_method(
+    "downsample", "Smaller image", "arXiv 2511.02650", stages=BEFORE_LLM, refuses=after_first_layers, inputs=("images",)
+)
 class Downsample(Policy):
     """Encode the same pictures at fewer patches and put these features in place of the visual tokens.
 

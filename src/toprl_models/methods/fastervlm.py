@@ -10,7 +10,12 @@ from toprl_models.registry import BEFORE_LLM, register_method
 
 
 @register_method(
-    "fastervlm", "FasterVLM", "Zhang et al., arXiv 2412.01818", stages=BEFORE_LLM, refuses=after_first_layers
+    "fastervlm",
+    "FasterVLM",
+    "Zhang et al., arXiv 2412.01818",
+    stages=BEFORE_LLM,
+    refuses=after_first_layers,
+    inputs=("images",),
 )
 class FasterVLM(TowerPolicy):
     """Keep the patches that the vision tower attended to most.

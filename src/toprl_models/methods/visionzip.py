@@ -64,7 +64,14 @@ def _hosts(chosen: Tensor, num_patches: int, count: int) -> Tensor:
     return torch.cat([chosen, free[:, : count - chosen.shape[1]]], 1)
 
 
-@register_method("visionzip", "VisionZip", "Yang et al., CVPR 2025", stages=BEFORE_LLM, refuses=after_first_layers)
+@register_method(
+    "visionzip",
+    "VisionZip",
+    "Yang et al., CVPR 2025",
+    stages=BEFORE_LLM,
+    refuses=after_first_layers,
+    inputs=("images",),
+)
 class VisionZip(TowerPolicy):
     """Keep the patches that the vision tower attended to most, and merge the others into a few tokens.
 

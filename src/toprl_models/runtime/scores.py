@@ -112,15 +112,21 @@ class Observation:
     arguments: dict[str, Any]
 
     def weights(
-        self, queries: Tensor, past: Length, packing: Packing | None = None, keep_mask: Tensor | None = None
+        self,
+        queries: Tensor,
+        past: Length,
+        packing: Packing | None = None,
+        keep_mask: Tensor | None = None,
+        heads: str = "mean",
     ) -> Tensor:
-        """Compute the attention of a few tokens: float32 ``[P, R, L]``, softmax over the keys, mean over heads.
+        """Compute the attention of a few tokens: float32 ``[P, R, L]``, softmax over the keys.
 
         Args:
             queries: int64 ``[P, R]``, slots of the tokens.
             past: keys that were cached before this pass.
             packing: prompts of the rows; None where a row is a prompt.
             keep_mask: ``[B, L]`` of mask mode, where 0 is a key that only its token sees.
+            heads: the "mean" over heads, or the "max".
         """
         visible = visible_rows(self.mask, queries, self.key.shape[2], past, packing)
         if keep_mask is not None:
@@ -130,15 +136,16 @@ class Observation:
             itself = torch.arange(self.key.shape[2], device=kept.device) == queries[..., None] + past
             visible = visible & (kept[:, None] | itself)
         if packing is None:
-            return self._eager(self.query, self.key, self.value, queries, visible)
+            return over_heads(self._eager(self.query, self.key, self.value, queries, visible), heads)
         rows = [slice(row, row + 1) for row in packing.rows]
         parts = [
             self._eager(self.query[row], self.key[row], self.value[row], queries[i : i + 1], visible[i : i + 1])
             for i, row in enumerate(rows)
         ]
-        return torch.cat(parts)
+        return over_heads(torch.cat(parts), heads)
 
     def _eager(self, query: Tensor, key: Tensor, value: Tensor, queries: Tensor, visible: Tensor) -> Tensor:
+        """Compute the weights of all heads, ``[P, H, R, L]``."""
         index = queries[:, None, :, None].expand(-1, query.shape[1], -1, query.shape[3])
         closed = torch.zeros(visible.shape, device=query.device).masked_fill(~visible, torch.finfo(torch.float32).min)
         eager = _eager_of(self.module)
@@ -152,7 +159,12 @@ class Observation:
                 closed[:, None],
                 **self.arguments | {"dropout": 0.0},
             )
-        return weights.float().mean(1)
+        return weights.float()
+
+
+def over_heads(weights: Tensor, heads: str) -> Tensor:
+    """Reduce weights ``[P, H, R, L]`` to the "mean" or the "max" over heads."""
+    return weights.amax(1) if heads == "max" else weights.mean(1)
 
 
 def visible_rows(mask: AttentionMask, queries: Tensor, num_keys: int, past: Length, packing: Packing | None) -> Tensor:
@@ -266,6 +278,12 @@ class HeadGroup:
         if self._group is not None:
             dist.all_reduce(weights, group=self._group)
             weights = weights / dist.get_world_size(self._group)
+        return weights
+
+    def largest(self, weights: Tensor) -> Tensor:
+        """Take the largest over all heads of all ranks, where ``weights`` are the largest of this rank's heads."""
+        if self._group is not None:
+            dist.all_reduce(weights, op=dist.ReduceOp.MAX, group=self._group)
         return weights
 
     def agree(self, decision: Tensor) -> Tensor:

@@ -15,6 +15,9 @@ from toprl_models.runtime.scores import HeadGroup, Observation
 from toprl_models.runtime.state import ForwardPass, Length, Prompts, Segment, StageTrace, Visual, listed, take
 from toprl_models.schedule import Schedule
 
+# Rows of attention that are in memory at a time, of all heads
+QUERIES_AT_ONCE = 64
+
 
 @dataclass
 class Observed:
@@ -78,16 +81,20 @@ class Stage:
         def last_slots() -> Tensor:
             return _last_slots(segment, prompts.last)
 
-        def attention(queries: Tensor) -> Tensor:
+        def observed() -> Observed:
             if observe is None:
                 raise RuntimeError(
                     "the attention needs attention_from='current' or 'previous' on the policy class "
                     f"{type(self.policy).__name__}"
                 )
-            seen = observe()
-            weights = seen.call.weights(queries, seen.past, packing, seen.keep_mask)
+            return observe()
+
+        def attention(queries: Tensor, heads: str = "mean") -> Tensor:
+            seen = observed()
+            weights = seen.call.weights(queries, seen.past, packing, seen.keep_mask, heads)
             columns = (visual.slots + seen.past)[:, None].expand(-1, queries.shape[1], -1).to(weights.device)
-            return self.heads.mean(weights.gather(2, columns)).to(hidden_states.device)
+            over_ranks = self.heads.mean if heads == "mean" else self.heads.largest
+            return over_ranks(weights.gather(2, columns)).to(hidden_states.device)
 
         def text_slots() -> tuple[Tensor, Tensor]:
             refuse_without_question(forward)
@@ -101,6 +108,23 @@ class Stage:
         def text_attention() -> Tensor:
             queries, valid = text_slots()
             return attention(queries).masked_fill(~valid[..., None], 0)
+
+        def peak_attention() -> tuple[Tensor, Tensor]:
+            def received(queries: Tensor, valid: Tensor) -> Tensor:
+                total = torch.zeros(visual.valid.shape, device=hidden_states.device)
+                for part in torch.arange(queries.shape[1], device=queries.device).split(QUERIES_AT_ONCE):
+                    total += (attention(queries[:, part], "max") * valid[:, part, None]).sum(1)
+                return total
+
+            return received(*text_slots()), received(visual.slots, visual.valid)
+
+        def key_norms() -> tuple[Tensor, Tensor]:
+            seen, (text, valid) = observed(), text_slots()
+            norms = self.heads.mean(seen.call.key.float().abs().sum(-1).mean(1)).to(hidden_states.device)
+            of_visual, of_text = (
+                take(norms[..., None], slots + seen.past, packing)[..., 0] for slots in (visual.slots, text)
+            )
+            return of_visual, of_text.masked_fill(~valid, 0)
 
         return _Context(
             later={
@@ -121,6 +145,8 @@ class Stage:
             prompt=lambda: prompt_embeddings(forward, prompts),
             inputs=prompts.inputs,
             text_states=text_states,
+            key_norms=key_norms,
+            peak_attention=peak_attention,
             sequence=hidden_states if packing is None else None,
             slots=visual.slots if packing is None else None,
         )

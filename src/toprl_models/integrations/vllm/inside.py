@@ -51,7 +51,7 @@ class Heads(Observation):
         attention: Any = self.module
         keys = key.float().repeat_interleave(query.shape[1] // key.shape[1], 1)
         weights = query.gather(2, index).float() @ keys.transpose(2, 3) * attention.impl.scale
-        return weights.masked_fill(~visible[:, None], torch.finfo(torch.float32).min).softmax(-1).mean(1)
+        return weights.masked_fill(~visible[:, None], torch.finfo(torch.float32).min).softmax(-1)
 
 
 class Ranks(HeadGroup):
