@@ -27,15 +27,11 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from toprl_models.strips import draw_stage, png_uri
 from training import cli
 from training.charts import CHART_STYLE, CURVES, curves_figure, retained_figure, svg
 from training.evaluation.methods import METHODS
 from training.tasks import Sample, exact_match
-
-OUTLINE = (38, 50, 56)
-FADED = (244, 244, 242)  # what dropped patches fade towards
-FADE = 0.86  # how far they go there
-SCALE = 2  # pixels of a strip per pixel of the image
 
 
 class Source:
@@ -260,51 +256,6 @@ at evaluation.</figcaption></figure>
 
 
 # --- 4. gallery ----------------------------------------------------------------------------------------------------
-
-
-def draw_stage(image: Image.Image, kept: Sequence[int], side: int, scale: int = SCALE) -> Image.Image:
-    """The image with dropped patches faded and the kept ones unchanged inside a thin outline (Figure 4).
-
-    Args:
-        image: RGB, its sides multiples of ``side``.
-        kept: raster indices of the kept patches, 0 to side² - 1.
-        side: patches per side.
-        scale: pixels drawn per pixel of the image, and width of the outline.
-
-    Returns:
-        The image ``scale`` times as large, plus a margin of ``scale`` pixels that holds the outline of patches at the
-        border. The outline lies on the dropped side of an edge, so kept patches are exact.
-
-    Raises:
-        ValueError: an index out of range, or sides that are not multiples of ``side``.
-
-    Example:
-        >>> draw_stage(Image.new("RGB", (128, 128)), kept=[0, 9], side=8).size
-        (260, 260)
-    """
-    width, height = image.size
-    if width % side or height % side:
-        raise ValueError(f"image is {width}x{height}; its sides must be multiples of side={side}")
-    if bad := [index for index in kept if not 0 <= index < side * side]:
-        raise ValueError(f"kept={bad} must lie in 0..{side * side - 1}")
-    mask = np.zeros((side, side), bool)
-    mask.flat[list(kept)] = True
-    mask = np.kron(mask, np.ones((height // side * scale, width // side * scale), bool))  # [H*scale, W*scale]
-    mask = np.pad(mask, scale)
-    pixels = np.asarray(image.convert("RGB")).repeat(scale, 0).repeat(scale, 1).astype(float)
-    pixels = np.pad(pixels, ((scale, scale), (scale, scale), (0, 0)), constant_values=255)
-    pixels[~mask] += FADE * (np.array(FADED) - pixels[~mask])
-    near = mask.copy()  # within ``scale`` pixels of a kept patch, corners included
-    for axis in (0, 1):
-        near = np.logical_or.reduce([np.roll(near, shift, axis) for shift in range(-scale, scale + 1)])
-    pixels[near & ~mask] = OUTLINE
-    return Image.fromarray(pixels.round().astype(np.uint8))
-
-
-def png_uri(image: Image.Image) -> str:
-    buffer = io.BytesIO()
-    image.save(buffer, format="PNG", optimize=True)
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
 def mark(answer: str, reference: str) -> str:

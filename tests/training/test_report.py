@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from toprl_models import strips
 from training import charts, report
 
 STAGES = [[0, 9, 10, 63], [9, 63], [9]]
@@ -202,7 +203,7 @@ def test_retained_figure_has_one_line_per_stage_and_run(folder: Path) -> None:
 @pytest.mark.parametrize("scale", [1, 2])
 def test_strip_fades_exactly_the_dropped_patches(kept: list[int], scale: int) -> None:
     image = noise_image()
-    drawn = np.asarray(report.draw_stage(image, kept, side=8, scale=scale)).astype(float)
+    drawn = np.asarray(strips.draw_stage(image, kept, side=8, scale=scale)).astype(float)
     assert drawn.shape == (128 * scale + 2 * scale, 128 * scale + 2 * scale, 3)
     inner = drawn[scale:-scale, scale:-scale]
     source = np.asarray(image).repeat(scale, 0).repeat(scale, 1).astype(float)
@@ -219,25 +220,25 @@ def test_strip_fades_exactly_the_dropped_patches(kept: list[int], scale: int) ->
                 if 0 <= r + dr < 8 and 0 <= c + dc < 8 and index + 8 * dr + dc in kept:
                     rows = {-1: slice(0, scale), 0: slice(None), 1: slice(-scale, None)}
                     outline[rows[dr], rows[dc]] = True
-        faded = source[area] + report.FADE * (np.array(report.FADED) - source[area])
+        faded = source[area] + strips.FADE * (np.array(strips.FADED) - source[area])
         np.testing.assert_allclose(inner[area][~outline], faded[~outline], atol=0.5)
-        assert (inner[area][outline] == report.OUTLINE).all()
+        assert (inner[area][outline] == strips.OUTLINE).all()
 
 
 def test_strip_outline_of_border_patches_lies_in_the_margin() -> None:
-    drawn = np.asarray(report.draw_stage(noise_image(), range(64), side=8, scale=1))
+    drawn = np.asarray(strips.draw_stage(noise_image(), range(64), side=8, scale=1))
     frame = np.ones((130, 130), bool)
     frame[1:-1, 1:-1] = False
-    assert (drawn[frame] == report.OUTLINE).all()
-    empty = np.asarray(report.draw_stage(noise_image(), [], side=8, scale=1))
-    assert not (empty == report.OUTLINE).all(-1).any()
+    assert (drawn[frame] == strips.OUTLINE).all()
+    empty = np.asarray(strips.draw_stage(noise_image(), [], side=8, scale=1))
+    assert not (empty == strips.OUTLINE).all(-1).any()
 
 
 def test_strip_rejects_bad_input() -> None:
     with pytest.raises(ValueError, match=r"kept=\[64, -1\] must lie in 0\.\.63"):
-        report.draw_stage(noise_image(), [3, 64, -1], side=8)
+        strips.draw_stage(noise_image(), [3, 64, -1], side=8)
     with pytest.raises(ValueError, match="image is 128x128; its sides must be multiples of side=7"):
-        report.draw_stage(noise_image(), [3], side=7)
+        strips.draw_stage(noise_image(), [3], side=7)
 
 
 def test_gallery_shows_image_stages_and_marks(html: str) -> None:
@@ -245,7 +246,7 @@ def test_gallery_shows_image_stages_and_marks(html: str) -> None:
     assert len(uris) == 2 * (1 + len(STAGES))
     for uri, kept in zip(uris, [list(range(64)), *STAGES] * 2, strict=True):
         shown = np.asarray(Image.open(io.BytesIO(base64.b64decode(uri))))
-        np.testing.assert_array_equal(shown, np.asarray(report.draw_stage(noise_image(), kept, side=8)))
+        np.testing.assert_array_equal(shown, np.asarray(strips.draw_stage(noise_image(), kept, side=8)))
     assert (
         re.findall(r"(?:image|stage \d) · \d+", html) == ["image · 64", "stage 1 · 4", "stage 2 · 2", "stage 3 · 1"] * 2
     )
