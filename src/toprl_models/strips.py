@@ -106,11 +106,11 @@ def draw_panels(panels: Sequence[Panel], kept: Collection[int]) -> Image.Image:
     sizes = [(sum(one.width + GAP for one in line) - GAP, max(one.height for one in line)) for line in drawn]
     whole = Image.new("RGB", (max(w for w, _ in sizes), sum(h + GAP for _, h in sizes) - GAP), "white")
     top = 0
-    for line, (_, height) in zip(drawn, sizes, strict=True):
+    for pictures, (_, height) in zip(drawn, sizes, strict=True):
         left = 0
-        for one in line:
-            whole.paste(one, (left, top))
-            left += one.width + GAP
+        for picture in pictures:
+            whole.paste(picture, (left, top))
+            left += picture.width + GAP
         top += height + GAP
     return whole
 

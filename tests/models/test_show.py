@@ -81,6 +81,15 @@ def test_the_picture_of_a_cell_is_the_pixels_of_its_token(family: str, kind: str
         assert bright.tolist() == ([6] if 6 in panel.numbers else [])
 
 
+def test_patches_that_become_one_token_are_in_their_order() -> None:
+    model, inputs = build_model("qwen2_5_vl"), build_inputs("qwen2_5_vl", [("image",)])
+    values = torch.zeros_like(inputs["pixel_values"])
+    values[25] = 1  # of token 6, row 1 and column 2, the upper right patch: 4 x 4 pixels
+    (panel,) = panels_of(model, {**inputs, "pixel_values": values})
+    bright = np.argwhere(np.asarray(panel.picture)[..., 0] > 254)
+    assert bright.min(0).tolist() == [8, 20] and bright.max(0).tolist() == [11, 23]
+
+
 def test_the_image_stands_under_the_tokens_of_families_that_see_it_whole() -> None:
     model, inputs = build_model("llava_next"), build_inputs("llava_next", [("image",)])
     image = Image.new("RGB", (64, 32), "red")

@@ -17,6 +17,8 @@ from PIL import Image
 
 from toprl_models import strips
 from training import charts, report
+from training.evaluation.methods import METHODS
+from training.explained import LINKS, explanation
 
 STAGES = [[0, 9, 10, 63], [9, 63], [9]]
 RESULTS: dict[str, Any] = {
@@ -123,9 +125,10 @@ def test_sections_come_in_order(html: str) -> None:
 
 
 def test_page_needs_nothing_from_outside(html: str) -> None:
-    assert "http:" not in html and "https:" not in html  # ":" is no base64 letter, so this cannot hit image data
+    without = re.sub(r'<a href="https://[^"]*">', "", html)  # links load nothing
+    assert "http:" not in without and "https:" not in without  # ":" is no base64 letter, so this cannot hit image data
     assert not re.search(r"<(script|link|iframe|base)\b|@import", html)
-    references = re.findall(r'(?:src|href)="([^"]*)"', html) + re.findall(r"url\(([^)]*)\)", html)
+    references = re.findall(r'(?:src|href)="([^"]*)"', without) + re.findall(r"url\(([^)]*)\)", html)
     assert references
     assert [one[:40] for one in references if not one.startswith(("data:image/png;base64,", "#"))] == []
 
@@ -254,6 +257,27 @@ def test_gallery_shows_image_stages_and_marks(html: str) -> None:
     assert html.count('<span class="wrong">3 ✗</span>') == 1
     assert "the full model is right 2 times, the pruned one 1" in html.replace("\n", " ")
     assert "which digit &lt;b&gt; ?" in html
+
+
+def test_methods_are_explained_with_their_papers(html: str) -> None:
+    found = re.search(r'<section id="methods">.*?</section>', html, flags=re.DOTALL)
+    assert found
+    terms = re.findall(r"<dt>(.*?)</dt><dd>(.*?)</dd>", found[0])
+    names = ["full", "toprl", "fastv", "random", "argmax"]
+    assert [term for term, _ in terms] == [report.label(name) for name in names]
+    assert all(text.endswith((".", "</a>")) and len(text) > 30 for _, text in terms)
+    assert LINKS["fastv"] in terms[2][1] and "TOP-RL: Task-Optimized" in html
+
+
+def test_every_method_has_an_explanation() -> None:
+    assert all(len(explanation(name)) > 20 for name in METHODS)
+
+
+def test_phones_get_their_own_charts_and_labelled_cells(html: str) -> None:
+    assert html.count('<div class="narrow-only"><svg') == html.count('<div class="wide-only"><svg') == 2
+    widths = [float(width) for width in re.findall(r'<svg[^>]*width="([\d.]+)pt"', html)]
+    assert [width < 300 for width in widths] == [False, True] * 2
+    assert 'data-label="ocr"' in html and 'data-label="tokens"' in html
 
 
 @pytest.mark.parametrize("name", ["results.json", "gallery.json", "shape_seed0/metrics.jsonl"])
