@@ -7,11 +7,12 @@ STAMP  := $(VENV)/.installed
 OLDEST := $(VENV)/oldest
 LMMS   := $(VENV)/lmms-eval
 LMMS_PIP := $(LMMS)/bin/python -m pip install --disable-pip-version-check -q --no-compile -c constraints-lmms-eval.txt
+DOCS   := $(VENV)/docs
 VLLM   := $(VENV)/vllm
 VLLM_PIP := $(VLLM)/bin/python -m pip
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo reproduce test test-oldest test-upstream test-lmms-eval test-vllm test-exhaustive feature-matrix lint format bench gpu clean
+.PHONY: help install demo reproduce test test-oldest test-upstream test-lmms-eval test-vllm test-exhaustive docs feature-matrix lint format bench gpu clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1|/' | column -t -s '|'
@@ -83,6 +84,16 @@ test-vllm: $(VLLM)/.installed ## the plug-in for vLLM on a CPU, in an environmen
 
 test-exhaustive: $(STAMP) ## hours: every combination of sizes and dtypes, and the kernels broken on purpose
 	$(BIN)/python -m pytest -m exhaustive -rP
+
+# an environment of its own, without torch: the site is made of the text of the sources
+$(DOCS)/.installed: constraints.txt
+	rm -rf $(DOCS)
+	$(PYTHON) -m venv $(DOCS)
+	$(DOCS)/bin/python -m pip install --disable-pip-version-check -q -c constraints.txt mkdocs-material 'mkdocstrings[python]'
+	@touch $@
+
+docs: $(DOCS)/.installed ## the documentation as a site in build/site, with API pages; warnings are errors
+	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build -q --strict
 
 feature-matrix: $(STAMP) ## hours: run the tests of all model families and store what works for which
 	$(PYTEST) tests/models -m feature --write-features

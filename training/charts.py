@@ -95,6 +95,8 @@ def retained_figure(
     layout = ConstrainedLayoutEngine(hspace=0.06, wspace=0.03)
     figure = Figure(figsize=(PANEL_WIDTH * columns, 2.1 * rows + 0.35), layout=layout)
     grid = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
+    tokens_left = np.concatenate([num_visual * run["retained"].ravel() for seeds in runs.values() for run in seeds])
+    least = tokens_left[tokens_left > 0].min(initial=1.0)
     shades = [STAGE_COLOURS[min(i, len(STAGE_COLOURS) - 1)] for i in range(len(keep))]
     for axes, (kind, seeds) in zip(grid.flat, runs.items(), strict=False):
         for stage, (shade, budget) in enumerate(zip(shades, keep, strict=True)):
@@ -105,7 +107,7 @@ def retained_figure(
                 axes.plot(run["iteration"] + 1, tokens, color=shade, linewidth=width, label=f"stage {stage + 1}")
         axes.set_title(f"{kind} ({len(seeds)} seeds)" if len(seeds) > 1 else kind)
         axes.set_yscale("log", base=2, nonpositive="clip")
-        axes.set_ylim(top=1.15 * num_visual)
+        axes.set_ylim(0.85 * min(least, *keep), 1.15 * num_visual)
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axes.xaxis.set_major_locator(MaxNLocator(5, integer=True, steps=[1, 2, 5, 10]))
     for axes in list(grid.flat)[len(runs) :]:

@@ -22,7 +22,7 @@ LINKS = {
 EXPLAINED = {
     "full": "Every layer sees all visual tokens. The reference.",
     "toprl": "A small actor, trained with PPO on this kind of questions, keeps the tokens that it finds most likely to "
-    "be needed, as many as the schedule says. It sees visual tokens and the pooled image, not the question.",
+    "be needed, as many as the schedule says. It does not see the question.",
     "random": "Keeps tokens drawn at random: what any method must beat.",
     "untrained": "The same actor before training.",
     "argmax": "The trained actor without a schedule: each stage keeps the tokens that it finds more likely kept than "

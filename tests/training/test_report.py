@@ -360,3 +360,9 @@ def test_gallery_image_that_is_no_png_is_named(folder: Path) -> None:
     (folder / "gallery.json").write_text(json.dumps(items))
     with pytest.raises(ValueError, match=r"gallery\.json: items\[0\]\.image is not a base64 PNG"):
         report.write_report(folder)
+
+
+def test_no_curve_is_cut() -> None:
+    runs = {"ocr": [{"iteration": np.arange(3.0), "retained": np.array([[0.5], [0.01], [0.002]])}]}
+    axes = charts.retained_figure(runs, num_visual=64, keep=[8]).axes[0]
+    assert axes.get_ylim()[0] < 64 * 0.002
