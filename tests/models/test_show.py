@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+import transformers
 from PIL import Image
 
 from tests.models.tiny_families import IMAGE_ID, VIDEO_ID, build_inputs, build_model, visual_mask
-from toprl_models import METHODS, FastVProgressive, Schedule, attach, show, strips, tiny
+from toprl_models import METHODS, FastVProgressive, Schedule, attach, panels, show, strips, tiny
 from toprl_models.panels import Panel, panels_of
 
 ROOT = Path(__file__).parents[2]
@@ -177,3 +180,23 @@ def test_prepare_takes_one_budget() -> None:
     assert schedule.stages == ((2, 8),) and type(policy) is METHODS["fastv"].policy
     with pytest.raises(ValueError, match="give one of them"):
         show.prepare(model, "fastv")
+
+
+@pytest.mark.parametrize("name", ["llava_next", "llava_onevision"])
+def test_tiles_of_any_size_are_those_that_the_released_models_pack(name: str) -> None:
+    """Rows and columns of unpadded tiles, from the number of tokens alone, against the models' own packing."""
+    modeling = importlib.import_module(f"transformers.models.{name}.modeling_{name}")
+    title = {"llava_next": "LlavaNext", "llava_onevision": "LlavaOnevision"}[name]
+    model = SimpleNamespace(config=getattr(transformers, f"{title}Config")())
+    vision, sizes = model.config.vision_config, np.random.default_rng(0).integers(60, 2500, (25, 2)).tolist()
+    side = vision.image_size // vision.patch_size
+    for size in sizes:
+        tiles = modeling.image_size_to_num_patches(size, model.config.image_grid_pinpoints, vision.image_size)
+        options = {"vision_feature_select_strategy": "default"} if name == "llava_next" else {}
+        pack = getattr(modeling, f"{title}Model").pack_image_features
+        features, newline = [torch.ones(tiles, side**2, 1)], torch.zeros(1)
+        ((packed,), _) = pack(model, features, torch.tensor([size]), image_newline=newline, **options)
+        newlines = (packed[:, 0] == 0).nonzero()[:, 0]
+        inputs = {"image_sizes": torch.tensor([size]), "pixel_values": torch.zeros(1, 1, 3, 4, 4)}
+        _, grid = panels._anyres(model, inputs, [len(packed)], panels._Values(inputs, "image", None, None), [])
+        assert (grid.rows, grid.columns) == (len(newlines), int(newlines[0]) - side**2), size
