@@ -1,7 +1,9 @@
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
-# byte code is made where a module is first imported: for all of torch and transformers it takes over a minute
+# byte code is made where a module is first imported: for all of torch and transformers it takes over a minute. It has to
+# be kept, whatever the shell says: tests start some hundred processes
+export PYTHONDONTWRITEBYTECODE :=
 PIP    := $(BIN)/python -m pip install --disable-pip-version-check -q --no-compile -c constraints.txt
 STAMP  := $(VENV)/.installed
 OLDEST := $(VENV)/oldest
@@ -13,7 +15,8 @@ VLLM   := $(VENV)/vllm
 VLLM_PIP := $(VLLM)/bin/python -m pip
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo reproduce test test-oldest test-upstream test-lmms-eval test-vllm test-exhaustive docs serve test-page feature-matrix lint format bench gpu clean
+.PHONY: help install demo reproduce check test test-oldest test-upstream test-lmms-eval test-vllm test-page
+.PHONY: test-exhaustive docs serve feature-matrix lint format bench gpu clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1|/' | column -t -s '|'
@@ -36,7 +39,10 @@ reproduce: $(STAMP) ## the paper's tables and figures on the embedded model (abo
 # one process per core and one thread per process: most of the time is spent in Triton's sequential interpreter
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal
 
-test: lint test-oldest ## lint, format check, types and all tests
+check: lint ## while working: lint, format check, types, and every test function once with its first parameters
+	$(PYTEST) --once
+
+test: lint ## lint, format check, types and all tests
 	$(PYTEST)
 
 # beside the installed release, and in front of it on the path, with what it needs

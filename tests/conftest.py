@@ -7,17 +7,16 @@ from __future__ import annotations
 
 import json
 import os
+from collections import Counter
 from collections.abc import Generator
 from importlib import metadata
+from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 import torch
 from packaging.version import Version
-
-if TYPE_CHECKING:
-    pass
 
 MATRIX = pytest.StashKey["Matrix"]()
 HAS_CUDA = torch.cuda.is_available()
@@ -30,6 +29,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--write-features", action="store_true", help=help_)
     help_ = "add the outcomes of this run to those of earlier ones in this file, test by test, for --write-features"
     parser.addoption("--outcomes", type=Path, help=help_)
+    help_ = "run every test function once, with the first of its parameters, and none that is marked slow"
+    parser.addoption("--once", action="store_true", help=help_)
 
 
 @pytest.hookimpl(wrapper=True)
@@ -75,6 +76,13 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    seconds: Counter[str] = Counter()
+    for report in chain.from_iterable(terminalreporter.stats.values()):
+        if isinstance(report, pytest.TestReport):
+            seconds[report.nodeid.partition("::")[0]] += report.duration
+    if seconds.total() > 60:
+        terminalreporter.section("seconds by file")
+        terminalreporter.write_line(", ".join(f"{file} {time:.0f}" for file, time in seconds.most_common(20)))
     matrix = config.stash.get(MATRIX, None)
     if matrix is None:
         return
@@ -92,6 +100,13 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     too_old = [item for item, marker in needed.items() if marker and installed < Version(marker.args[0])]
     config.hook.pytest_deselected(items=too_old)
     items[:] = [item for item in items if item not in too_old]
+    if config.getoption("--once"):
+        first: dict[str, pytest.Item] = {}
+        for item in items:
+            if "slow" not in item.keywords:
+                first.setdefault(item.nodeid.partition("[")[0], item)
+        config.hook.pytest_deselected(items=[item for item in items if item not in first.values()])
+        items[:] = first.values()
     if HAS_CUDA:
         return
     skip = pytest.mark.skip(reason="needs a CUDA device; torch.cuda.is_available() is False here")

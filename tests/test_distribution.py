@@ -68,6 +68,7 @@ def test_the_source_distribution_can_run_the_tests(distribution):
     assert {"Makefile", "constraints.txt", "training/ppo.py", "bench/run.py", "tests/test_distribution.py"} <= names
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("blocked", "code"),
     [

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from dataclasses import fields
+from pathlib import Path
 from typing import TypeVar
 
+import yaml
 from transformers import HfArgumentParser
 
 DEBUG = "--debug"
@@ -20,16 +23,21 @@ def parser_of(config: type[Config], description: str | None) -> HfArgumentParser
 
 
 def parse(config: type[Config], description: str | None, arguments: list[str]) -> Config:
-    """Read flags, or the one YAML or JSON file that holds them.
+    """Read flags; a YAML or JSON file in front of them holds others, which they overrule.
 
     Raises:
         ValueError: a value that does not fit, or an unknown key of the file; flags exit with code 2.
+        OSError: the file cannot be read.
     """
     parser = parser_of(config, description)
-    if len(arguments) == 1 and arguments[0].endswith((".yaml", ".yml")):
-        return parser.parse_yaml_file(arguments[0])[0]
-    if len(arguments) == 1 and arguments[0].endswith(".json"):
-        return parser.parse_json_file(arguments[0])[0]
+    if arguments and arguments[0].endswith((".yaml", ".yml", ".json")):
+        file, *arguments = arguments
+        values = yaml.safe_load(Path(file).read_text())
+        known = {field.name for field in fields(config)}  # type: ignore[arg-type]
+        if not isinstance(values, dict) or set(values) - known:
+            unknown = ", ".join(sorted(set(values) - known)) if isinstance(values, dict) else "no list of flags"
+            raise ValueError(f"{file}: {unknown}: a line needs the name of a flag and its value; --help lists them")
+        parser.set_defaults(**values)
     return parser.parse_args_into_dataclasses(arguments)[0]
 
 

@@ -39,6 +39,7 @@ def status_of(name: str, page: str) -> str:
     return re.search(rf"^\| {re.escape(name)} +\| (.*?) +\|", page, re.MULTILINE)[1]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(first_hour.torch.cuda.is_available(), reason="rehearses what a machine with a GPU runs for real")
 def test_rehearsal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """State and page after an interruption and after a second call, which runs only what is not done."""

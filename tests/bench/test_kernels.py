@@ -52,6 +52,7 @@ def finished(tmp_path_factory):
     return rows, summary, folder
 
 
+@pytest.mark.slow
 def test_every_provider_of_every_case_has_a_row_with_a_time_or_a_reason(finished):
     rows, summary, folder = finished
     assert sum(len(suite["rows"]) for suite in summary.values()) == len(rows)

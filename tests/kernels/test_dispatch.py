@@ -103,6 +103,7 @@ def test_import_does_not_load_triton() -> None:
     assert out.strip() == "[]"
 
 
+@pytest.mark.slow
 def test_works_without_triton() -> None:
     out = run_fresh(
         """

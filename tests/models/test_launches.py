@@ -118,6 +118,28 @@ def test_a_fixed_prompt_begins_with_nothing(rooms: dict[str, list[str]]) -> None
     assert not (WAITS | UPLOADS) & set(names)
 
 
+@pytest.mark.gpu
+def test_a_prefill_is_one_cuda_graph() -> None:
+    model = tiny.load()[0].cuda()
+    policy = TopRLPolicy(tiny.HIDDEN_SIZE, [layer for layer, _ in STAGES], actor_size=16).eval().cuda()
+    inputs, other = ({name: x.cuda() for name, x in inputs_of(color).items()} for color in ("red", "blue"))
+    with attach(model, policy, schedule=Schedule(STAGES)) as pruner, torch.no_grad():
+        want = model(**other, use_cache=False).logits
+        with pruner.fixed_prompt():
+            side = torch.cuda.Stream()
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):  # compiles kernels
+                for _ in range(3):
+                    model(**inputs, use_cache=False)
+            torch.cuda.current_stream().wait_stream(side)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                captured = model(**inputs, use_cache=False).logits
+            inputs["pixel_values"].copy_(other["pixel_values"])
+            graph.replay()
+    torch.testing.assert_close(captured, want)
+
+
 class First(Policy):
     def score(self, context: Any) -> torch.Tensor:
         return -context.visual_index.float()

@@ -273,6 +273,7 @@ def test_keep_all_in_mask_mode_has_the_models_own_loss() -> None:
             torch.testing.assert_close(model(**inputs, labels=labels).loss, plain, atol=1e-4, rtol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_a_compiled_model_has_the_eager_loss() -> None:
     """Labels predicted from dropped tokens do not count there either, whatever an earlier pass had dropped."""

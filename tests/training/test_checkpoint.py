@@ -210,6 +210,7 @@ for line in sys.stdin:
 """
 
 
+@pytest.mark.slow
 def test_a_writer_killed_at_random_moments(tmp_path):
     """Processes that save one checkpoint after the other; each goes on behind the one that was killed before it."""
     root = Path(__file__).resolve().parents[2]

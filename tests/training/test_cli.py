@@ -38,6 +38,8 @@ def test_flags_from_a_file(tmp_path, suffix):
     file = tmp_path / f"flags.{suffix}"
     file.write_text('{"gamma": 0.5, "stage_layers": [1, 2]}')
     assert cli.parse(PPOConfig, "", [str(file)]) == cli.parse(PPOConfig, "", "--gamma 0.5 --stage_layers 1 2".split())
-    file.write_text('{"gama": 0.5}')
-    with pytest.raises(ValueError, match="gama"):
-        cli.parse(PPOConfig, "", [str(file)])
+    assert cli.parse(PPOConfig, "", [str(file), "--gamma", "0.7"]).gamma == 0.7
+    for content in ('{"gama": 0.5}', "gamma", ""):
+        file.write_text(content)
+        with pytest.raises(ValueError, match=f"flags.{suffix}: (gama|no list of flags)"):
+            cli.parse(PPOConfig, "", [str(file)])

@@ -82,6 +82,7 @@ def wait_for_rows(folder: Path, count: int) -> None:
         time.sleep(0.02)
 
 
+@pytest.mark.slow
 def test_a_run_killed_at_random_moments_ends_bitwise_the_same(runner, uninterrupted, tmp_path):
     """Before and after the first checkpoint, and twice in the last iteration."""
     draw, run = random.Random(0), process(tmp_path / "run", resume="auto")

@@ -129,6 +129,7 @@ def test_list_names_everything(capsys):
         assert re.search(rf"^{name} +[\d.]+  {re.escape(analysis.title)}$", shown, re.MULTILINE)
 
 
+@pytest.mark.slow
 def test_help_from_any_folder(tmp_path):
     command = [sys.executable, str(ROOT / "training/reproduce.py"), "--help"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)

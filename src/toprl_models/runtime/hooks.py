@@ -36,7 +36,8 @@ Change = tuple[tuple, dict[str, Any]]
 class _PerThread(threading.local):
     """Per-thread state of the current forward pass."""
 
-    told: Told | None = None  # of the call of the whole model that is under way
+    told: Told | None = None  # of the call of the whole model, until the base model has it
+    calling: Told | None = None  # the same, until the call ends
     prompt_length: int | Tensor | None = None  # of Pruner.prompt_length()
     generation: Generation | None = None
     survivors: Survivors | None = None  # of the last pass, for its loss
@@ -65,7 +66,6 @@ class Runtime:
         shortened = self.layers[schedule.layers[0] :] if mode.name == "compact" else ()
         self._temperature = guards.temperature_floor(shortened)
         self._call: Call | None = None
-        self._told: Told | None = None  # of the model's call, until the decoder begins
         self._inputs: Mapping[str, Any] = {}  # the model's arguments, until the decoder begins
         self._forward: ForwardPass | None = None
         self._watched: tuple[scores.Watched, Length, Tensor | None] | None = None
@@ -103,11 +103,11 @@ class Runtime:
 
         @functools.wraps(forward)
         def call(*args: Any, **kwargs: Any) -> Any:
-            told = self.thread.told = Told.pop_from(kwargs)
+            told = self.thread.told = self.thread.calling = Told.pop_from(kwargs)
             try:
                 output = forward(*args, **kwargs)
             finally:
-                self.thread.told = None
+                self.thread.told = self.thread.calling = None
             if self.enabled and not told.reached and self._ids.brought(kwargs):
                 raise RuntimeError(
                     f"{type(self.model).__name__} got images, but no forward pass of {type(self.decoder).__name__} was "
@@ -140,7 +140,6 @@ class Runtime:
             self.thread.survivors = None
         self.running.enter()
         self._call = self._forward = None
-        self._told = told
         if self.enabled:
             if told.prompt_length is None:
                 told.prompt_length = self.thread.prompt_length
@@ -178,8 +177,8 @@ class Runtime:
             return None
         self.running.check()
         call, self._call = self._call, None
-        if self._told is not None:
-            self._told.reached, self._told = True, None
+        if self.thread.calling is not None:
+            self.thread.calling.reached = True
         inputs, self._inputs = self._inputs, {}
         embeddings: Tensor = (
             args[0] if args else kwargs["hidden_states" if "hidden_states" in kwargs else "inputs_embeds"]
@@ -340,7 +339,7 @@ class Runtime:
         """Forget the forward pass."""
         if self._watched is not None:
             self._watched[0].end()
-        self._forward = self._call = self._told = self._watched = None
+        self._forward = self._call = self._watched = None
         self._inputs = {}
 
     @torch.compiler.disable
