@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from urllib.parse import quote_plus
+
 from toprl_models import METHODS as REGISTERED
 
+TITLE = "TOP-RL: Task-Optimized Progressive Token Pruning with Reinforcement Learning for Large Vision Language Models"
 # the paper has no address that this project knows, so that its title is looked up
-PAPER = (
-    "The paper: Wang et al., "
-    '<a href="https://scholar.google.com/scholar?q=TOP-RL+Task-Optimized+Progressive+Token+Pruning+with+Reinforcement'
-    '+Learning+for+Large+Vision+Language+Models">TOP-RL: Task-Optimized Progressive Token Pruning with Reinforcement '
-    "Learning for Large Vision Language Models</a>."
-)
+ADDRESS = "https://scholar.google.com/scholar?q=" + quote_plus(TITLE)
+PAPER = f'The paper: Wang et al., <a href="{ADDRESS}">{TITLE}</a>.'
 LINKS = {
+    "toprl": ADDRESS,
+    "fastv_progressive": ADDRESS,
+    "oneshot": ADDRESS,
+    "downsample": "https://arxiv.org/abs/2511.02650",
     "fastv": "https://arxiv.org/abs/2403.06764",
     "pyramiddrop": "https://arxiv.org/abs/2410.17247",
     "sparsevlm": "https://arxiv.org/abs/2410.04417",
