@@ -228,6 +228,47 @@ def require_given(op: str, name: str, value: Tensor | None, *expected: Any) -> N
         require(op, name, value, *expected)
 
 
+def require_flags(op: str, **flags: object) -> None:
+    """Check that options are True or False.
+
+    Raises:
+        TypeError: one is anything else.
+    """
+    for name, value in flags.items():
+        if not isinstance(value, bool):
+            raise TypeError(f"{op}: {name} must be True or False, got {value!r} of type {type(value).__name__}")
+
+
+def require_ints(op: str, **numbers: object) -> None:
+    """Check that optional arguments are ints.
+
+    Raises:
+        TypeError: one is anything else.
+    """
+    for name, value in numbers.items():
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
+            raise TypeError(f"{op}: {name} must be an int or None, got {value!r} of type {type(value).__name__}")
+
+
+def require_float(op: str, name: str, value: object) -> None:
+    """Check that an optional argument is a number.
+
+    Raises:
+        TypeError: it is anything else.
+    """
+    if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float))):
+        raise TypeError(f"{op}: {name} must be a number or None, got {value!r} of type {type(value).__name__}")
+
+
+def require_counts(op: str, k: Tensor, layout: str, shape: tuple[int, ...], device: torch.device) -> None:
+    """Check a tensor of numbers of tokens, on the host or on ``device``.
+
+    Raises:
+        TypeError, ValueError: as :func:`require`.
+    """
+    require(op, "k", k, layout, shape, INTEGERS, device if k.device.type != "cpu" else None, "use k.long()")
+
+
 def dtype_name(dtype: torch.dtype) -> str:
     """For example "float16"."""
     return str(dtype).removeprefix("torch.")

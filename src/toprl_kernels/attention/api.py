@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, Literal, overload
 
@@ -69,6 +70,7 @@ def attention_plan(
         ...     q = masked_attention(q, k, v, plan=plan)
     """
     check.require(PLAN, "keep_mask", keep_mask, "[B, N]", 2, MASKS, None, FIX)
+    check.require_flags(PLAN, is_causal=is_causal)
     shape, device = tuple(keep_mask.shape), keep_mask.device
     fix = "use .bool(), True = real token"
     check.require_given(PLAN, "key_padding_mask", key_padding_mask, "[B, N]", shape, check.BOOL, device, fix)
@@ -85,6 +87,7 @@ def attention_plan(
         if given:
             raise ValueError(f"{PLAN}: {' and '.join(given)} given beside ranges, which say all of the pattern")
     if window is not None or block_ids is not None or cu_seqlens is not None:
+        window = window if window is None else min(window, shape[1])
         ranges = _ranges(keep_mask, is_causal, window, block_ids, cu_seqlens)
         is_causal = False
     lists = None
@@ -203,6 +206,8 @@ def masked_attention(
         >>> bool(torch.allclose(masked_attention(q, k, v, nothing_kept), v))
         True
     """
+    check.require_flags(OP, is_causal=is_causal, bounded_mask_grad=bounded_mask_grad, return_lse=return_lse)
+    check.require_float(OP, "scale", scale)
     patterns = dict(is_causal=is_causal, window=window, block_ids=block_ids, cu_seqlens=cu_seqlens)
     masks = dict(keep_mask=keep_mask, key_padding_mask=key_padding_mask, **patterns)
     given = [name for name, argument in masks.items() if argument is not None and argument is not False]
@@ -214,6 +219,8 @@ def masked_attention(
         assert keep_mask is not None  # examined
         plan = attention_plan(keep_mask, key_padding_mask, **patterns, backend=choice.name)  # type: ignore[arg-type]
     scale = query.shape[3] ** -0.5 if scale is None else float(scale)
+    if not math.isfinite(scale):
+        raise ValueError(f"{OP}: scale={scale} must be finite; leave it out for 1 / sqrt(D)")
     if query.numel() == 0 or value.numel() == 0:  # without keys too, since Nq <= N
         output = empty_output(query, value).zero_() + 0 * query.sum()  # connected to the graph
         lse = query.new_full(query.shape[:3], torch.inf, dtype=torch.promote_types(query.dtype, torch.float32))
@@ -228,9 +235,11 @@ def masked_attention(
 
 def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     """Cast as torch does for scaled_dot_product_attention, where autocast is on."""
-    if not isinstance(tensors[0], Tensor) or not torch.is_autocast_enabled(tensors[0].device.type):
+    first = tensors[0]
+    # torch raises for a device type without autocast
+    if not isinstance(first, Tensor) or first.is_meta or not torch.is_autocast_enabled(first.device.type):
         return tensors
-    dtype = torch.get_autocast_dtype(tensors[0].device.type)
+    dtype = torch.get_autocast_dtype(first.device.type)
     return tuple(
         tensor.to(dtype)
         if isinstance(tensor, Tensor) and tensor.is_floating_point() and tensor.dtype != torch.float64

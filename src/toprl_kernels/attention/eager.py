@@ -325,6 +325,8 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, pairs: Pairs, scale: floa
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float, is_causal: bool = False) -> Tensor:
     size = v.shape[3]
+    if scale <= 0:  # torch multiplies the -inf of causality by it, too
+        q, scale = (-q, -scale) if scale else (q * 0, 1.0)
     if q.shape[3] != size:  # the CPU kernel wants one head dimension
         width = max(q.shape[3], size)
         q, k, v = (F.pad(tensor, (0, width - tensor.shape[3])) for tensor in (q, k, v))

@@ -91,6 +91,7 @@ def attend(
     shift = scores.detach().masked_fill(~counts, -torch.inf).amax(dim=-1, keepdim=True)
     # Where G = 0 the exponent may be large; the bound keeps inf * 0 out of the gradient.
     largest = 700.0 if query.dtype == torch.float64 else 96 * math.log(2.0)
+    largest = min(largest, math.log(torch.finfo(query.dtype).max) - 0.1)  # float16 ends at exp(11)
     exponential = torch.exp((scores - shift).clamp(max=largest)).masked_fill(~(allowed | counts), 0.0)
     if bounded_mask_grad:
         # d/dm of exp(P) m is exp(P) / sum = R; a factor that autograd does not see makes it R / (1 + R)

@@ -50,6 +50,7 @@ def compact_cache(
         The layers of a transformers ``DynamicCache`` are such pairs:
         ``layer.keys, layer.values = compact_cache(layer.keys, layer.values, kept.indices)``.
     """
+    check.require_flags(OP, validate=validate)
     check.require(OP, "keys", keys, "[B, Hkv, N, D]", 4)
     check.require(OP, "values", values, "[B, Hkv, N, Dv]", 4)
     check.require(OP, "values", values, "[B, Hkv, N, Dv]", (*keys.shape[:3], values.shape[3]), (), keys.device)

@@ -88,12 +88,13 @@ def prune_stage(
     if raster is None:
         raster = torch.arange(num_scores, device=device).expand(batch, -1)
     check.require(OP, "raster", raster, "[B, V]", (batch, num_scores), check.LONG, device, "use raster.long()")
+    check.require_ints(OP, length=length, width=width)
     if position_ids is not None:
         layout = "[..., B or 1, N0]"
-        if position_ids.ndim not in (2, 3) or position_ids.shape[-2] not in (1, batch):
+        planes = 3 if getattr(position_ids, "ndim", 2) == 3 else 2
+        check.require(OP, "position_ids", position_ids, layout, planes, check.INTEGERS, device, "use .long()")
+        if position_ids.shape[-2] not in (1, batch):
             raise ValueError(f"{OP}: position_ids must be {layout}, got shape {tuple(position_ids.shape)}")
-        fix = "use position_ids.long()"
-        check.require(OP, "position_ids", position_ids, layout, position_ids.ndim, check.INTEGERS, device, fix)
     if len(tables) > MAX_TABLES:
         raise ValueError(f"{OP}: tables has {len(tables)} tensors, at most {MAX_TABLES}; gather others by out.origins")
     for number, table in enumerate(tables):
@@ -102,7 +103,7 @@ def prune_stage(
         raise ValueError(f"{OP}: padding_side={padding_side!r} is unknown; use 'right' or 'left'")
     counts = None
     if isinstance(k, Tensor):
-        check.require(OP, "k", k, "[B] (or pass an int)", (batch,), check.INTEGERS, None, "use k.long()")
+        check.require_counts(OP, k, "[B] (or pass an int)", (batch,), device)
         if length is None or width is None:
             raise ValueError(f"{OP}: a tensor k needs length= and width=, so that nothing waits for the device")
         counts = k.to(device=device, dtype=torch.int64).clamp(0, width)

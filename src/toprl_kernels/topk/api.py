@@ -89,6 +89,9 @@ def topk_compact(
         >>> out.indices.tolist(), out.hidden_states.flatten().tolist(), out.inverse.tolist()
         ([[1, 2]], [1.0, 2.0], [[-1, 0, 1, -1]])
     """
+    check.require_flags(OP, return_inverse=return_inverse, validate=validate)
+    check.require_ints(OP, max_seqlen=max_seqlen, max_length=max_length)
+    check.require_float(OP, "threshold", threshold)
     packed = cu_seqlens is not None
     if cu_seqlens is not None:
         check.require(OP, "hidden_states", hidden_states, "[N, d] with cu_seqlens", 2)
@@ -103,7 +106,7 @@ def topk_compact(
     shape, device = tuple(hidden_states.shape[:2]), hidden_states.device
     check.require(OP, "scores", scores, "[B, N]", shape, check.FLOATS, device, "use scores.float()")
     if position_ids is not None:
-        planes, layout = (3, *shape) if position_ids.ndim == 3 else shape, "[B, N] or [3, B, N]"
+        planes, layout = (3, *shape) if getattr(position_ids, "ndim", 0) == 3 else shape, "[B, N] or [3, B, N]"
         fix = "use position_ids.long()"
         check.require(OP, "position_ids", position_ids, layout, planes, check.INTEGERS, device, fix)
     fix = "use valid_mask.bool(), True = eligible"
@@ -112,7 +115,7 @@ def topk_compact(
     if padding_side not in ("right", "left"):
         raise ValueError(f"{OP}: padding_side={padding_side!r} is unknown; use 'right' or 'left'")
     number = len(cu_seqlens) - 1 if cu_seqlens is not None else None
-    length = _check_k(k, shape, segments is not None, number, max_length)
+    length = _check_k(k, shape, segments is not None, number, max_length, device)
     if validate:
         _validate_values(scores, k, valid_mask, length, plain=segments is None and not packed)
     counts = None
@@ -149,8 +152,9 @@ def topk_compact(
 
 
 def _check_k(
-    k: int | Tensor, shape: tuple[int, ...], segmented: bool, sequences: int | None, max_length: int | None
-) -> int:
+    k: int | Tensor, shape: tuple[int, ...], segmented: bool, sequences: int | None, max_length: int | None,
+    device: torch.device,
+) -> int:  # fmt: skip
     """Check k and return the output length K."""
     batch, num_tokens = shape
     if isinstance(k, Tensor):
@@ -158,7 +162,7 @@ def _check_k(
         layout = "[B] (or pass an int)" if sequences is None else "[S] with cu_seqlens (or pass an int)"
         if segmented:
             wanted, layout = (batch, k.shape[1] if k.ndim == 2 else -1), "[B, S] with segments"
-        check.require(OP, "k", k, layout, wanted, check.INTEGERS, None, "use k.long()")
+        check.require_counts(OP, k, layout, wanted, device)
         if max_length is None:  # the one synchronisation of a ragged call
             totals = k.clamp(min=0).sum(-1) if segmented or sequences is not None else k
             return min(max(int(totals.max()), 0), num_tokens) if totals.numel() else 0

@@ -76,7 +76,9 @@ def topk_compact_reference(x: Selection) -> Selected:
         ends = segments.tolist()
         segments = torch.tensor([[sum(end <= token for end in ends[1:]) for token in range(scores.shape[1])]])
     per_sample = max(len(ends) - 1, 1)
-    counts = [[x.limit] * per_sample] * len(scores) if x.k is None else x.k.reshape(len(scores), -1).tolist()
+    counts = [[x.limit] * per_sample] * len(scores)
+    if x.k is not None:
+        counts = (x.k[:, None] if x.k.ndim == 1 else x.k).tolist()
     chosen = []
     inverse = torch.full_like(scores, -1, dtype=torch.int64)
     for sample, values in enumerate(scores.tolist()):
