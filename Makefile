@@ -15,7 +15,7 @@ VLLM   := $(VENV)/vllm
 VLLM_PIP := $(VLLM)/bin/python -m pip
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo reproduce check test test-oldest test-upstream test-lmms-eval test-vllm test-page
+.PHONY: help install demo reproduce check test test-oldest test-upstream test-lmms-eval test-vllm test-page fuzz
 .PHONY: test-exhaustive docs serve feature-matrix lint format bench gpu clean
 
 help: ## list the targets
@@ -88,6 +88,9 @@ $(VLLM)/.installed: pyproject.toml constraints-vllm.txt
 
 test-vllm: $(VLLM)/.installed ## the plug-in for vLLM on a CPU, in an environment of its own (3.4 GB)
 	OMP_NUM_THREADS=2 $(VLLM)/bin/python -m pytest tests/vllm
+
+fuzz: $(STAMP) ## 20,000 random calls of ops, attach and policy folders: the right result, or an error that says why
+	TOPRL_FUZZ_CASES=20000 $(PYTEST) tests/fuzz
 
 test-exhaustive: $(STAMP) ## hours: every combination of sizes and dtypes, and the kernels broken on purpose
 	$(BIN)/python -m pytest -m exhaustive -rP

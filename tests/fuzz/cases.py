@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from hypothesis import HealthCheck, settings
 
 CASES = int(os.environ.get("TOPRL_FUZZ_CASES", "1000"))
@@ -20,3 +21,12 @@ def share(percent: float) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
         deadline=None,
         suppress_health_check=list(HealthCheck),
     )
+
+
+def outcome(call: Callable[[], Any]) -> tuple[Any, str]:
+    """The result and an empty text, or None and what a refusal says."""
+    torch.manual_seed(0)
+    try:
+        return call(), ""
+    except (TypeError, ValueError, NotImplementedError) as error:
+        return None, str(error)

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tests.fuzz.cases import share
+from tests.fuzz.cases import outcome, share
 from toprl_kernels import (
     actor_score,
     attention_plan,
@@ -179,15 +179,6 @@ def spoiled(draw: Draw, value: Any) -> Any:
 def flat(result: Any) -> list[Tensor]:
     parts = result if isinstance(result, tuple) else [result]
     return [part for part in parts if isinstance(part, Tensor)]
-
-
-def outcome(call: Callable[[], Any]) -> tuple[Any, str]:
-    """The result and an empty text, or None and what a refusal says."""
-    torch.manual_seed(0)
-    try:
-        return call(), ""
-    except (TypeError, ValueError, NotImplementedError) as error:
-        return None, str(error)
 
 
 @share(70)
