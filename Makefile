@@ -9,11 +9,14 @@ STAMP  := $(VENV)/.installed
 OLDEST := $(VENV)/oldest
 LMMS   := $(VENV)/lmms-eval
 LMMS_PIP := $(LMMS)/bin/python -m pip install --disable-pip-version-check -q --no-compile -c constraints-lmms-eval.txt
+DOCS   := $(VENV)/docs
+PAGE   := $(VENV)/page
 VLLM   := $(VENV)/vllm
 VLLM_PIP := $(VLLM)/bin/python -m pip
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo reproduce check test test-oldest test-upstream test-lmms-eval test-vllm fuzz test-exhaustive feature-matrix lint format bench gpu clean
+.PHONY: help install demo reproduce check test test-oldest test-upstream test-lmms-eval test-vllm test-page fuzz
+.PHONY: test-exhaustive docs serve feature-matrix lint format bench gpu clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1|/' | column -t -s '|'
@@ -91,6 +94,28 @@ fuzz: $(STAMP) ## 20,000 random calls of ops, attach and policy folders: the rig
 
 test-exhaustive: $(STAMP) ## hours: every combination of sizes and dtypes, and the kernels broken on purpose
 	$(BIN)/python -m pytest -m exhaustive -rP
+
+# an environment of its own, without torch: the site is made of the text of the sources
+$(DOCS)/.installed: constraints.txt
+	rm -rf $(DOCS)
+	$(PYTHON) -m venv $(DOCS)
+	$(DOCS)/bin/python -m pip install --disable-pip-version-check -q -c constraints.txt mkdocs-material 'mkdocstrings[python]'
+	@touch $@
+
+# beside the installed packages, and in front of them on the path: gradio needs an older pillow
+$(PAGE)/.installed: $(STAMP) constraints-page.txt
+	rm -rf $(PAGE)
+	$(BIN)/python -m pip install --disable-pip-version-check -q --no-compile --target $(PAGE) -r constraints-page.txt
+	@touch $@
+
+serve: $(PAGE)/.installed ## a page to try pruning on, at localhost:7860; ARGS="HUB_ID --port 7861"
+	PYTHONPATH=$(CURDIR)/$(PAGE) $(BIN)/python -m toprl_models.page --images docs/scene.png $(ARGS)
+
+test-page: $(PAGE)/.installed ## the page in headless Chromium (apt-get install chromium)
+	PYTHONPATH=$(CURDIR)/$(PAGE) OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/page
+
+docs: $(DOCS)/.installed ## the documentation as a site in build/site, with API pages; warnings are errors
+	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build -q --strict
 
 feature-matrix: $(STAMP) ## hours: run the tests of all model families and store what works for which
 	$(PYTEST) tests/models -m feature --write-features

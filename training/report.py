@@ -27,15 +27,12 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from toprl_models.strips import draw_stage, png_uri
 from training import cli
 from training.charts import CHART_STYLE, CURVES, curves_figure, retained_figure, svg
 from training.evaluation.methods import METHODS
+from training.explained import LINKS, PAPER, explanation
 from training.tasks import Sample, exact_match
-
-OUTLINE = (38, 50, 56)
-FADED = (244, 244, 242)  # what dropped patches fade towards
-FADE = 0.86  # how far they go there
-SCALE = 2  # pixels of a strip per pixel of the image
 
 
 class Source:
@@ -108,6 +105,7 @@ def header_section(results: Source) -> str:
     return f"""<header>
 <h1>TOP-RL on the embedded tiny LLaVA</h1>
 <p class="meta">{escape(meta)}</p>
+<p>{PAPER}</p>
 <p>A 128×128 image enters the decoder as {total} visual tokens, one per 16×16 patch. The language model is frozen; a
 small actor, trained with PPO, decides at {len(layers)} stages which tokens go on: {words} of the {total}
 (layers counted from 0). The table below compares pruning methods
@@ -172,8 +170,12 @@ def accuracy_section(results: Source) -> str:
     several = {kind for kind, one in found.items() if max(map(len, (*one.values(), argmax[kind]["kept"]))) > 1}
 
     def line(name: str, cells: dict[str, str], last: str = "", css: str = "") -> str:
-        shown = "".join(f'<td class="{"seeds" if kind in several else ""}">{cells[kind]}</td>' for kind in found)
-        return f'<tr class="{escape(css)}"><th>{escape(name)}</th>{shown}<td>{last}</td></tr>\n'
+        shown = "".join(
+            f'<td class="{"seeds" if kind in several else ""}" data-label="{escape(kind)}">{cells[kind]}</td>'
+            for kind in found
+        )
+        tokens = f'<td data-label="tokens">{last}</td>' if last else '<td class="none"></td>'
+        return f'<tr class="{escape(css)}"><th>{escape(name)}</th>{shown}{tokens}</tr>\n'
 
     body = ""
     for method, counts in tokens.items():
@@ -217,6 +219,17 @@ methods answer the same questions, so it is on the wide side). It does not conta
 </section>"""
 
 
+def methods_section(results: Source) -> str:
+    """What each method of the table does, with a link to its paper."""
+    tasks = results.child("tasks")
+    names = dict.fromkeys(row["method"] for kind in tasks.data for row in tasks.child(kind).children("rows"))
+    items = ""
+    for name in (*names, "argmax"):
+        link = f' <a href="{LINKS[name]}">paper</a>' if name in LINKS else ""
+        items += f"<div><dt>{escape(label(name))}</dt><dd>{escape(explanation(name))}{link}</dd></div>\n"
+    return f'<section id="methods"><h2>The methods</h2>\n<dl class="methods">{items}</dl></section>'
+
+
 # --- 3. training curves --------------------------------------------------------------------------------------------
 
 
@@ -236,12 +249,18 @@ def read_runs(folder: Path, results: Source) -> dict[str, list[dict[str, np.ndar
     return runs
 
 
+def by_width(wide: str, narrow: str) -> str:
+    """Show one chart on wide screens and the other, of one column, on phones."""
+    return f'<div class="wide-only">{wide}</div><div class="narrow-only">{narrow}</div>'
+
+
 def curves_section(folder: Path, results: Source) -> str:
     """The training curves of every run."""
     runs, schedule = read_runs(folder, results), results.child("schedule")
     with matplotlib.rc_context(CHART_STYLE):
-        curves = svg(curves_figure(runs))
-        retained = svg(retained_figure(runs, schedule["num_visual"], schedule["keep"]))
+        budget = schedule["num_visual"], schedule["keep"]
+        curves = by_width(svg(curves_figure(runs)), svg(curves_figure(runs, columns=1)))
+        retained = by_width(svg(retained_figure(runs, *budget)), svg(retained_figure(runs, *budget, columns=1)))
     every = [run for seeds in runs.values() for run in seeds]
     iterations = sorted({len(run["iteration"]) for run in every})
     seconds = statistics.fmean(float(run["seconds"].sum()) for run in every)
@@ -260,51 +279,6 @@ at evaluation.</figcaption></figure>
 
 
 # --- 4. gallery ----------------------------------------------------------------------------------------------------
-
-
-def draw_stage(image: Image.Image, kept: Sequence[int], side: int, scale: int = SCALE) -> Image.Image:
-    """The image with dropped patches faded and the kept ones unchanged inside a thin outline (Figure 4).
-
-    Args:
-        image: RGB, its sides multiples of ``side``.
-        kept: raster indices of the kept patches, 0 to side² - 1.
-        side: patches per side.
-        scale: pixels drawn per pixel of the image, and width of the outline.
-
-    Returns:
-        The image ``scale`` times as large, plus a margin of ``scale`` pixels that holds the outline of patches at the
-        border. The outline lies on the dropped side of an edge, so kept patches are exact.
-
-    Raises:
-        ValueError: an index out of range, or sides that are not multiples of ``side``.
-
-    Example:
-        >>> draw_stage(Image.new("RGB", (128, 128)), kept=[0, 9], side=8).size
-        (260, 260)
-    """
-    width, height = image.size
-    if width % side or height % side:
-        raise ValueError(f"image is {width}x{height}; its sides must be multiples of side={side}")
-    if bad := [index for index in kept if not 0 <= index < side * side]:
-        raise ValueError(f"kept={bad} must lie in 0..{side * side - 1}")
-    mask = np.zeros((side, side), bool)
-    mask.flat[list(kept)] = True
-    mask = np.kron(mask, np.ones((height // side * scale, width // side * scale), bool))  # [H*scale, W*scale]
-    mask = np.pad(mask, scale)
-    pixels = np.asarray(image.convert("RGB")).repeat(scale, 0).repeat(scale, 1).astype(float)
-    pixels = np.pad(pixels, ((scale, scale), (scale, scale), (0, 0)), constant_values=255)
-    pixels[~mask] += FADE * (np.array(FADED) - pixels[~mask])
-    near = mask.copy()  # within ``scale`` pixels of a kept patch, corners included
-    for axis in (0, 1):
-        near = np.logical_or.reduce([np.roll(near, shift, axis) for shift in range(-scale, scale + 1)])
-    pixels[near & ~mask] = OUTLINE
-    return Image.fromarray(pixels.round().astype(np.uint8))
-
-
-def png_uri(image: Image.Image) -> str:
-    buffer = io.BytesIO()
-    image.save(buffer, format="PNG", optimize=True)
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
 def mark(answer: str, reference: str) -> str:
@@ -377,6 +351,7 @@ def write_report(folder: Path) -> Path:
     sections = (
         header_section(results),
         accuracy_section(results),
+        methods_section(results),
         curves_section(folder, results),
         gallery_section(gallery, results.child("schedule")["num_visual"]),
     )

@@ -30,7 +30,7 @@ from toprl_models.integrations.lmms_eval import skeleton
 from toprl_models.methods import FastV, RandomPolicy
 from toprl_models.policy import Policy
 from toprl_models.probe import blocked_stages, decoder_of, has_plain_positions, has_state, keyless_layers
-from toprl_models.processors import load_processor
+from toprl_models.processors import encode, load_processor
 from toprl_models.pruner import attach
 from toprl_models.registry import layers_for, method_of
 from toprl_models.schedule import PAPER_LAYERS, Schedule, stage_layers_for
@@ -185,19 +185,8 @@ def compare(name_or_path: str) -> str:
         model = model.to("cuda")
     ramp = np.linspace(0, 255, 336, dtype=np.uint8)
     picture = Image.fromarray(np.stack(np.broadcast_arrays(ramp[:, None], ramp, ramp[::-1]), -1))
-    content = [{"type": "image"}, {"type": "text", "text": "What is in the picture? Answer in one sentence."}]
-    text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
-    bos = getattr(processor.tokenizer, "bos_token", None)
-    inputs = processor(
-        text=[text],
-        images=[picture],
-        return_tensors="pt",
-        **({"add_special_tokens": False} if bos and text.startswith(bos) else {}),
-    ).to(model.device)
+    inputs = encode(processor, [picture], "What is in the picture? Answer in one sentence.", model)
     half = next(model.parameters()).dtype != torch.float32
-    inputs = {
-        key: value.to(model.dtype) if half and value.is_floating_point() else value for key, value in inputs.items()
-    }
     findings = verify(model, inputs, tolerance=3e-2 if half else 1e-3)
     lines = [f"  {found.outcome:8} {found.check}" + (f": {found.detail}" if found.detail else "") for found in findings]
     return "\n".join([*lines, f"  verdict: {verdict(findings)}"])

@@ -1,8 +1,13 @@
-"""Loading of processors, and what they need beyond transformers and Pillow."""
+"""Loading and calling of processors, and what they need beyond transformers and Pillow."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from PIL import Image
+    from transformers import PreTrainedModel
 
 # import names of the packages of the extra "vision": all video processors need torchvision, SmolVLM's num2words too
 PACKAGES = ("torchvision", "num2words")
@@ -34,3 +39,26 @@ def load_processor(name_or_path: str, **options: Any) -> Any:
             f"{' and '.join(PACKAGES)} (torchvision in the release that goes with your torch); transformers says: "
             f"{str(error).strip()}"
         ) from error
+
+
+def encode(processor: Any, images: Sequence[Image.Image], question: str, model: PreTrainedModel) -> dict[str, Any]:
+    """Make the model's arguments for one prompt: images, then the question, in the chat template.
+
+    Args:
+        processor: the model's processor.
+        images: any number of them.
+        question: text after the images.
+        model: gives device and, for pixels, the type of the weights.
+
+    Returns:
+        What the processor returns, as tensors of one row.
+    """
+    content = [*({"type": "image"} for _ in images), {"type": "text", "text": question}]
+    text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+    bos = getattr(processor.tokenizer, "bos_token", None)  # which templates begin with, and tokenizers add again
+    twice = {"add_special_tokens": False} if bos and text.startswith(bos) else {}
+    inputs = processor(text=[text], images=list(images), return_tensors="pt", **twice).to(model.device)
+    return {
+        name: value.to(model.dtype) if hasattr(value, "is_floating_point") and value.is_floating_point() else value
+        for name, value in inputs.items()
+    }

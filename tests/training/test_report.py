@@ -15,7 +15,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from toprl_models import strips
 from training import charts, report
+from training.evaluation.methods import METHODS
+from training.explained import LINKS, explanation
 
 STAGES = [[0, 9, 10, 63], [9, 63], [9]]
 RESULTS: dict[str, Any] = {
@@ -122,9 +125,10 @@ def test_sections_come_in_order(html: str) -> None:
 
 
 def test_page_needs_nothing_from_outside(html: str) -> None:
-    assert "http:" not in html and "https:" not in html  # ":" is no base64 letter, so this cannot hit image data
+    without = re.sub(r'<a href="https://[^"]*">', "", html)  # links load nothing
+    assert "http:" not in without and "https:" not in without  # ":" is no base64 letter, so this cannot hit image data
     assert not re.search(r"<(script|link|iframe|base)\b|@import", html)
-    references = re.findall(r'(?:src|href)="([^"]*)"', html) + re.findall(r"url\(([^)]*)\)", html)
+    references = re.findall(r'(?:src|href)="([^"]*)"', without) + re.findall(r"url\(([^)]*)\)", html)
     assert references
     assert [one[:40] for one in references if not one.startswith(("data:image/png;base64,", "#"))] == []
 
@@ -202,7 +206,7 @@ def test_retained_figure_has_one_line_per_stage_and_run(folder: Path) -> None:
 @pytest.mark.parametrize("scale", [1, 2])
 def test_strip_fades_exactly_the_dropped_patches(kept: list[int], scale: int) -> None:
     image = noise_image()
-    drawn = np.asarray(report.draw_stage(image, kept, side=8, scale=scale)).astype(float)
+    drawn = np.asarray(strips.draw_stage(image, kept, side=8, scale=scale)).astype(float)
     assert drawn.shape == (128 * scale + 2 * scale, 128 * scale + 2 * scale, 3)
     inner = drawn[scale:-scale, scale:-scale]
     source = np.asarray(image).repeat(scale, 0).repeat(scale, 1).astype(float)
@@ -219,25 +223,25 @@ def test_strip_fades_exactly_the_dropped_patches(kept: list[int], scale: int) ->
                 if 0 <= r + dr < 8 and 0 <= c + dc < 8 and index + 8 * dr + dc in kept:
                     rows = {-1: slice(0, scale), 0: slice(None), 1: slice(-scale, None)}
                     outline[rows[dr], rows[dc]] = True
-        faded = source[area] + report.FADE * (np.array(report.FADED) - source[area])
+        faded = source[area] + strips.FADE * (np.array(strips.FADED) - source[area])
         np.testing.assert_allclose(inner[area][~outline], faded[~outline], atol=0.5)
-        assert (inner[area][outline] == report.OUTLINE).all()
+        assert (inner[area][outline] == strips.OUTLINE).all()
 
 
 def test_strip_outline_of_border_patches_lies_in_the_margin() -> None:
-    drawn = np.asarray(report.draw_stage(noise_image(), range(64), side=8, scale=1))
+    drawn = np.asarray(strips.draw_stage(noise_image(), range(64), side=8, scale=1))
     frame = np.ones((130, 130), bool)
     frame[1:-1, 1:-1] = False
-    assert (drawn[frame] == report.OUTLINE).all()
-    empty = np.asarray(report.draw_stage(noise_image(), [], side=8, scale=1))
-    assert not (empty == report.OUTLINE).all(-1).any()
+    assert (drawn[frame] == strips.OUTLINE).all()
+    empty = np.asarray(strips.draw_stage(noise_image(), [], side=8, scale=1))
+    assert not (empty == strips.OUTLINE).all(-1).any()
 
 
 def test_strip_rejects_bad_input() -> None:
     with pytest.raises(ValueError, match=r"kept=\[64, -1\] must lie in 0\.\.63"):
-        report.draw_stage(noise_image(), [3, 64, -1], side=8)
+        strips.draw_stage(noise_image(), [3, 64, -1], side=8)
     with pytest.raises(ValueError, match="image is 128x128; its sides must be multiples of side=7"):
-        report.draw_stage(noise_image(), [3], side=7)
+        strips.draw_stage(noise_image(), [3], side=7)
 
 
 def test_gallery_shows_image_stages_and_marks(html: str) -> None:
@@ -245,7 +249,7 @@ def test_gallery_shows_image_stages_and_marks(html: str) -> None:
     assert len(uris) == 2 * (1 + len(STAGES))
     for uri, kept in zip(uris, [list(range(64)), *STAGES] * 2, strict=True):
         shown = np.asarray(Image.open(io.BytesIO(base64.b64decode(uri))))
-        np.testing.assert_array_equal(shown, np.asarray(report.draw_stage(noise_image(), kept, side=8)))
+        np.testing.assert_array_equal(shown, np.asarray(strips.draw_stage(noise_image(), kept, side=8)))
     assert (
         re.findall(r"(?:image|stage \d) · \d+", html) == ["image · 64", "stage 1 · 4", "stage 2 · 2", "stage 3 · 1"] * 2
     )
@@ -253,6 +257,27 @@ def test_gallery_shows_image_stages_and_marks(html: str) -> None:
     assert html.count('<span class="wrong">3 ✗</span>') == 1
     assert "the full model is right 2 times, the pruned one 1" in html.replace("\n", " ")
     assert "which digit &lt;b&gt; ?" in html
+
+
+def test_methods_are_explained_with_their_papers(html: str) -> None:
+    found = re.search(r'<section id="methods">.*?</section>', html, flags=re.DOTALL)
+    assert found
+    terms = re.findall(r"<dt>(.*?)</dt><dd>(.*?)</dd>", found[0])
+    names = ["full", "toprl", "fastv", "random", "argmax"]
+    assert [term for term, _ in terms] == [report.label(name) for name in names]
+    assert all(text.endswith((".", "</a>")) and len(text) > 30 for _, text in terms)
+    assert LINKS["fastv"] in terms[2][1] and "TOP-RL: Task-Optimized" in html
+
+
+def test_every_method_has_an_explanation() -> None:
+    assert all(len(explanation(name)) > 20 for name in METHODS)
+
+
+def test_phones_get_their_own_charts_and_labelled_cells(html: str) -> None:
+    assert html.count('<div class="narrow-only"><svg') == html.count('<div class="wide-only"><svg') == 2
+    widths = [float(width) for width in re.findall(r'<svg[^>]*width="([\d.]+)pt"', html)]
+    assert [width < 300 for width in widths] == [False, True] * 2
+    assert 'data-label="ocr"' in html and 'data-label="tokens"' in html
 
 
 @pytest.mark.parametrize("name", ["results.json", "gallery.json", "shape_seed0/metrics.jsonl"])
@@ -335,3 +360,9 @@ def test_gallery_image_that_is_no_png_is_named(folder: Path) -> None:
     (folder / "gallery.json").write_text(json.dumps(items))
     with pytest.raises(ValueError, match=r"gallery\.json: items\[0\]\.image is not a base64 PNG"):
         report.write_report(folder)
+
+
+def test_no_curve_is_cut() -> None:
+    runs = {"ocr": [{"iteration": np.arange(3.0), "retained": np.array([[0.5], [0.01], [0.002]])}]}
+    axes = charts.retained_figure(runs, num_visual=64, keep=[8]).axes[0]
+    assert axes.get_ylim()[0] < 64 * 0.002

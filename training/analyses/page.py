@@ -14,7 +14,7 @@ SENTENCES = {outcome: f"**{outcome[0].upper()}{outcome[1:]}**" for outcome in MA
 INTRO = """# The paper's tables and figures, run again
 
 Every table and figure of the paper as a command. This page is written by that command from the numbers beside it
-([results](reproduction/results)); no verdict is typed by hand.
+(`docs/reproduction/results`); no verdict is typed by hand.
 
 ```
 python training/reproduce.py --list            # names, what they are, how long they take

@@ -15,12 +15,13 @@ from PIL import Image, ImageOps
 
 from toprl_models import Schedule, TopRLPolicy, attach
 from toprl_models.schedule import stage_layers_for
+from toprl_models.strips import draw_stage
 from training.analyses.config import LARGE_TRAINED, Analysis, ReproduceConfig, Result
 from training.analyses.lab import Lab
 from training.analyses.measure import facts_of, model_of, stages_for, task_of, train, training
 from training.analyses.verdicts import Estimate, Verdict, all_of, bootstrap, estimate, judge, runs
 from training.analyses.words import markdown_table
-from training.report import draw_stage, gallery_entry
+from training.report import gallery_entry
 from training.scenes import KINDS, SceneDataset
 from training.tasks import answer, encode
 
