@@ -134,9 +134,11 @@ def by_attach_inside(
 ) -> list[Answer]:
     """The answers of transformers with the stages of ``options``, one by one."""
     read, answers = PruningOptions.read(options), []
-    for request in requests:
-        # made anew for each, so that a policy that draws begins again
-        with attach(model, read.prepare(model.config), schedule=read.schedule):
+    policy = read.prepare(model.config)
+    with attach(model, policy, schedule=read.schedule):
+        for request in requests:
+            if isinstance(policy, RandomPolicy):
+                policy.generator.manual_seed(0)  # draws anew
             answers.append(_generated(model, _inputs(processor, request), new_tokens))
     return answers
 

@@ -20,7 +20,15 @@ from tests.vllm.engines import (
     scheduler_of,
     served,
 )
-from tests.vllm.test_plugin import TOLERANCE, Subject, requests_of, root, scene_requests, subject
+from tests.vllm.test_plugin import (
+    TOLERANCE,
+    Subject,
+    furthest_in_batches,
+    requests_of,
+    root,
+    scene_requests,
+    subject,
+)
 from toprl_models import TopRLPolicy
 from toprl_models.integrations.vllm.options import ARCHITECTURES, NOT_INSIDE
 from toprl_models.methods.toprl import model_signature
@@ -80,15 +88,19 @@ def test_every_class(kind: str, method: str, root: Path) -> None:
     assert all(furthest([alone[number]], [unpruned[number]]) > 10 * TOLERANCE for number in with_images)
 
 
-@pytest.mark.parametrize("method", ["fastv", "pyramiddrop", "toprl"])
-def test_embedded_model(method: str, root: Path) -> None:
-    """Real answers: questions of six kinds, 64 at a time."""
+BUDGETS = ([[2, 0.5], [3, 16], [4, 4]], [[2, 0.25]])
+EMBEDDED = [(method, BUDGETS[0]) for method in ("fastv", "pyramiddrop", "sparsevlm", "toprl", "toprl_text", "random")]
+EMBEDDED += [("fastv", BUDGETS[1]), ("toprl", BUDGETS[1])]
+
+
+@pytest.mark.parametrize(("method", "stages"), EMBEDDED)
+def test_embedded_model(method: str, stages: list[list[Any]], root: Path) -> None:
+    """Real answers to 256 questions of six kinds."""
     its = subject("tiny", root)
-    requests, _ = scene_requests(96)
-    options = options_of(its, method, [[2, 0.5], [3, 16], [4, 4]])
+    requests, _ = scene_requests(256)
+    options = options_of(its, method, stages)
     with engine(its.folder, options, **INSIDE) as llm:
-        answers = served(llm, requests)
-    assert furthest(answers, expected_of(its, requests, options)) < TOLERANCE
+        assert furthest_in_batches(llm, requests, lambda asked: expected_of(its, asked, options)) < TOLERANCE
 
 
 def blocks_in_use(llm: Any, request: Request) -> list[int]:
@@ -226,6 +238,15 @@ def test_a_prompt_that_ends_in_its_image(root: Path) -> None:
             served(llm, [bad])
         answers = served(llm, [good])
     assert furthest(answers, expected_of(its, [good], ASKED)) < TOLERANCE
+
+
+def test_a_prompt_that_ends_in_its_image_mark(root: Path) -> None:
+    """InternVL's </img> after the visual tokens is text, which a policy can read."""
+    its = subject("internvl", root)
+    requests = [Request(f"w5 {its.image}", [folders.picture(1, size)]) for size in folders.KINDS["internvl"].sizes]
+    with engine(its.folder, ASKED, **INSIDE) as llm:
+        answers = served(llm, requests)
+    assert furthest(answers, expected_of(its, requests, ASKED)) < TOLERANCE
 
 
 def test_requests_that_are_refused(root: Path) -> None:
