@@ -159,6 +159,17 @@ def test_several_answers(root: Path) -> None:
         assert furthest([answer], [told]) < TOLERANCE
 
 
+@pytest.mark.parametrize("method", ["fastv", "toprl"])
+def test_tensor_parallel(method: str, root: Path) -> None:
+    """Two processes with half of the heads each decide alike: attention is averaged over the heads of both."""
+    its = subject("llava", root)
+    requests, options = requests_inside("llava", its.image), options_of(its, method)
+    lengths = LENGTHS[: len(requests)]
+    with engine(its.folder, options, max_num_seqs=3, tensor_parallel_size=2, **INSIDE) as llm:
+        answers = served(llm, requests, lengths)
+    assert furthest(answers, expected_of(its, requests, options, max(lengths))) < TOLERANCE
+
+
 def test_images_wait_for_the_encoder(root: Path) -> None:
     """Where the encoder has room for one picture a step, no prompt is begun with the text before its picture."""
     its = subject("tiny", root)
@@ -202,7 +213,6 @@ REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "prefix caching": (ASKED, {**INSIDE, "enable_prefix_caching": True}, "need --no-enable-prefix-caching"),
     "chunked prefill": (ASKED, {**INSIDE, "enable_chunked_prefill": True}, "need --no-enable-chunked-prefill"),
     "compilation": (ASKED, {**INSIDE, "enforce_eager": False}, "need --enforce-eager"),
-    "tensor parallel": (ASKED, {**INSIDE, "tensor_parallel_size": 2}, "need --tensor-parallel-size 1"),
     "pipeline": (ASKED, {**INSIDE, "pipeline_parallel_size": 2}, "need --pipeline-parallel-size 1"),
     "LoRA": (ASKED, {**INSIDE, "enable_lora": True}, "need no --enable-lora"),
     "a layer that is not there": ({"method": "fastv", "stages": [[6, 0.5]]}, INSIDE, "layer 6, but the decoder has"),

@@ -220,6 +220,14 @@ def test_caches_and_chunks(kind: str, method: str, settings: dict[str, Any], roo
     assert furthest(second, expected) < TOLERANCE
 
 
+def test_tensor_parallel(root: Path) -> None:
+    its = subject("llava", root)
+    requests, options = requests_of("llava", its.image), its.options("toprl", 0.5)
+    with engine(its.folder, options, tensor_parallel_size=2) as llm:
+        answers = served(llm, requests)
+    assert furthest(answers, its.expected(requests, options)) < TOLERANCE
+
+
 def test_cache_keys_know_the_method(root: Path) -> None:
     its = subject("llava", root)
     request = Request(f"w5 {its.image} w7", [folders.picture(0, (32, 32))])

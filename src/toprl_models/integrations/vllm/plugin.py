@@ -141,7 +141,6 @@ def configure_inside(vllm_config: VllmConfig, name: str) -> None:
         "no --enable-dbo": parallel.enable_dbo,
         "no --kv-sharing-fast-prefill": vllm_config.cache_config.kv_sharing_fast_prefill,
         "--pipeline-parallel-size 1": parallel.pipeline_parallel_size > 1,
-        "--tensor-parallel-size 1 (replicas: --data-parallel-size)": parallel.tensor_parallel_size > 1,
         "--decode-context-parallel-size 1": (parallel.decode_context_parallel_size or 1) > 1,
     }
     if found := [fix for fix, is_wrong in wrong.items() if is_wrong]:
