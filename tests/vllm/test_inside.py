@@ -99,8 +99,10 @@ def test_embedded_model(method: str, stages: list[list[Any]], root: Path) -> Non
     its = subject("tiny", root)
     requests, _ = scene_requests(256)
     options = options_of(its, method, stages)
+    # two tokens of one question have scores that differ by 1e-8, and SparseVLM's clusters depend on their order
+    ties = int(method == "sparsevlm")
     with engine(its.folder, options, **INSIDE) as llm:
-        assert furthest_in_batches(llm, requests, lambda asked: expected_of(its, asked, options)) < TOLERANCE
+        assert furthest_in_batches(llm, requests, lambda asked: expected_of(its, asked, options), ties) < TOLERANCE
 
 
 def blocks_in_use(llm: Any, request: Request) -> list[int]:
@@ -159,11 +161,10 @@ def test_several_answers(root: Path) -> None:
         assert furthest([answer], [told]) < TOLERANCE
 
 
-@pytest.mark.parametrize("method", ["fastv", "toprl"])
-def test_tensor_parallel(method: str, root: Path) -> None:
+def test_tensor_parallel(root: Path) -> None:
     """Two processes with half of the heads each decide alike: attention is averaged over the heads of both."""
     its = subject("llava", root)
-    requests, options = requests_inside("llava", its.image), options_of(its, method)
+    requests, options = requests_inside("llava", its.image), options_of(its, "fastv")
     lengths = LENGTHS[: len(requests)]
     with engine(its.folder, options, max_num_seqs=3, tensor_parallel_size=2, **INSIDE) as llm:
         answers = served(llm, requests, lengths)

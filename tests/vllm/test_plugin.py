@@ -119,15 +119,24 @@ def mixed(requests: list[Request]) -> list[Request]:
     return made
 
 
-def furthest_in_batches(llm: Any, requests: list[Request], expected_of: Callable[[list[Request]], Any]) -> float:
-    """Compare answers one by one, and 64 at a time with others among them that end earlier and later."""
+def furthest_in_batches(
+    llm: Any, requests: list[Request], expected_of: Callable[[list[Request]], Any], ties: int = 0
+) -> float:
+    """Compare answers one by one, and 64 at a time with others among them that end earlier and later.
+
+    ``ties`` of them may be further: those where scores are equal but for rounding.
+    """
     others = mixed(requests)
     alone = [served(llm, [request], [2])[0] for request in requests]
     together = served(llm, others, [1 + number % NEW_TOKENS for number in range(len(others))])
     each = [*requests, *(other for other, request in zip(others, requests, strict=True) if other is not request)]
     expected = dict(zip(map(id, each), expected_of(each), strict=True))
-    pairs = ((alone, requests), (together, others))
-    return max(furthest(answers, [expected[id(request)] for request in asked]) for answers, asked in pairs)
+    worst = []
+    for answers, asked in ((alone, requests), (together, others)):
+        pairs = zip(answers, asked, strict=True)
+        distances = sorted(furthest([answer], [expected[id(request)]]) for answer, request in pairs)
+        worst.append(distances[-1 - ties])
+    return max(worst)
 
 
 def scene_requests(count: int) -> tuple[list[Request], list[str]]:
