@@ -105,9 +105,9 @@ def test_where_options_come_from(monkeypatch):
 
 
 def test_versions():
-    for version in ("0.32.0", "0.32.1", "0.32.0+cpu", "0.32.1.dev3+g123"):
+    for version in ("0.31.0", "0.32.0", "0.32.1", "0.32.0+cpu", "0.32.1.dev3+g123"):
         check_version(version)
-    for version in ("0.31.2", "0.33.0", "1.0"):
+    for version in ("0.30.2", "0.33.0", "1.0"):
         with pytest.raises(ValueError, match=rf"vLLM {version} is installed, .*pip install 'vllm~=0.32.0'"):
             check_version(version)
 

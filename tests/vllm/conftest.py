@@ -20,3 +20,8 @@ else:
         "VLLM_NO_USAGE_STATS": "1",
     }
     runpy.run_path(str(SITE / "sitecustomize.py"))
+
+    from vllm.model_executor.models import registry
+
+    # vLLM looks at each class in a new Python, so that none initialises CUDA: half a minute of imports for each
+    registry._run_in_subprocess = lambda inspect: inspect()

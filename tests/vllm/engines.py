@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import gc
-from collections.abc import Callable, Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -110,35 +111,32 @@ class Kept(Policy):
 
 
 def by_attach(model: Any, processor: Any, requests: Sequence[Request], options: dict[str, Any] | None) -> list[Answer]:
-    """The answers of transformers, one by one; each of several images is pruned as if it were alone."""
+    """The answers of transformers; each of several images is pruned as if it were alone."""
     if options is None:
-        return [_generated(model, _inputs(processor, request)) for request in requests]
+        return _all_generated(model, processor, requests)
     read = PruningOptions.read(options)
-    prepared = read.prepare(model.config)
-
-    def policy() -> Policy:
-        if isinstance(prepared, RandomPolicy):
-            prepared.generator.manual_seed(0)  # draws anew
-        return prepared
-
-    return [
-        _pruned(model, processor, request, read, policy)
-        if request.images
-        else _generated(model, _inputs(processor, request))
-        for request in requests
-    ]
+    policy = read.prepare(model.config)
+    # VisionZip shares a prompt's tokens among pictures of the same size evenly
+    most = 2 if read.method == "visionzip" else 1
+    text = [request for request in requests if not request.images]
+    other = [request for request in requests if 1 <= len(request.images) <= most]
+    apart = [request for request in requests if len(request.images) > most]
+    with attach(model, policy, schedule=read.schedule):
+        pruned = _all_generated(model, processor, other, policy)
+    answers = [_pruned_apart(model, processor, request, read, policy) for request in apart]
+    made = zip([*apart, *text, *other], [*answers, *_all_generated(model, processor, text), *pruned], strict=True)
+    found = {id(request): answer for request, answer in made}
+    return [found[id(request)] for request in requests]
 
 
 def by_attach_inside(
     model: Any, processor: Any, requests: Sequence[Request], options: dict[str, Any], new_tokens: int = NEW_TOKENS
 ) -> list[Answer]:
     """The answers of transformers with the stages of ``options``, one by one."""
-    read, answers = PruningOptions.read(options), []
-    for request in requests:
-        # made anew for each, so that a policy that draws begins again
-        with attach(model, read.prepare(model.config), schedule=read.schedule):
-            answers.append(_generated(model, _inputs(processor, request), new_tokens))
-    return answers
+    read = PruningOptions.read(options)
+    policy = read.prepare(model.config)
+    with attach(model, policy, schedule=read.schedule):
+        return _all_generated(model, processor, requests, policy, new_tokens)
 
 
 def forced(model: Any, processor: Any, request: Request, options: dict[str, Any], tokens: Sequence[int]) -> Answer:
@@ -153,25 +151,48 @@ def forced(model: Any, processor: Any, request: Request, options: dict[str, Any]
         return _generated(model, inputs, len(tokens), prefix_allowed_tokens_fn=next_token)
 
 
-def _pruned(
-    model: Any, processor: Any, request: Request, options: PruningOptions, policy: Callable[[], Policy]
-) -> Answer:
-    inputs = _inputs(processor, request)
-    # VisionZip shares a prompt's tokens among pictures of the same size evenly
-    if len(request.images) == 1 or options.method == "visionzip":
-        with attach(model, policy(), schedule=options.schedule):
-            return _generated(model, inputs)
+def _pruned_apart(model: Any, processor: Any, request: Request, options: PruningOptions, policy: Policy) -> Answer:
     raster, start = [], 0
     placeholder = request.text.split()[1]
     for image in request.images:
         alone = _inputs(processor, Request(f"w5 {placeholder} w6", [image]))
-        with attach(model, policy(), schedule=options.schedule) as pruner, torch.no_grad():
+        _draw_anew(policy)
+        with attach(model, policy, schedule=options.schedule) as pruner, torch.no_grad():
             model(**alone)
         (trace,) = pruner.trace
         raster += [start + number for number in trace.indices[0].tolist()]
         start += trace.num_visual[0]
-    with attach(model, Kept(raster, policy().positions), schedule=Schedule(((0, len(raster)),))):
-        return _generated(model, inputs)
+    with attach(model, Kept(raster, policy.positions), schedule=Schedule(((0, len(raster)),))):
+        return _generated(model, _inputs(processor, request))
+
+
+def _draw_anew(policy: Policy | None) -> None:
+    if isinstance(policy, RandomPolicy):
+        policy.generator.manual_seed(0)
+
+
+def _all_generated(
+    model: Any,
+    processor: Any,
+    requests: Sequence[Request],
+    policy: Policy | None = None,
+    new_tokens: int = NEW_TOKENS,
+) -> list[Answer]:
+    """Generate for the requests together whose inputs have equal shapes, which saves time and needs no padding."""
+    groups = defaultdict(list)
+    for number, request in enumerate(requests):
+        inputs = _inputs(processor, request)
+        alike = number if isinstance(policy, RandomPolicy) else 0  # draws anew for each
+        groups[alike, *((name, each.shape) for name, each in inputs.items())].append((number, inputs))
+    found: dict[int, Answer] = {}
+    for group in groups.values():
+        for start in range(0, len(group), 32):
+            some = group[start : start + 32]
+            _draw_anew(policy)
+            inputs = {name: torch.cat([each[name] for _, each in some]) for name in some[0][1]}
+            answers = _all_of(model, inputs, new_tokens)
+            found |= {number: answer for (number, _), answer in zip(some, answers, strict=True)}
+    return [found[number] for number in range(len(requests))]
 
 
 def _inputs(processor: Any, request: Request) -> dict[str, Tensor]:
@@ -183,8 +204,12 @@ def _inputs(processor: Any, request: Request) -> dict[str, Tensor]:
     return inputs
 
 
-@torch.no_grad()
 def _generated(model: Any, inputs: dict[str, Tensor], new_tokens: int = NEW_TOKENS, **options: Any) -> Answer:
+    return _all_of(model, inputs, new_tokens, **options)[0]
+
+
+@torch.no_grad()
+def _all_of(model: Any, inputs: dict[str, Tensor], new_tokens: int, **options: Any) -> list[Answer]:
     output = model.generate(
         **inputs,
         **options,
@@ -194,9 +219,9 @@ def _generated(model: Any, inputs: dict[str, Tensor], new_tokens: int = NEW_TOKE
         output_logits=True,
     )
     length = inputs["input_ids"].shape[1]
-    return Answer(
-        output.sequences[0, length:].tolist(), torch.stack(output.logits, 1)[0].float().log_softmax(-1), length
-    )
+    log_probs = torch.stack(output.logits, 1).float().log_softmax(-1)
+    tokens = output.sequences[:, length:].tolist()
+    return [Answer(its, each, length) for its, each in zip(tokens, log_probs, strict=True)]
 
 
 def furthest(answers: Sequence[Answer], expected: Sequence[Answer]) -> float:

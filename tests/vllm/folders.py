@@ -157,7 +157,7 @@ def gemma_processor() -> Any:
     return Gemma3Processor(
         Gemma3ImageProcessor(size={"height": 32, "width": 32}),
         tokenizer(GEMMA, **names),
-        image_seq_length=4,
+        image_seq_length=16,
         chat_template="x",
     )
 

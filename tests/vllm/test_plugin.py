@@ -6,6 +6,7 @@ import functools
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from tests.vllm import folders
-from tests.vllm.engines import Answer, Request, by_attach, engine, furthest, served
+from tests.vllm.engines import NEW_TOKENS, Answer, Request, by_attach, engine, furthest, served
 from toprl_models import TopRLPolicy, tiny
 from toprl_models.integrations.vllm.options import VARIABLE
 from toprl_models.methods.toprl import model_signature
@@ -108,6 +109,36 @@ def test_every_class(kind: str, method: str, root: Path) -> None:
     assert all(furthest([together[number]], [full[number]]) > 10 * TOLERANCE for number in with_images)
 
 
+def mixed(requests: list[Request]) -> list[Request]:
+    """Scene questions with others among them: of every eight one has a second picture, one is text alone."""
+    made = list(requests)
+    for number in range(0, len(requests), 8):
+        one, other = requests[number], requests[number + 1]
+        made[number] = Request(f"{tiny.IMAGE} {one.text}", [*one.images, *other.images])
+        made[number + 1] = Request(other.text.replace(tiny.IMAGE, "").strip())
+    return made
+
+
+def furthest_in_batches(
+    llm: Any, requests: list[Request], expected_of: Callable[[list[Request]], Any], ties: int = 0
+) -> float:
+    """Compare answers one by one, and 64 at a time with others among them that end earlier and later.
+
+    ``ties`` of them may be further: those where scores are equal but for rounding.
+    """
+    others = mixed(requests)
+    alone = [served(llm, [request], [2])[0] for request in requests]
+    together = served(llm, others, [1 + number % NEW_TOKENS for number in range(len(others))])
+    each = [*requests, *(other for other, request in zip(others, requests, strict=True) if other is not request)]
+    expected = dict(zip(map(id, each), expected_of(each), strict=True))
+    worst = []
+    for answers, asked in ((alone, requests), (together, others)):
+        pairs = zip(answers, asked, strict=True)
+        distances = sorted(furthest([answer], [expected[id(request)]]) for answer, request in pairs)
+        worst.append(distances[-1 - ties])
+    return max(worst)
+
+
 def scene_requests(count: int) -> tuple[list[Request], list[str]]:
     """Questions of all six kinds about test scenes, and their answers."""
     draw = np.random.default_rng(0)
@@ -127,13 +158,12 @@ METHODS = ("divprune", "visionzip", "fastervlm", "random", "toprl", "mine")
 
 @pytest.mark.parametrize(("method", "keep"), [*[(name, 0.25) for name in METHODS], ("divprune", 8), ("toprl", 8)])
 def test_embedded_model(method: str, keep: float, root: Path) -> None:
-    """Real answers: 256 questions of six kinds, 64 at a time."""
+    """Real answers to 256 questions of six kinds."""
     its = subject("tiny", root)
     requests, _ = scene_requests(256)
     options = its.options(method, keep)
     with engine(its.folder, options) as llm:
-        answers = served(llm, requests)
-    assert furthest(answers, its.expected(requests, options)) < TOLERANCE
+        assert furthest_in_batches(llm, requests, lambda asked: its.expected(asked, options)) < TOLERANCE
 
 
 def test_embedded_model_answers(root: Path) -> None:
@@ -199,6 +229,14 @@ def test_caches_and_chunks(kind: str, method: str, settings: dict[str, Any], roo
     assert furthest(second, expected) < TOLERANCE
 
 
+def test_tensor_parallel(root: Path) -> None:
+    its = subject("llava", root)
+    requests, options = requests_of("llava", its.image), its.options("toprl", 0.5)
+    with engine(its.folder, options, tensor_parallel_size=2) as llm:
+        answers = served(llm, requests)
+    assert furthest(answers, its.expected(requests, options)) < TOLERANCE
+
+
 def test_cache_keys_know_the_method(root: Path) -> None:
     its = subject("llava", root)
     request = Request(f"w5 {its.image} w7", [folders.picture(0, (32, 32))])
@@ -247,9 +285,9 @@ def test_other_models_are_refused(root: Path, tmp_path: Path) -> None:
 def test_other_versions_are_refused(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import vllm
 
-    monkeypatch.setattr(vllm, "__version__", "0.31.0")
+    monkeypatch.setattr(vllm, "__version__", "0.30.0")
     with (
-        pytest.raises(ValueError, match=r"vLLM 0\.31\.0 is installed, but the plug-in knows .* pip install"),
+        pytest.raises(ValueError, match=r"vLLM 0\.30\.0 is installed, but the plug-in knows .* pip install"),
         engine(subject("llava", root).folder, {"method": "divprune", "keep": 0.5}),
     ):
         pass

@@ -38,6 +38,7 @@ def server(folder: Path, log: Path, *arguments: str, **environment: str) -> Iter
         port = free.getsockname()[1]
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder), "--port", str(port)]
     command += ["--dtype", "float32", "--enforce-eager", "--max-model-len", "256", "--served-model-name", "tiny"]
+    command += ["--enable-prompt-tokens-details", "--enable-log-requests"]
     variables = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "1", **environment}
     with log.open("w") as file:
         process = subprocess.Popen([*command, *arguments], env=variables, stdout=file, stderr=subprocess.STDOUT)
@@ -89,6 +90,9 @@ def test_openai_server(by: str, tmp_path: Path) -> None:
         answers = [chat(url), chat(url)]
     check(answers, DivPrune(), Schedule(((0, OPTIONS["keep"]),)), dropped=48)
     text = log.read_text()
+    for answer in answers:  # the second picture comes from caches
+        assert answer["usage"]["prompt_tokens_details"]["toprl"] == {"kept_per_image": [16]}
+        assert f"toprl: request {answer['id']}: kept_per_image [16]" in text
     assert "toprl: divprune keeps 25.0% of every image of LlavaForConditionalGeneration" in text
     assert "toprl: 1 images encoded, 16 of 64 visual tokens kept" in text
 
@@ -104,6 +108,9 @@ def test_openai_server_inside(tmp_path: Path) -> None:
         answers = [chat(url), chat(url)]
     check(answers, FastV(), Schedule(((2, 0.25), (4, 4))), dropped=0)
     text = log.read_text()
+    for answer in answers:
+        assert answer["usage"]["prompt_tokens_details"]["toprl"] == {"visual_tokens": 64, "kept_per_stage": [16, 4]}
+        assert f"toprl: request {answer['id']}: visual_tokens 64, kept_per_stage [16, 4]" in text
     assert "toprl: fastv keeps 0.25 before layer 2, 4 before layer 4 of a prompt's visual tokens" in text
     assert "toprl: 1 prompts pruned, the last from 64 to [16, 4]" in text
     assert re.search(r"toprl: request \S+ keeps 4 of 64 visual tokens before layer 4: \[(\d+, ){3}\d+\]", text)

@@ -102,7 +102,7 @@ class Staging:
         options = PruningOptions.stored_in(config)
         self.policy, self.schedule = options.prepare(config), options.schedule
         like = skeleton(config)
-        plain, numbers = has_plain_positions(decoder_of(like)), range(len(self.schedule))
+        plain, numbers = has_plain_positions(like), range(len(self.schedule))
         of_stage = [self.policy.at_stage(number) for number in numbers]
         self.renumbers = tuple(plain and policy.positions == "renumbered" for policy in of_stage)
         self._mode = Compact(decoder_of(like), self.schedule.layers, self.renumbers)

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -17,8 +18,10 @@ from vllm.multimodal import MULTIMODAL_REGISTRY
 from vllm.multimodal.inputs import MultiModalBatchedField, MultiModalFieldElem, PlaceholderRange
 from vllm.multimodal.processing import PromptUpdateDetails
 
+from toprl_models.integrations.vllm.frontend import note
 from toprl_models.integrations.vllm.inside import Staging
 from toprl_models.integrations.vllm.options import ARCHITECTURES, INSIDE, KEY, PREFIX, PruningOptions
+from toprl_models.integrations.vllm.pages import Counts
 from toprl_models.integrations.vllm.placeholders import (
     AXES,
     DIGITS,
@@ -64,6 +67,11 @@ class PrunedProcessor:
             field = MultiModalBatchedField(keep_on_cpu=True)
             out_mm_kwargs["image"][number][NUM_VISUAL] = MultiModalFieldElem(torch.tensor(total), field)
         return {**updates, "image": images} if images else updates
+
+    def apply(self, *args: Any, **kwargs: Any) -> Any:
+        inputs = super().apply(*args, **kwargs)  # type: ignore[misc]
+        note(inputs, kept_per_image=[place.get_num_embeds() for place in _images(inputs)])
+        return inputs
 
     def _get_mm_hashes(self, inputs: Any) -> Any:
         digest = self.info.ctx.model_config.hf_config.toprl["digest"]  # type: ignore[attr-defined]
@@ -189,6 +197,11 @@ class InsideProcessor:
 
     _asks = True  # vLLM's own dummy prompts, which measure memory, end in their images
 
+    @functools.cached_property
+    def _counts(self) -> Counts:
+        config = self.info.ctx.model_config.hf_config  # type: ignore[attr-defined]
+        return Counts(PruningOptions.stored_in(config), config)
+
     def get_dummy_mm_inputs(self, *args: Any, **kwargs: Any) -> Any:
         self._asks = False
         try:
@@ -198,11 +211,19 @@ class InsideProcessor:
 
     def apply(self, *args: Any, **kwargs: Any) -> Any:
         inputs = super().apply(*args, **kwargs)  # type: ignore[misc]
-        places = [place for of_kind in inputs["mm_placeholders"].values() for place in of_kind]
-        end = max((place.offset + place.length for place in places), default=0)
-        if self._asks and end >= len(inputs["prompt_token_ids"]):
+        images = _images(inputs)
+        # the last visual token, not the last placeholder: InternVL's go on with </img>, which is text
+        last = max((place.extract_embeds_range()[-1][1] for place in images), default=-1)
+        if self._asks and last == len(inputs["prompt_token_ids"]) - 1:
             raise ValueError(f"{KEY}: the prompt ends in an image; append the question, which the policy could read")
+        visual = sum(place.get_num_embeds() for place in images)
+        kept = [visual - dropped for dropped in self._counts.dropped(visual)]
+        note(inputs, visual_tokens=visual, kept_per_stage=kept)
         return inputs
+
+
+def _images(inputs: Any) -> list[PlaceholderRange]:
+    return [place for of_kind in inputs["mm_placeholders"].values() for place in of_kind]
 
 
 class InsideModel:

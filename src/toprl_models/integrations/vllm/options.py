@@ -32,8 +32,8 @@ KEY = "toprl"  # in --additional-config
 VARIABLE = "TOPRL_VLLM"
 EXAMPLE = '{"method": "divprune", "keep": 0.25}'
 STAGES = '"stages": [[2, 0.5], [8, 0.25], [16, 64]] (before which decoder layer, how much stays)'
-# the release whose processors and model runner the plug-in is tested with, and the patch releases of it
-TESTED_VLLM = "0.32"
+# the releases whose processors and model runner the plug-in is tested with, and the patch releases of them
+TESTED_VLLM = ("0.31", "0.32")
 # what a pruned variant of a class is called: before the language model, and inside its decoder
 PREFIX, INSIDE = "Toprl", "ToprlInside"
 # vLLM's names of the classes that have one
@@ -254,15 +254,15 @@ def options_of(additional: object) -> PruningOptions | None:
 
 def is_tested(version: str) -> bool:
     """Tell whether the plug-in knows the models of this vLLM."""
-    return version.split("+")[0].split(".")[:2] == TESTED_VLLM.split(".")
+    return ".".join(version.split("+")[0].split(".")[:2]) in TESTED_VLLM
 
 
 def check_version(version: str) -> None:
     """Raise ValueError for a vLLM whose processors and models the plug-in does not know."""
     if not is_tested(version):
         raise ValueError(
-            f"{KEY}: vLLM {version} is installed, but the plug-in knows the models of vLLM {TESTED_VLLM} only: "
-            f"pip install 'vllm~={TESTED_VLLM}.0', or leave {KEY} out"
+            f"{KEY}: vLLM {version} is installed, but the plug-in knows the models of vLLM {' and '.join(TESTED_VLLM)} "
+            f"only: pip install 'vllm~={TESTED_VLLM[-1]}.0', or leave {KEY} out"
         )
 
 

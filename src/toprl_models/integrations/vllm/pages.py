@@ -103,7 +103,7 @@ class StageScheduler(Scheduler):
         if planned[1] == num_new_tokens:
             return planned
         self.encoder_cache_manager.free(request)
-        return [], 0, budget, [], []
+        return [], 0, budget, *([] for _ in planned[3:])  # four values in vLLM 0.31, five in 0.32
 
 
 KVCacheSpecRegistry._ensure_registered()  # it leaves vLLM's own kinds out where another one is there first

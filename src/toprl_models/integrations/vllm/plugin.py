@@ -11,6 +11,7 @@ import vllm
 from vllm.config import VllmConfig
 from vllm.logger import init_logger
 
+from toprl_models.integrations.vllm import frontend
 from toprl_models.integrations.vllm.options import (
     ARCHITECTURES,
     INSIDE,
@@ -52,34 +53,10 @@ def register() -> None:
         if options is not None:
             check_version(vllm.__version__)
             configure(self, options)
+            frontend.hook()
 
     setattr(verify_and_prune, KEY, True)
     VllmConfig.try_verify_and_update_config = verify_and_prune
-    if is_tested(vllm.__version__):
-        refuse_requests()
-
-
-def refuse_requests() -> None:
-    """Let every request be checked where vLLM checks whether it can be watermarked, which includes beam search."""
-    from vllm.sampling_params import BeamSearchParams
-    from vllm.v1.engine.input_processor import InputProcessor
-
-    resolve = InputProcessor.resolve_watermarking
-
-    @functools.wraps(resolve)
-    def check_and_resolve(self: InputProcessor, params: Any) -> bool:
-        stored = getattr(self.model_config.hf_config, KEY, None)
-        if stored is not None and stored["stages"] is not None:
-            if isinstance(params, BeamSearchParams):
-                raise ValueError(
-                    f"{KEY}: beam search would prune each beam anew, with its answer as part of the question: use n, "
-                    "or prune before the language model, by keep"
-                )
-            if params.prompt_logprobs is not None:
-                raise ValueError(f"{KEY}: prompt_logprobs: tokens that a stage drops have none; leave it out")
-        return resolve(self, params)
-
-    InputProcessor.resolve_watermarking = check_and_resolve
 
 
 def configure(vllm_config: VllmConfig, options: PruningOptions) -> None:
@@ -164,7 +141,6 @@ def configure_inside(vllm_config: VllmConfig, name: str) -> None:
         "no --enable-dbo": parallel.enable_dbo,
         "no --kv-sharing-fast-prefill": vllm_config.cache_config.kv_sharing_fast_prefill,
         "--pipeline-parallel-size 1": parallel.pipeline_parallel_size > 1,
-        "--tensor-parallel-size 1 (replicas: --data-parallel-size)": parallel.tensor_parallel_size > 1,
         "--decode-context-parallel-size 1": (parallel.decode_context_parallel_size or 1) > 1,
     }
     if found := [fix for fix, is_wrong in wrong.items() if is_wrong]:

@@ -128,7 +128,11 @@ class StageRunner(GPUModelRunner):
         for number, rows in self._rows.items():
             common = self._common_metadata(number, rows, kwargs["slot_mappings"][number])
             for attention in self.attn_groups[number]:
-                metadata |= dict.fromkeys(attention.layer_names, attention.build_metadata(common))
+                if hasattr(attention, "build_metadata"):
+                    made = attention.build_metadata(common)
+                else:  # vLLM 0.31, whose block tables have the kernels' blocks
+                    made = attention.get_metadata_builder().build(0, common)
+                metadata |= dict.fromkeys(attention.layer_names, made)
         return metadata, of_draft
 
     def _common_metadata(self, number: int, rows: _Rows, slots: Tensor) -> CommonAttentionMetadata:
