@@ -92,26 +92,26 @@ def time_figure() -> Figure:
 
 def methods_table() -> str:
     """Name, paper, where it prunes and whether it is trained, for every registered method."""
-    lines = ["| `method` | paper | prunes before layers, of 32 | trained |", "|---|---|---|:-:|"]
+    lines = ["|method|paper|before layers, of 32|trained|", "|---|---|---|:-:|"]
     for name, method in METHODS.items():
         paper = method.paper or "–"
         paper = f"[{paper}]({LINKS[name]})" if name in LINKS else paper
         layers = ", ".join(map(str, method.stages))
-        where = f"{layers} (the language model)" if method.stages == (0,) else layers
-        lines.append(f"| `{name}`: {method.title} | {paper} | {where} | {'✓' if method.trained else ''} |")
+        lines.append(f"|`{name}`|{paper}|{layers}|{'✓' if method.trained else ''}|")
     return "\n".join(lines)
 
 
 def models_table() -> str:
-    """What the tests of each family of the feature matrix found; a dash where the family lacks the feature."""
+    """What the tests of the families of the feature matrix found; a dash where a family lacks the feature."""
     matrix = feature_matrix()
-    lines = [f"| family | {' | '.join(FEATURES)} |", "|---|" + ":-:|" * len(FEATURES)]
+    alike: dict[tuple[str, ...], list[str]] = {}
     for family in FAMILIES.values():
         outcomes = [matrix[row].get(model_type_of(family)) for row in FEATURES.values()]
         if any(outcomes):
-            marks = ["✓" if outcome == "pass" else "–" for outcome in outcomes]
-            lines.append(f"| {family.title} | {' | '.join(marks)} |")
-    return "\n".join(lines)
+            marks = tuple("✓" if outcome == "pass" else "–" for outcome in outcomes)
+            alike.setdefault(marks, []).append(family.title)
+    rows = [f"|{', '.join(titles)}|{'|'.join(marks)}|" for marks, titles in alike.items()]
+    return "\n".join([f"|families|{'|'.join(FEATURES)}|", "|---|" + ":-:|" * len(FEATURES), *rows])
 
 
 def with_tables(text: str) -> str:

@@ -287,7 +287,11 @@ class TopRLPolicy(nn.Module, Policy, PyTorchModelHubMixin):
                 if not (folder / name).is_file():
                     raise ValueError(f"policy folder {str(folder)!r} has no {name}; it is not a saved TopRLPolicy")
             try:
-                json.loads((folder / "config.json").read_text())
+                values = json.loads((folder / "config.json").read_text())
             except ValueError as error:
                 raise ValueError(f"policy folder {str(folder)!r}: config.json is not JSON: {error}") from error
+            if not isinstance(values, dict):
+                raise ValueError(
+                    f"policy folder {str(folder)!r}: config.json holds {values!r}, not the policy's settings"
+                )
         return super().from_pretrained(str(pretrained_model_name_or_path), **kwargs)
