@@ -347,12 +347,15 @@ CHECKS: dict[str, Callable[[_Case], None]] = {
 @contextlib.contextmanager
 def _attention_of(model: PreTrainedModel, implementation: str) -> Iterator[None]:
     """Switch the decoder's attention within this context."""
-    before = model.config.get_text_config()._attn_implementation
-    model.set_attn_implementation({"text_config": implementation})
+    config = model.config.get_text_config()
+    before = config._attn_implementation
+    # the empty name stands for the model's config where that is the decoder's, too
+    place = next((name for name in model.config.sub_configs if getattr(model.config, name, None) is config), "")
+    model.set_attn_implementation({place: implementation})
     try:
         yield
     finally:
-        model.set_attn_implementation({"text_config": before})
+        model.set_attn_implementation({place: before})
 
 
 def _attention_layers(case: _Case) -> list[int]:
