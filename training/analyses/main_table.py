@@ -81,7 +81,7 @@ def _scores(path: Path) -> dict[str, list[list[float]]]:
     return {name: [[by[i] for i in sorted(by)] for by in seeds.values()] for name, seeds in found.items()}
 
 
-ALL = list(METHODS)
+ALL = [name for name, row in METHODS.items() if row.method is None or "images" in row.method.inputs]
 
 
 def run(config: ReproduceConfig, lab: Lab) -> Result:
