@@ -161,10 +161,11 @@ def test_several_answers(root: Path) -> None:
         assert furthest([answer], [told]) < TOLERANCE
 
 
-def test_tensor_parallel(root: Path) -> None:
+@pytest.mark.parametrize("method", ["fastv", "toprl"])
+def test_tensor_parallel(method: str, root: Path) -> None:
     """Two processes with half of the heads each decide alike: attention is averaged over the heads of both."""
     its = subject("llava", root)
-    requests, options = requests_inside("llava", its.image), options_of(its, "fastv")
+    requests, options = requests_inside("llava", its.image), options_of(its, method)
     lengths = LENGTHS[: len(requests)]
     with engine(its.folder, options, max_num_seqs=3, tensor_parallel_size=2, **INSIDE) as llm:
         answers = served(llm, requests, lengths)
