@@ -18,6 +18,8 @@ import torch
 from tests.training.processes import ROOT, Runner
 from toprl_models import TopRLPolicy
 
+pytestmark = pytest.mark.slow
+
 FLAGS = {
     "iterations": 6,
     "rollout_size": 15,
@@ -82,7 +84,6 @@ def wait_for_rows(folder: Path, count: int) -> None:
         time.sleep(0.02)
 
 
-@pytest.mark.slow
 def test_a_run_killed_at_random_moments_ends_bitwise_the_same(runner, uninterrupted, tmp_path):
     """Before and after the first checkpoint, and twice in the last iteration."""
     draw, run = random.Random(0), process(tmp_path / "run", resume="auto")
@@ -166,7 +167,6 @@ def test_a_dead_process_ends_the_others(runner, tmp_path):
     assert "another process of this run" in (tmp_path / "log").read_text()
 
 
-@pytest.mark.slow
 def test_torchrun(tmp_path):
     """The command of the documentation."""
     flags = [part for name, value in FLAGS.items() for part in (f"--{name}", str(value))]

@@ -30,6 +30,7 @@ def test_every_recipe_is_tried() -> None:
     assert {file.stem for file in RECIPES.glob("*.yaml")} == set(MODELS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 def test_a_recipe_runs(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     family, layers = MODELS[name]
