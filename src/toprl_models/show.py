@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -111,17 +112,12 @@ def answer(
         tokens: most new tokens.
         pruning: from ``prepare``.
     """
-    trace: tuple[StageTrace, ...] = ()
-    if pruning is None:
+    context = nullcontext() if pruning is None else attach(model, pruning[0], schedule=pruning[1])
+    with context as pruner:
         begin = time.perf_counter()
         output = model.generate(**inputs, max_new_tokens=tokens, do_sample=False)
         seconds = time.perf_counter() - begin
-    else:
-        with attach(model, pruning[0], schedule=pruning[1]) as pruner:
-            begin = time.perf_counter()
-            output = model.generate(**inputs, max_new_tokens=tokens, do_sample=False)
-            seconds = time.perf_counter() - begin
-            trace = tuple(pruner.trace)
+        trace = () if pruner is None else tuple(pruner.trace)
     text = processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     return Answer(text.strip(), seconds, trace)
 
