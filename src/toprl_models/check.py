@@ -13,7 +13,6 @@ write both (``make feature-matrix``).
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections import Counter
 from collections.abc import Sequence
@@ -25,6 +24,7 @@ import torch
 import transformers
 from PIL import Image
 
+from toprl_models.command import parser_of
 from toprl_models.families import FAMILIES, Family, family_of, min_stage_of, visual_token_ids
 from toprl_models.integrations.lmms_eval import skeleton
 from toprl_models.methods import FastV, RandomPolicy
@@ -283,13 +283,7 @@ def page() -> str:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Print what the command line asks for."""
-    summary, _, rest = (__doc__ or "").partition("\n\n")
-    parser = argparse.ArgumentParser(
-        prog="python -m toprl_models.check",
-        description=summary,
-        epilog=rest,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = parser_of("check", __doc__)
     parser.add_argument("model", nargs="?", help="folder or Hub id of one model")
     parser.add_argument("--structure_only", action="store_true", help="load no weights and compare nothing")
     parser.add_argument("--markdown", action="store_true", help="print docs/families.md")

@@ -19,6 +19,7 @@ from typing import Any
 
 from PIL import Image
 
+from toprl_models.command import parser_of
 from toprl_models.families import family_of
 from toprl_models.registry import METHODS
 from toprl_models.schedule import Schedule
@@ -205,13 +206,7 @@ def launch(page: Any, options: argparse.Namespace, **more: Any) -> Any:
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
-    summary, _, rest = (__doc__ or "").partition("\n\n")
-    parser = argparse.ArgumentParser(
-        prog="python -m toprl_models.page",
-        description=summary,
-        epilog=rest,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = parser_of("page", __doc__)
     parser.add_argument("model", nargs="?", default="tiny", help="tiny, or folder or Hub id of a model (%(default)s)")
     parser.add_argument("--policy", help="folder or Hub id of a trained policy")
     parser.add_argument("--images", nargs="*", default=[], help="image files to choose from")

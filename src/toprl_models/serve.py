@@ -27,6 +27,7 @@ from torch import Tensor
 from transformers import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, AutoConfig, PreTrainedConfig
 from transformers.image_utils import load_image
 
+from toprl_models.command import parser_of
 from toprl_models.integrations.lmms_eval import PruningArguments, load_policy, skeleton, trained_parts
 from toprl_models.policy import Policy
 from toprl_models.pruner import Pruner, attach
@@ -261,13 +262,7 @@ def prepare(config: PreTrainedConfig, options: argparse.Namespace) -> tuple[Poli
 
 def parse(arguments: Sequence[str] | None) -> tuple[argparse.ArgumentParser, argparse.Namespace]:
     """Read the command line."""
-    summary, _, rest = (__doc__ or "").partition("\n\n")
-    parser = argparse.ArgumentParser(
-        prog="python -m toprl_models.serve",
-        description=summary,
-        epilog=rest,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = parser_of("serve", __doc__)
     parser.add_argument("model", help="folder or Hub id; requests name the model so, too")
     parser.add_argument("--method", help="a name, my_file.py:MyMethod, or several joined by +; toprl with --policy")
     parser.add_argument("--policy", help="folder or Hub id of a trained policy")

@@ -21,6 +21,7 @@ import torch
 from PIL import Image
 
 from toprl_models import tiny
+from toprl_models.command import parser_of
 from toprl_models.integrations.lmms_eval import load_policy
 from toprl_models.panels import Panel, panels_of
 from toprl_models.policy import Policy
@@ -167,13 +168,7 @@ def show(options: argparse.Namespace) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Read the command line, and print answers and paths."""
-    summary, _, rest = (__doc__ or "").partition("\n\n")
-    parser = argparse.ArgumentParser(
-        prog="python -m toprl_models.show",
-        description=summary,
-        epilog=rest,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = parser_of("show", __doc__)
     parser.add_argument("model", help="tiny, or folder or Hub id of a model")
     parser.add_argument("image", nargs="+", help="image files")
     parser.add_argument("question", help="the question, the last argument before the flags")
